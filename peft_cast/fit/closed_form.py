@@ -1,0 +1,230 @@
+"""Closed-form projections: `P_in` from activations, `P_out` from output gradients, in one pass of text.
+
+An input projection should map what the target module sees to what the source module sees at the same place of the
+same text: `P_in x_T ≈ x_S`. What an output projection must carry over is the *effect* of a delta. If `g_S` and `g_T`
+are the gradients of the models' losses with respect to the module outputs, a source delta d and its image `P_out d`
+change the loss alike, to first order, when `P_outᵀ g_T = g_S`. Both are ridge regressions on second moments.
+
+With factored projections only `A P_in` and `P_out B` matter. Ridge regression is linear in its outputs, so they are
+fitted directly (r outputs instead of in_S or out_S), with the same result at a fraction of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..align import AlignedPair, ModuleMap, SharedVocabulary
+from ..models import LoraKernel, shared_head
+from .batches import collate_pairs, side_of
+from .capture import Captured, capture, next_token_loss
+from .moments import Moments
+
+
+@dataclass(frozen=True)
+class KernelFit:
+    """The fitted projections of one kernel on one target module.
+
+    Args:
+        source_module (`str`): Where the kernel comes from.
+        A_P_in (`torch.Tensor`): Shape (r, in_T).
+        P_out_B (`torch.Tensor`): Shape (out_T, r).
+        r2_in (`float`): Held-out share of the kernel's inputs `A x_S` that the target's activations explain.
+        r2_out (`float`): Held-out share of the kernel's gradients `Bᵀ g_S` that the target's gradients explain.
+    """
+
+    source_module: str
+    A_P_in: torch.Tensor
+    P_out_B: torch.Tensor
+    r2_in: float
+    r2_out: float
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The result of the closed-form fit.
+
+    Args:
+        kernels (`dict[str, list[KernelFit]]`): For each target module, in the order of the module map.
+        hidden_maps (`dict[int, torch.Tensor]`): For each target layer, the map from the source layer's hidden state
+            and a 1 to the target's, shape (hidden_T, hidden_S + 1).
+        hidden_r2 (`dict[int, float]`): Held-out R² of those maps.
+        positions (`int`): Aligned positions used.
+    """
+
+    kernels: dict[str, list[KernelFit]]
+    hidden_maps: dict[int, torch.Tensor]
+    hidden_r2: dict[int, float]
+    positions: int
+
+
+class _Regressions:
+    """Moments for all kernels of a model pair, created at the first batch, when the shared inputs are known."""
+
+    def __init__(self, kernels: Mapping[str, LoraKernel], module_map: ModuleMap) -> None:
+        self.kernels, self.module_map = kernels, module_map
+        self.input_groups: list[list[str]] = []  # target modules that read the same tensor: q, k, v; gate, up
+        self.inputs: list[Moments] = []
+        self.outputs: dict[str, Moments] = {}
+
+    def _start(self, target: Captured) -> None:
+        groups: dict[int, list[str]] = {}
+        for name in self.module_map.kernels:
+            groups.setdefault(target.inputs[name].data_ptr(), []).append(name)
+        self.input_groups = list(groups.values())
+        for names in self.input_groups:
+            x = target.inputs[names[0]]
+            self.inputs.append(Moments(x.shape[-1], sum(map(sum, map(self.ranks, names))), x.device))
+        for name in self.module_map.kernels:
+            g = target.gradients[name]
+            self.outputs[name] = Moments(g.shape[-1], sum(self.ranks(name)), g.device)
+
+    def ranks(self, name: str) -> list[int]:
+        return [len(self.kernels[s].A) for s in self.module_map.kernels[name]]
+
+    def update(self, source: Captured, target: Captured, at_source: tuple, at_target: tuple, held_out: bool) -> None:
+        if not self.inputs:
+            self._start(target)
+        # Kernel inputs A x_S (n, r) and kernel gradients Bᵀ g_S (n, r)
+        seen = {
+            name: (source.inputs[name][at_source].float() @ k.A.T, source.gradients[name][at_source].float() @ k.B)
+            for name, k in self.kernels.items()
+            if name in source.inputs
+        }
+        for names, moments in zip(self.input_groups, self.inputs):
+            y = torch.cat([seen[s][0] for name in names for s in self.module_map.kernels[name]], dim=1)
+            moments.update(target.inputs[names[0]][at_target], y, held_out)
+        for name, moments in self.outputs.items():
+            y = torch.cat([seen[s][1] for s in self.module_map.kernels[name]], dim=1)
+            moments.update(target.gradients[name][at_target], y, held_out)
+
+    def solve(self, ridge: float | None) -> dict[str, list[KernelFit]]:
+        into: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for names, moments in zip(self.input_groups, self.inputs):
+            blocks = [r for name in names for r in self.ranks(name)]
+            fit = moments.solve(blocks, ridge)
+            keys = [(name, s) for name in names for s in self.module_map.kernels[name]]
+            into.update(zip(keys, zip(fit.weight.split(blocks), fit.r2)))
+        fits: dict[str, list[KernelFit]] = {}
+        for name, moments in self.outputs.items():
+            fit = moments.solve(self.ranks(name), ridge)
+            fits[name] = [
+                KernelFit(s, into[name, s][0].cpu(), weight.T.contiguous().cpu(), float(into[name, s][1]), float(r2))
+                for s, weight, r2 in zip(self.module_map.kernels[name], fit.weight.split(self.ranks(name)), fit.r2)
+            ]
+        return fits
+
+
+def fit_closed_form(
+    source: PreTrainedModel,
+    target: PreTrainedModel,
+    pairs: Sequence[AlignedPair],
+    vocabulary: SharedVocabulary,
+    kernels: Mapping[str, LoraKernel],
+    module_map: ModuleMap,
+    *,
+    batch_size: int = 8,
+    ridge: float | None = None,
+    hidden: bool = True,
+    progress: Iterable | None = None,
+) -> ClosedForm:
+    """Fit every kernel's projections from one forward and one backward pass per model.
+
+    Every fifth batch is held out: it chooses the ridge strength and gives the reported R².
+
+    Args:
+        source: The plain source model (no adapter active), frozen, in eval mode.
+        target: The target model, likewise.
+        pairs: Aligned texts.
+        vocabulary: The shared vocabulary, on which both losses are taken.
+        kernels: The LoRA of each adapted source module.
+        module_map: Where they land.
+        batch_size (`int`): Texts per pass.
+        ridge (`float`, *optional*): Fixed ridge strength relative to the mean eigenvalue, instead of the held-out choice.
+        hidden (`bool`): Also fit the maps between hidden states that the hidden-state loss needs.
+        progress: Wrapper around the batches, e.g. `tqdm`.
+
+    Raises:
+        ValueError: If no text has an aligned position.
+    """
+    if not pairs:
+        raise ValueError("No text has a position where both tokenizers end a token: pass longer or more text.")
+    sources = {s for names in module_map.kernels.values() for s in names}
+    kernels = {
+        name: LoraKernel(k.A.to(source.device), k.B.to(source.device), k.scaling)
+        for name, k in kernels.items()
+        if name in sources
+    }
+    regressions = _Regressions(kernels, module_map)
+    hidden_moments: dict[int, Moments] = {}
+    batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+    count = 0
+    with (
+        shared_head(source, vocabulary.source_ids),
+        shared_head(target, vocabulary.target_ids),
+        capture(source, sources) as at_source,
+        capture(target, module_map.kernels) as at_target,
+    ):
+        for number, chunk in enumerate(progress(batches) if progress else batches):
+            batch = collate_pairs(chunk)
+            states, index = {}, {}
+            for side, model, ids in (
+                ("source", source, vocabulary.source_ids),
+                ("target", target, vocabulary.target_ids),
+            ):
+                inputs, rows, positions = side_of(batch, side, model.device)
+                states[side] = _pass(model, inputs, ids, hidden)
+                index[side] = (rows, positions)
+            held_out = number % 5 == 4
+            regressions.update(at_source, at_target, index["source"], index["target"], held_out)
+            if hidden:
+                _update_hidden(hidden_moments, states, index, module_map, held_out)
+            count += len(batch["rows"])
+    hidden_fits = {layer: moments.solve([len(moments.yy[0])], ridge) for layer, moments in hidden_moments.items()}
+    return ClosedForm(
+        kernels=regressions.solve(ridge),
+        hidden_maps={layer: fit.weight for layer, fit in hidden_fits.items()},
+        hidden_r2={layer: float(fit.r2[0]) for layer, fit in hidden_fits.items()},
+        positions=count,
+    )
+
+
+def _pass(model: PreTrainedModel, inputs: dict, token_ids: torch.Tensor, hidden: bool) -> tuple[torch.Tensor, ...]:
+    """Forward and backward on the next-token loss over the shared vocabulary; returns the hidden states."""
+    place = torch.full((model.get_input_embeddings().weight.shape[0],), -100, device=model.device)
+    place[token_ids.to(model.device)] = torch.arange(len(token_ids), device=model.device)
+    labels = place[inputs["input_ids"]].masked_fill(inputs["attention_mask"] == 0, -100)
+    with torch.enable_grad():
+        output = model(**inputs, output_hidden_states=hidden)
+        next_token_loss(output.logits, labels).backward()
+    return tuple(state.detach() for state in output.hidden_states) if hidden else ()
+
+
+def _update_hidden(
+    moments: dict[int, Moments], states: dict, index: dict, module_map: ModuleMap, held_out: bool
+) -> None:
+    for source_layer, target_layer in last_sources(module_map).items():
+        # hidden_states[0] is the embedding, so layer l writes hidden_states[l + 1]
+        x = states["source"][source_layer + 1][index["source"]].float()
+        y = states["target"][target_layer + 1][index["target"]]
+        x = with_bias(x).to(y.device)
+        if target_layer not in moments:
+            moments[target_layer] = Moments(x.shape[1], y.shape[1], y.device)
+        moments[target_layer].update(x, y, held_out)
+
+
+def last_sources(module_map: ModuleMap) -> dict[int, int]:
+    """Source layer → target layer, keeping for each target layer the deepest source layer that lands on it."""
+    deepest: dict[int, int] = {}
+    for source_layer, target_layer in module_map.layers.items():
+        deepest[target_layer] = max(source_layer, deepest.get(target_layer, -1))
+    return {s: t for t, s in deepest.items()}
+
+
+def with_bias(x: torch.Tensor) -> torch.Tensor:
+    """Append a 1 to every row: (n, d) → (n, d + 1)."""
+    return nn.functional.pad(x, (0, 1), value=1.0)

@@ -1,0 +1,238 @@
+"""Loading models, tokenizers and LoRAs, and giving models back exactly as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, load_peft_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class LoraKernel:
+    """The frozen LoRA of one source module: `delta(x) = scaling * B A x`, A (r, in_S), B (out_S, r)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+
+def default_device() -> torch.device:
+    """The accelerator when there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it fast (accelerators, CPUs with AMX), else float32."""
+    if device.type != "cpu" or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load_model(
+    model: str | Path | PreTrainedModel, which: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """A causal language model from a hub id, a path or an already loaded model (returned as it is).
+
+    Raises:
+        ValueError: If `model` is a PeftModel.
+        OSError: If it cannot be found; the message says what to pass.
+    """
+    if isinstance(model, PeftModel):
+        raise ValueError(f"`{which}` is a PeftModel: pass its base model, `{which}.unload()` or a model id.")
+    if isinstance(model, nn.Module):
+        return model
+    device = default_device()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype or default_dtype(device))
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The {which} model '{model}' could not be loaded: {error} Pass a hub id, a folder or a loaded model."
+        ) from error
+    return loaded.to(device)
+
+
+def load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | str | None, model: PreTrainedModel, which: str, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The given tokenizer, or the one that lies beside the model.
+
+    Raises:
+        ValueError: If no tokenizer is given and none can be found.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    path = tokenizer or model.name_or_path
+    error: Exception | None = None
+    if path:
+        try:
+            return AutoTokenizer.from_pretrained(path, revision=revision)
+        except (OSError, ValueError) as e:
+            error = e
+    raise ValueError(f"No tokenizer was found for the {which} model ('{path}'): pass `{which}_tokenizer=`.") from error
+
+
+@contextmanager
+def adapted_source(
+    source: PreTrainedModel, adapter: str | Path | PeftModel, revision: str | None = None
+) -> Iterator[PeftModel]:
+    """The source model with its LoRA active; a loaded `source` gets its plain modules back afterwards.
+
+    Raises:
+        ValueError: If the adapter is no LoRA, uses a feature that cannot be translated yet, or does not fit the model.
+    """
+    if isinstance(adapter, PeftModel):
+        _check_lora(adapter.active_peft_config, "The adapter")
+        yield adapter
+        return
+    try:
+        config = PeftConfig.from_pretrained(str(adapter), revision=revision)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"The adapter '{adapter}' could not be read: {error} Pass a hub id or a folder with adapter_config.json."
+        ) from error
+    _check_lora(config, f"The adapter '{adapter}'")
+    # PEFT edits the config it is given, and loads a copy if the file names other modules.
+    model = None
+    try:
+        try:
+            model = PeftModel.from_pretrained(
+                source, str(adapter), adapter_name=_SOURCE_ADAPTER, revision=revision, config=copy.deepcopy(config)
+            )
+            _check_same_keys(model, adapter, revision)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; it was trained on "
+                f"'{config.base_model_name_or_path}'. ({_first_line(error)})"
+            ) from error
+        yield model
+    finally:
+        unload_adapters(source)
+
+
+_SOURCE_ADAPTER = "peft_cast_source"
+
+
+def unload_adapters(model: PreTrainedModel) -> None:
+    """Put the plain modules of an injected model back, also when the injection stopped halfway."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(attribute, None)
+
+
+def read_kernels(model: PeftModel) -> dict[str, LoraKernel]:
+    """The active LoRA of `model` per module name of its base model.
+
+    Raises:
+        ValueError: If a layer is of a kind that cannot be translated yet (embedding, convolution, DoRA).
+    """
+    (adapter,) = model.active_adapters
+    kernels = {}
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter not in module.lora_A:
+            if adapter in module.lora_embedding_A:
+                raise ValueError(f"The adapter has a LoRA on the embedding '{name}', which cannot be translated yet.")
+            continue
+        A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+        if A.ndim != 2:
+            raise ValueError(f"The adapter has a LoRA on '{name}', a convolution, which cannot be translated.")
+        kernels[name] = LoraKernel(A.detach().float(), B.detach().float(), float(module.scaling[adapter]))
+    return kernels
+
+
+def _check_lora(config: PeftConfig, name: str) -> None:
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{name} is of type {config.peft_type}; only LoRA adapters can be translated.")
+    unsupported = [
+        feature
+        for feature, used in {
+            "DoRA": config.use_dora,
+            "trained biases": config.bias != "none" or config.lora_bias,
+            "modules_to_save": bool(config.modules_to_save),
+            "target_parameters": bool(config.target_parameters),
+            "trainable_token_indices": bool(config.trainable_token_indices),
+            "layer_replication": bool(config.layer_replication),
+        }.items()
+        if used
+    ]
+    if unsupported:
+        raise ValueError(f"{name} uses {' and '.join(unsupported)}, which cannot be translated yet.")
+
+
+def _check_same_keys(model: PeftModel, adapter: str | Path, revision: str | None) -> None:
+    """PEFT ignores weights in the file that the model has no place for; here they mean the wrong model."""
+    kwargs = {"revision": revision} if revision else {}
+    in_file = {
+        key.removeprefix("base_model.model.") for key in load_peft_weights(str(adapter), device="cpu", **kwargs)
+    }
+    in_model = {
+        key.removeprefix("base_model.model.")
+        for key in get_peft_model_state_dict(model, adapter_name=_SOURCE_ADAPTER, save_embedding_layers=False)
+    }
+    if in_file != in_model:
+        odd = sorted(in_file ^ in_model)
+        where = "file, not in the model" if odd[0] in in_file else "model, not in the file"
+        raise ValueError(f"'{odd[0]}' is in the {where}; {len(odd)} such tensors")
+
+
+def _first_line(error: Exception) -> str:
+    """PEFT lists every mismatched tensor; one is enough."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
+
+
+@contextmanager
+def untouched(*models: PreTrainedModel) -> Iterator[None]:
+    """Freeze the models and put them in eval mode; afterwards restore every mode, requires_grad flag and cache flag."""
+    states = []
+    for model in models:
+        states.append(
+            (
+                model,
+                [(module, module.training) for module in model.modules()],
+                [(parameter, parameter.requires_grad) for parameter in model.parameters()],
+            )
+        )
+        model.eval()
+        model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for model, modes, flags in states:
+            for module, training in modes:
+                module.training = training
+            for parameter, requires_grad in flags:
+                parameter.requires_grad = requires_grad
+
+
+@contextmanager
+def shared_head(model: PreTrainedModel, token_ids: torch.Tensor) -> Iterator[None]:
+    """Within the context the model's logits cover only `token_ids`, in this order; the old head is put back after.
+
+    Swapping the head, not multiplying outside, keeps what architectures do around it (soft-capping, scaling), and
+    never builds the logits of the whole vocabulary.
+    """
+    head = model.get_output_embeddings()
+    weight = head.weight.detach()[token_ids.to(head.weight.device)]
+    small = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    small.weight = nn.Parameter(weight, requires_grad=False)
+    if getattr(head, "bias", None) is not None:
+        small.bias = nn.Parameter(head.bias.detach()[token_ids.to(head.bias.device)], requires_grad=False)
+    model.set_output_embeddings(small)
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(head)

@@ -1,0 +1,94 @@
+"""The result of a translation."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from .align import ModuleMap
+
+
+USAGE = """
+## Use
+
+This is a [CAST](https://arxiv.org/abs/2510.17902) adapter, a LoRA translated from another base model. It needs
+`pip install peft-cast`, and the import below before it is loaded:
+
+```python
+import peft_cast  # registers the CAST adapter type with PEFT
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{target}")
+model = PeftModel.from_pretrained(model, "path or hub id of this adapter")
+```
+
+Translated from the LoRA `{adapter}` of `{source}`{revision}.
+"""
+
+
+@dataclass(frozen=True)
+class TranslationResult:
+    """What `translate` returns.
+
+    Args:
+        model ([`~peft.PeftModel`]): The target model with the translated adapter, ready to generate or save.
+        metrics (`dict`): The measurements of the run, JSON-ready. `kl`: nats per aligned position between the teacher
+            and the untouched target, the closed form and the final adapter on held-out texts; `closed_form`: held-out
+            R² per target module; `phases`: seconds and peak memory; `parameters`; `alignment`; `text`; `settings`.
+        history (`list[dict]`): Trainer's log of the refinement.
+        module_map (`ModuleMap`): Which source modules landed where, and which found no place.
+    """
+
+    model: PeftModel
+    metrics: dict[str, Any]
+    history: list[dict[str, float]]
+    module_map: ModuleMap
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a README that says how to load it."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        config = self.model.active_peft_config
+        revision = f" at revision `{config.source_adapter_revision}`" if config.source_adapter_revision else ""
+        usage = USAGE.format(
+            target=config.base_model_name_or_path,
+            adapter=config.source_adapter_name_or_path,
+            source=config.source_model_name_or_path,
+            revision=revision,
+        )
+        card = folder / "README.md"
+        card.write_text(card.read_text(encoding="utf-8") + usage, encoding="utf-8")
+        report = {"metrics": self.metrics, "history": self.history}
+        (folder / "cast_metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def summary(self) -> str:
+        """A short table: how far the translation went and what it cost."""
+        kl = self.metrics["kl"]
+        lines = ["KL from the teacher on held-out text (nats per position; less is closer)"]
+        lines += [f"  {name:<22}{value:8.4f}" for name, value in kl.items()]
+        if kl["target"] > 0:
+            lines.append(f"  {'way covered':<22}{1 - kl['translated'] / kl['target']:8.1%}")
+        by_role: dict[str, list[dict]] = defaultdict(list)
+        for name, fits in self.metrics["closed_form"]["modules"].items():
+            by_role[name.rsplit(".", 1)[-1]] += fits
+        lines.append("Closed-form fit, held-out R² (mean over layers)   P_in   P_out")
+        for role, fits in by_role.items():
+            r2_in, r2_out = (sum(fit[key] for fit in fits) / len(fits) for key in ("r2_in", "r2_out"))
+            lines.append(f"  {role:<46}{r2_in:6.2f}  {r2_out:6.2f}")
+        parameters = self.metrics["parameters"]
+        lines.append(
+            f"Trained parameters {parameters['trained']:,} (source LoRA {parameters['source_lora']:,}); "
+            f"unmapped source modules {len(self.module_map.unmapped)}"
+        )
+        costs = self.metrics["phases"].items()
+        lines.append("Time  " + ", ".join(f"{name} {cost['seconds']:.0f} s" for name, cost in costs))
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()

@@ -1,0 +1,129 @@
+"""Corpora: C4 by default, any hub dataset, local files, or text already in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus with its options; a plain string, path, list or dataset means `Corpus` of it.
+
+    Args:
+        source: Hub dataset id, path of a local jsonl/json/txt/parquet/csv file, iterable of strings, or a
+            `datasets.Dataset` or `IterableDataset`. A txt file has one text per paragraph (blank lines between).
+        column (`str`): The column that holds the text.
+        name (`str`, *optional*): Configuration of a hub dataset, e.g. `"en"`.
+        split (`str`): Split of a hub dataset.
+        min_chars (`int`): Shorter texts are left out.
+    """
+
+    source: Any = "allenai/c4"
+    column: str = "text"
+    name: str | None = None
+    split: str = "train"
+    min_chars: int = 50
+
+
+C4 = Corpus("allenai/c4", name="en", min_chars=200)
+
+
+def read_corpus(corpus: Any, limit: int) -> list[str]:
+    """The first `limit` texts of a corpus that are long enough.
+
+    Args:
+        corpus: A `Corpus` or anything that its `source` may be; `None` is C4 (`allenai/c4`, en), streamed.
+        limit (`int`): The most texts to read. Streams are read no further.
+
+    Raises:
+        ValueError: If it holds no text that is long enough, or lacks the column.
+        OSError: If it cannot be reached; the message says what to pass instead.
+    """
+    if corpus is None:
+        corpus = C4
+    elif not isinstance(corpus, Corpus):
+        corpus = C4 if corpus == C4.source else Corpus(corpus)
+    texts = list(islice((t for t in _texts(corpus) if len(t.strip()) >= corpus.min_chars), limit))
+    if not texts:
+        raise ValueError(
+            f"The text corpus {_describe(corpus)} holds no text of at least {corpus.min_chars} characters: pass more "
+            "or longer text, or `Corpus(..., min_chars=...)`."
+        )
+    return texts
+
+
+def _describe(corpus: Corpus) -> str:
+    return f"'{corpus.source}'" if isinstance(corpus.source, (str, Path)) else f"({type(corpus.source).__name__})"
+
+
+def _texts(corpus: Corpus) -> Iterator[str]:
+    source = corpus.source
+    if isinstance(source, Path) or (isinstance(source, str) and _looks_local(source)):
+        source = _local(Path(source))
+    elif isinstance(source, str):
+        source = _hub(corpus)
+    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+        return _column(source, corpus)
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        raise ValueError(f"The text is a dataset with splits {sorted(source)}: pass one of them, e.g. text['train'].")
+    if not isinstance(source, Iterable):
+        raise ValueError(
+            f"`text` must be a hub id, a path, an iterable of strings or a dataset, got {type(source).__name__}."
+        )
+    return _strings(source)
+
+
+def _looks_local(source: str) -> bool:
+    return Path(source).exists() or Path(source).suffix in _BUILDERS
+
+
+def _local(path: Path) -> datasets.Dataset:
+    if not path.exists():
+        raise OSError(f"The text file '{path}' does not exist.")
+    if path.is_dir():
+        return datasets.load_from_disk(str(path))
+    builder = _BUILDERS.get(path.suffix)
+    if builder is None:
+        raise ValueError(f"The text file '{path}' has an unknown type; known are {', '.join(sorted(_BUILDERS))}.")
+    options = {"sample_by": "paragraph"} if builder == "text" else {}
+    try:
+        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"The text file '{path}' could not be read as {path.suffix}: {error}") from error
+
+
+def _hub(corpus: Corpus) -> datasets.IterableDataset:
+    try:
+        return datasets.load_dataset(corpus.source, corpus.name, split=corpus.split, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise OSError(
+            f"The dataset '{corpus.source}' could not be reached on the hub ({type(error).__name__}). Without a "
+            "connection, pass text that is at hand: text='my_texts.jsonl' (also .txt, .parquet), a list of strings, or "
+            "a datasets.Dataset."
+        ) from error
+
+
+def _column(data: datasets.Dataset | datasets.IterableDataset, corpus: Corpus) -> Iterator[str]:
+    for row in data:
+        if corpus.column not in row:
+            raise ValueError(
+                f"The text corpus {_describe(corpus)} has no column '{corpus.column}'; it has {sorted(row)}: pass "
+                "Corpus(..., column=...)."
+            )
+        yield row[corpus.column]
+
+
+def _strings(texts: Iterable[Any]) -> Iterator[str]:
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"`text` must hold strings, got {type(text).__name__}.")
+        yield text

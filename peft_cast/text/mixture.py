@@ -1,0 +1,47 @@
+"""Any of the kinds of text, and mixtures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .corpus import read_corpus
+from .samples import TextSample
+from .written import SelfWritten
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several kinds of text, in given shares.
+
+    Args:
+        parts: Pairs of a text (anything `translate(text=...)` takes) and its weight, e.g.
+            `Mixture((SelfWritten(prefix="Question:"), 3), (None, 1))` for one text of C4 in four.
+    """
+
+    parts: tuple[tuple[Any, float], ...]
+
+    def __init__(self, *parts: tuple[Any, float]) -> None:
+        if not parts or any(weight <= 0 for _, weight in parts):
+            raise ValueError("A Mixture needs at least one (text, weight) pair, each with a positive weight.")
+        object.__setattr__(self, "parts", tuple(parts))
+
+
+def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[TextSample]]) -> list[TextSample]:
+    """At most `limit` samples; the parts of a mixture are interleaved in proportion.
+
+    Args:
+        text: A `SelfWritten`, a `Mixture`, or anything that `read_corpus` takes.
+        limit (`int`): The most samples.
+        write: Lets the adapted source model write samples for a `SelfWritten`, given it and the number wanted.
+    """
+    if isinstance(text, Mixture):
+        total = sum(weight for _, weight in text.parts)
+        columns = [read_text(part, max(1, round(limit * weight / total)), write) for part, weight in text.parts]
+        # Position within its own part orders the samples, so every stretch of the result has the same shares.
+        ordered = sorted((i / len(column), n, i) for n, column in enumerate(columns) for i in range(len(column)))
+        return [columns[n][i] for _, n, i in ordered]
+    if isinstance(text, SelfWritten):
+        return write(text, limit)
+    return [TextSample(t) for t in read_corpus(text, limit)]

@@ -1,0 +1,138 @@
+"""Configuration of a CAST adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """Shape and origin of one frozen kernel `scaling * B @ A`, the LoRA of one source module.
+
+    Args:
+        r (`int`): The rank of the kernel.
+        in_features (`int`): Input width of the source module; `A` has shape `(r, in_features)`.
+        out_features (`int`): Output width of the source module; `B` has shape `(out_features, r)`.
+        scaling (`float`): The LoRA scaling, e.g. `lora_alpha / r`.
+        source_module (`str`, *optional*): Name of the module in the source model, `None` for a random kernel.
+
+    Raises:
+        ValueError: If a size is not a positive integer.
+    """
+
+    r: int
+    in_features: int
+    out_features: int
+    scaling: float = 1.0
+    source_module: str | None = None
+
+    def __post_init__(self):
+        for name in ("r", "in_features", "out_features"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` of a kernel must be a positive integer, got {value!r}.")
+
+
+@dataclass
+class CastConfig(PeftConfig):
+    """
+    This is the configuration class to store the configuration of a [`CastModel`].
+
+    CAST (Cartridge Activation Space Transfer, https://arxiv.org/abs/2510.17902) runs the frozen LoRA of a source model
+    on a target model: `y = W x + scaling * P_out B A P_in x`. Only the projections `P_in` and `P_out` are trained.
+
+    Args:
+        r (`int`):
+            Rank of the random kernel that a target module gets when `kernels` is not given.
+        target_modules (`Union[list[str], str]`, *optional*):
+            The names of the modules of the target model to adapt: a list of names or suffixes, a regex, or
+            `"all-linear"`. Defaults to the names in `kernels`, else to PEFT's LoRA default for the architecture.
+        projection_type (`str`):
+            `"factored"` (default) trains `P_in = in_U in_V` and `P_out = out_U out_V` with an inner size of
+            `projection_size`; `"full"` trains the matrices themselves, `in_S * in_T + out_T * out_S` parameters each.
+        projection_size (`int`, *optional*):
+            Inner size of factored projections. Defaults to the kernel's rank, the smallest size that can express every
+            full matrix, because only `A P_in` and `P_out B` matter.
+        kernels (`dict[str, list[KernelSpec]]`, *optional*):
+            For each target module (full name) the kernels that land on it; their deltas are summed. Filled in by
+            `peft_cast.translate`. When omitted, every target module gets one random kernel of rank `r`.
+        init_weights (`bool`):
+            Whether to start as a no-op (`P_out = 0`, default). `False` starts with random `P_out`, for testing.
+        exclude_modules (`Union[list[str], str]`, *optional*):
+            The names of the modules not to adapt, as a list or regex.
+        layers_to_transform (`Union[list[int], int]`, *optional*):
+            The layer indexes to adapt; all when omitted.
+        layers_pattern (`Union[list[str], str]`, *optional*):
+            The layer pattern name, used only with `layers_to_transform`.
+        source_model_name_or_path (`str`, *optional*): The model on which the kernels were trained.
+        source_model_revision (`str`, *optional*): Its revision.
+        source_adapter_name_or_path (`str`, *optional*): The LoRA from which the kernels were taken.
+        source_adapter_revision (`str`, *optional*): Its revision.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of random kernels, used when `kernels` is not given."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names, suffixes or regex of the target model's modules to adapt, or 'all-linear'."},
+    )
+    projection_type: Literal["factored", "full"] = field(
+        default="factored", metadata={"help": "Whether projections are products of two thin factors or full matrices."}
+    )
+    projection_size: int | None = field(
+        default=None, metadata={"help": "Inner size of factored projections; defaults to the kernel's rank."}
+    )
+    kernels: dict[str, list[KernelSpec]] | None = field(
+        default=None, metadata={"help": "The kernels that land on each target module (full module name)."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Whether to start as a no-op (P_out = 0)."})
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of the modules not to adapt."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "The layer indexes to adapt; all when omitted."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "The layer pattern name, used only with `layers_to_transform`."}
+    )
+    source_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model on which the kernels were trained."}
+    )
+    source_model_revision: str | None = field(default=None, metadata={"help": "Revision of the source model."})
+    source_adapter_name_or_path: str | None = field(
+        default=None, metadata={"help": "The LoRA from which the kernels were taken."}
+    )
+    source_adapter_revision: str | None = field(default=None, metadata={"help": "Revision of the source LoRA."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.CAST
+        if self.r < 1:
+            raise ValueError(f"`r` must be a positive integer, got {self.r!r}.")
+        if self.projection_type not in ("factored", "full"):
+            raise ValueError(f"`projection_type` must be 'factored' or 'full', got {self.projection_type!r}.")
+        if self.projection_size is not None and self.projection_size < 1:
+            raise ValueError(f"`projection_size` must be a positive integer, got {self.projection_size!r}.")
+        if self.projection_size is not None and self.projection_type == "full":
+            raise ValueError("`projection_size` has no meaning with `projection_type='full'`: leave it out.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.kernels is not None:
+            # adapter_config.json stores plain dictionaries
+            self.kernels = {
+                name: [spec if isinstance(spec, KernelSpec) else KernelSpec(**spec) for spec in specs]
+                for name, specs in self.kernels.items()
+            }
+            if not self.kernels or not all(self.kernels.values()):
+                raise ValueError("`kernels` must name at least one target module, each with at least one kernel.")
+            if self.target_modules is None:
+                self.target_modules = set(self.kernels)
+        self.target_modules = (
+            set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules
+        )
+        self.exclude_modules = (
+            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
+        )
