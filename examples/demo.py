@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import models
+
 import peft_cast
 from peft_cast.phases import Phases
 
@@ -94,7 +95,16 @@ def main() -> int:
 
 def score(model: Path, adapter: Path, output: Path, problems: int, generate: int, *flags: str) -> dict:
     """Run score.py in a fresh process."""
-    command = [sys.executable, "-W", "ignore", str(HERE / "score.py"), "--model", str(model), "--adapter", str(adapter)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(HERE / "score.py"),
+        "--model",
+        str(model),
+        "--adapter",
+        str(adapter),
+    ]
     command += ["--problems", str(problems), "--generate", str(generate), "--output", str(output), *flags]
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     return json.loads(output.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Score a model, with and without an adapter, on GSM8K. Runs in a process of its own, so it loads what was saved.
 
-    python examples/score.py --model FOLDER --adapter FOLDER --output scores.json
+python examples/score.py --model FOLDER --adapter FOLDER --output scores.json
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from gsm8k import correct_share, format_share, load_problems, nats_per_character, write_answers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_cast  # noqa: F401 (registers CAST with PEFT)
-from gsm8k import correct_share, format_share, load_problems, nats_per_character, write_answers
 
 
 HERE = Path(__file__).parent

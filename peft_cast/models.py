@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -107,7 +108,12 @@ def adapted_source(
             model = PeftModel.from_pretrained(
                 source, str(adapter), adapter_name=_SOURCE_ADAPTER, revision=revision, config=copy.deepcopy(config)
             )
+            _check_embeddings(model)
             _check_same_keys(model, adapter, revision)
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of the adapter '{adapter}' could not be read ({error}): the file is corrupt, get it again."
+            ) from error
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(
                 f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; it was trained on "
@@ -135,16 +141,18 @@ def read_kernels(model: PeftModel) -> dict[str, LoraKernel]:
     """The active LoRA of `model` per module name of its base model.
 
     Raises:
-        ValueError: If a layer is of a kind that cannot be translated yet (embedding, convolution, DoRA).
+        ValueError: If a layer is of a kind that cannot be translated yet (embedding, convolution), or not exactly one
+            adapter is active.
     """
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"Exactly one adapter of the source must be active, not {model.active_adapters}.")
     (adapter,) = model.active_adapters
+    _check_embeddings(model)
     kernels = {}
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, LoraLayer):
             continue
         if adapter not in module.lora_A:
-            if adapter in module.lora_embedding_A:
-                raise ValueError(f"The adapter has a LoRA on the embedding '{name}', which cannot be translated yet.")
             continue
         A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         if A.ndim != 2:
@@ -170,6 +178,12 @@ def _check_lora(config: PeftConfig, name: str) -> None:
     ]
     if unsupported:
         raise ValueError(f"{name} uses {' and '.join(unsupported)}, which cannot be translated yet.")
+
+
+def _check_embeddings(model: PeftModel) -> None:
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and len(module.lora_embedding_A):
+            raise ValueError(f"The adapter has a LoRA on the embedding '{name}', which cannot be translated yet.")
 
 
 def _check_same_keys(model: PeftModel, adapter: str | Path, revision: str | None) -> None:

@@ -15,9 +15,8 @@ from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from .align import AlignedPair, ModuleMap, align_texts, map_layers, map_modules, shared_vocabulary
+from .align import AlignedPair, ModuleMap, align_texts, layer_pairs, map_layers, map_modules, shared_vocabulary
 from .fit import CastTrainer, ClosedForm, TeacherSettings, distance_to_teacher, fit_closed_form
-from .fit.closed_form import last_sources
 from .fit.refine import Teacher
 from .models import (
     LoraKernel,
@@ -158,7 +157,7 @@ def translate(
         )
         try:
             model = _install(target, config, adapter_name, kernels, closed_form, gain, target_revision)
-            hidden = {t: (s, closed_form.hidden_maps[t]) for s, t in last_sources(modules).items() if beta}
+            hidden = {path: (layer_pairs(modules)[path], m) for path, m in closed_form.hidden_maps.items()}
             teacher_at_work = Teacher(teacher_model, settings, hidden)
             with shared_head(source, vocabulary.source_ids), shared_head(target, vocabulary.target_ids):
                 measure = partial(distance_to_teacher, model, teacher_at_work, held_out, target.device, batch_size)

@@ -89,14 +89,19 @@ def byte_level_tokenizer(vocab_size: int = 300) -> PreTrainedTokenizerFast:
 
 def sentencepiece_tokenizer(vocab_size: int = 420) -> PreTrainedTokenizerFast:
     """Gemma's kind: spaces marked, byte fallback, BOS in front."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = marks = pre_tokenizers.Metaspace(prepend_scheme="never")
+    names = ["<bos>", "<eos>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 256, special_tokens=names, show_progress=False)
+    trained.train_from_iterator(c4_texts(20), trainer)
+    model = json.loads(trained.to_str())["model"]
+    # Byte pieces are ordinary entries of the vocabulary; the trainer could only add them as special tokens.
+    vocab = {**model["vocab"], **{f"<0x{b:02X}>": len(model["vocab"]) + b for b in range(256)}}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    tokenizer.add_special_tokens(names)
+    tokenizer.pre_tokenizer = marks
     tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    fallback = [f"<0x{b:02X}>" for b in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<bos>", "<eos>", "<pad>", *fallback], show_progress=False
-    )
-    tokenizer.train_from_iterator(c4_texts(20), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )
@@ -158,3 +163,9 @@ def lora_folder(tmp_path_factory, source_folder):
 @pytest.fixture(autouse=True)
 def same_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    # Tiny matrices lose more to a second thread's hand-over than they gain.
+    torch.set_num_threads(1)

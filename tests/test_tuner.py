@@ -73,7 +73,9 @@ def test_fresh_adapter_where_the_target_is_wider_than_it_is_high():
     assert torch.equal(kernel.P_in, torch.eye(48)) and not kernel.P_out.any()
 
 
-@pytest.mark.parametrize("projection", [{}, {"projection_size": 2}, {"projection_size": 9}, {"projection_type": "full"}])
+@pytest.mark.parametrize(
+    "projection", [{}, {"projection_size": 2}, {"projection_size": 9}, {"projection_type": "full"}]
+)
 def test_forward_equals_the_formula(projection):
     model = random_cast(tiny_model(), kernels=KERNELS, **projection)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
@@ -249,16 +251,32 @@ def test_kernels_keep_their_bits_on_a_half_precision_model(tmp_path):
 
 
 def test_cached_factors_follow_every_change():
-    model = random_cast(tiny_model())
+    model = random_cast(tiny_model()).requires_grad_(False)
     before = logits(model)
-    kernel = model.get_base_model().model.layers[0].self_attn.q_proj.peft_cast_kernels["default"][0]
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    kernel = layer.peft_cast_kernels["default"][0]
+    assert layer.get_factors("default")[0] is layer.get_factors("default")[0]
     with torch.no_grad():
         kernel.out_U.mul_(2)
-    changed = logits(model)
-    assert (changed - before).abs().max() > 1e-3
+    assert (logits(model) - before).abs().max() > 1e-3
     with torch.no_grad():
         kernel.out_U.div_(2)
     torch.testing.assert_close(logits(model), before)
+
+
+@pytest.mark.parametrize("kind", [{"fused": True}, {"foreach": True}])
+def test_training_is_seen_by_the_next_evaluation(kind):
+    model = random_cast(tiny_model())
+    frozen_before = logits(model.requires_grad_(False))
+    model.set_adapter("default")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, **kind)
+    before = logits(model)  # evaluated between two steps, as Trainer does
+    model(input_ids=INPUTS, labels=INPUTS).loss.backward()
+    optimizer.step()
+    after = logits(model)
+    assert torch.equal(before, frozen_before) and (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model.requires_grad_(False)), after)
 
 
 def test_a_base_module_whose_name_contains_the_word_cast_is_left_alone(tmp_path):

@@ -88,6 +88,22 @@ def map_modules(
     return ModuleMap({name: kernels[name] for name in sorted(kernels, key=order.get)}, dict(layers), tuple(unmapped))
 
 
+def layer_pairs(module_map: ModuleMap) -> dict[str, str]:
+    """Path of every target layer that carries kernels → path of the deepest source layer that lands on it."""
+    pairs: dict[str, str] = {}
+    for place, sources in module_map.kernels.items():
+        path = _layer_path(place)
+        known = [pairs[path]] if path in pairs else []
+        pairs[path] = max(known + [_layer_path(s) for s in sources], key=lambda p: int(p.rsplit(".", 1)[1]))
+    return pairs
+
+
+def _layer_path(name: str) -> str:
+    """`"model.layers.3.self_attn.q_proj"` → `"model.layers.3"`"""
+    match = _LAYER.match(name)
+    return f"{match['stem']}.{match['index']}"
+
+
 def split_name(name: str) -> tuple[int, str] | None:
     """Layer number and last part of a module's name, `None` for modules outside the layers (embeddings, head)."""
     match = _LAYER.match(name)

@@ -1,4 +1,4 @@
-"""Module inputs and output gradients of one pass, at chosen positions."""
+"""What modules and layers saw and wrote in one pass, by hooks that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -28,23 +28,52 @@ def capture(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Captured]:
     """Record the inputs and output gradients of the named modules; all hooks are removed afterwards."""
     captured = Captured()
     handles = []
+    rows = 0
+
+    def by_rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().reshape(rows, -1, tensor.shape[-1])  # OPT's MLP flattens rows and length
+
+    def start_graph(_, args, output):
+        nonlocal rows
+        rows = output.shape[0]
+        return output.requires_grad_(True)
 
     def watch(name: str, module: nn.Module) -> None:
         def forward_hook(_, args, output):
-            captured.inputs[name] = args[0].detach()
+            captured.inputs[name] = by_rows(args[0])
             if output.requires_grad:
-                output.register_hook(lambda gradient: captured.gradients.__setitem__(name, gradient.detach()))
+                output.register_hook(lambda gradient: captured.gradients.__setitem__(name, by_rows(gradient)))
 
         handles.append(module.register_forward_hook(forward_hook))
 
     for name in names:
         watch(name, model.get_submodule(name))
     # Nothing in a frozen model requires gradients, so the embeddings start the graph.
-    handles.append(
-        model.get_input_embeddings().register_forward_hook(lambda _, args, output: output.requires_grad_(True))
-    )
+    handles.append(model.get_input_embeddings().register_forward_hook(start_graph))
     try:
         yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def layer_outputs(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Record the hidden states that the named decoder layers write, each (rows, length, hidden), with their graph.
+
+    transformers' `output_hidden_states=True` would leave hooks in the model.
+    """
+    states: dict[str, torch.Tensor] = {}
+
+    def hook_for(path: str):
+        def hook(_, args, output):
+            states[path] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(hook_for(path)) for path in paths]
+    try:
+        yield states
     finally:
         for handle in handles:
             handle.remove()

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..align import AlignedPair, ModuleMap, SharedVocabulary
+from ..align import AlignedPair, ModuleMap, SharedVocabulary, layer_pairs
 from ..models import LoraKernel, shared_head
 from .batches import collate_pairs, side_of
-from .capture import Captured, capture, next_token_loss
+from .capture import Captured, capture, layer_outputs, next_token_loss
 from .moments import Moments
 
 
@@ -50,15 +50,15 @@ class ClosedForm:
 
     Args:
         kernels (`dict[str, list[KernelFit]]`): For each target module, in the order of the module map.
-        hidden_maps (`dict[int, torch.Tensor]`): For each target layer, the map from the source layer's hidden state
-            and a 1 to the target's, shape (hidden_T, hidden_S + 1).
-        hidden_r2 (`dict[int, float]`): Held-out R² of those maps.
+        hidden_maps (`dict[str, torch.Tensor]`): For each target layer (path), the map from the hidden state of its source
+            layer (see `layer_pairs`) and a 1 to the target's, shape (hidden_T, hidden_S + 1).
+        hidden_r2 (`dict[str, float]`): Held-out R² of those maps.
         positions (`int`): Aligned positions used.
     """
 
     kernels: dict[str, list[KernelFit]]
-    hidden_maps: dict[int, torch.Tensor]
-    hidden_r2: dict[int, float]
+    hidden_maps: dict[str, torch.Tensor]
+    hidden_r2: dict[str, float]
     positions: int
 
 
@@ -111,7 +111,8 @@ class _Regressions:
             into.update(zip(keys, zip(fit.weight.split(blocks), fit.r2)))
         fits: dict[str, list[KernelFit]] = {}
         for name, moments in self.outputs.items():
-            fit = moments.solve(self.ranks(name), ridge)
+            # Gradients are noisy and heavy-tailed, activations are not: their strengths differ by orders of magnitude.
+            fit = moments.solve(self.ranks(name), ridge, start=1.0)
             fits[name] = [
                 KernelFit(s, into[name, s][0].cpu(), weight.T.contiguous().cpu(), float(into[name, s][1]), float(r2))
                 for s, weight, r2 in zip(self.module_map.kernels[name], fit.weight.split(self.ranks(name)), fit.r2)
@@ -160,7 +161,8 @@ def fit_closed_form(
         if name in sources
     }
     regressions = _Regressions(kernels, module_map)
-    hidden_moments: dict[int, Moments] = {}
+    hidden_moments: dict[str, Moments] = {}
+    pairs_of_layers = layer_pairs(module_map) if hidden else {}
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
     count = 0
     with (
@@ -168,61 +170,44 @@ def fit_closed_form(
         shared_head(target, vocabulary.target_ids),
         capture(source, sources) as at_source,
         capture(target, module_map.kernels) as at_target,
+        layer_outputs(source, set(pairs_of_layers.values())) as source_states,
+        layer_outputs(target, pairs_of_layers) as target_states,
     ):
         for number, chunk in enumerate(progress(batches) if progress else batches):
             batch = collate_pairs(chunk)
-            states, index = {}, {}
+            index = {}
             for side, model, ids in (
                 ("source", source, vocabulary.source_ids),
                 ("target", target, vocabulary.target_ids),
             ):
                 inputs, rows, positions = side_of(batch, side, model.device)
-                states[side] = _pass(model, inputs, ids, hidden)
+                _pass(model, inputs, ids)
                 index[side] = (rows, positions)
             held_out = number % 5 == 4
             regressions.update(at_source, at_target, index["source"], index["target"], held_out)
-            if hidden:
-                _update_hidden(hidden_moments, states, index, module_map, held_out)
+            for path, source_path in pairs_of_layers.items():
+                x = with_bias(source_states[source_path].detach()[index["source"]].float())
+                y = target_states[path].detach()[index["target"]]
+                if path not in hidden_moments:
+                    hidden_moments[path] = Moments(x.shape[1], y.shape[1], y.device)
+                hidden_moments[path].update(x.to(y.device), y, held_out)
             count += len(batch["rows"])
-    hidden_fits = {layer: moments.solve([len(moments.yy[0])], ridge) for layer, moments in hidden_moments.items()}
+    hidden_fits = {path: moments.solve([moments.yy.shape[1]], ridge) for path, moments in hidden_moments.items()}
     return ClosedForm(
         kernels=regressions.solve(ridge),
-        hidden_maps={layer: fit.weight for layer, fit in hidden_fits.items()},
-        hidden_r2={layer: float(fit.r2[0]) for layer, fit in hidden_fits.items()},
+        hidden_maps={path: fit.weight for path, fit in hidden_fits.items()},
+        hidden_r2={path: float(fit.r2[0]) for path, fit in hidden_fits.items()},
         positions=count,
     )
 
 
-def _pass(model: PreTrainedModel, inputs: dict, token_ids: torch.Tensor, hidden: bool) -> tuple[torch.Tensor, ...]:
-    """Forward and backward on the next-token loss over the shared vocabulary; returns the hidden states."""
+def _pass(model: PreTrainedModel, inputs: dict, token_ids: torch.Tensor) -> None:
+    """Forward and backward on the next-token loss over the shared vocabulary."""
     place = torch.full((model.get_input_embeddings().weight.shape[0],), -100, device=model.device)
     place[token_ids.to(model.device)] = torch.arange(len(token_ids), device=model.device)
     labels = place[inputs["input_ids"]].masked_fill(inputs["attention_mask"] == 0, -100)
     with torch.enable_grad():
-        output = model(**inputs, output_hidden_states=hidden)
-        next_token_loss(output.logits, labels).backward()
-    return tuple(state.detach() for state in output.hidden_states) if hidden else ()
-
-
-def _update_hidden(
-    moments: dict[int, Moments], states: dict, index: dict, module_map: ModuleMap, held_out: bool
-) -> None:
-    for source_layer, target_layer in last_sources(module_map).items():
-        # hidden_states[0] is the embedding, so layer l writes hidden_states[l + 1]
-        x = states["source"][source_layer + 1][index["source"]].float()
-        y = states["target"][target_layer + 1][index["target"]]
-        x = with_bias(x).to(y.device)
-        if target_layer not in moments:
-            moments[target_layer] = Moments(x.shape[1], y.shape[1], y.device)
-        moments[target_layer].update(x, y, held_out)
-
-
-def last_sources(module_map: ModuleMap) -> dict[int, int]:
-    """Source layer → target layer, keeping for each target layer the deepest source layer that lands on it."""
-    deepest: dict[int, int] = {}
-    for source_layer, target_layer in module_map.layers.items():
-        deepest[target_layer] = max(source_layer, deepest.get(target_layer, -1))
-    return {s: t for t, s in deepest.items()}
+        next_token_loss(model(**inputs).logits, labels).backward()
 
 
 def with_bias(x: torch.Tensor) -> torch.Tensor:

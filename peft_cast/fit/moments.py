@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 
-# Ridge strengths tried, relative to the mean eigenvalue of the inputs' second moment.
-RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Ridge strengths that can be chosen, relative to the mean eigenvalue of the inputs' second moment.
+RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True)
@@ -49,38 +49,47 @@ class Moments:
         self.yy[part] += y.square().sum(0)
         self.count[part] += len(x)
 
-    def solve(self, blocks: list[int], ridge: float | None = None) -> RidgeFit:
+    def solve(self, blocks: list[int], ridge: float | None = None, start: float = 1e-2) -> RidgeFit:
         """Ridge regression on the fitting texts; the strength with the least error on the held-out texts is used.
 
         Args:
             blocks (`list[int]`): Sizes of the groups of outputs for which R² is reported; they sum to dim_y.
             ridge (`float`, *optional*): A fixed strength instead of the choice.
+            start (`float`): The strength in `RIDGES` where the search begins; it stops at the first that is no better.
+
+        Raises:
+            ValueError: If the moments are not finite.
         """
-        fit, test = 0, 1
-        if self.count[test] == 0:
-            test = fit
-        # float64: the moments of language models are ill-conditioned (a few huge directions).
-        xx, yx = self.xx[fit].double(), self.yx[fit].double()
-        xx_test, yx_test, yy_test = self.xx[test].double(), self.yx[test].double(), self.yy[test].double()
-        scale = xx.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        best = None
-        for strength in (ridge,) if ridge is not None else RIDGES:
-            damped = xx + strength * scale * torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if failed:
-                continue
-            weight = torch.cholesky_solve(yx.T, factor).T
-            # ‖y − W x‖² per output, from the moments alone
-            error = yy_test - 2 * (weight * yx_test).sum(1) + ((weight @ xx_test) * weight).sum(1)
-            r2 = torch.stack(
-                [1 - e.sum() / y.sum().clamp_min(1e-30) for e, y in zip(error.split(blocks), yy_test.split(blocks))]
-            )
-            score = float(r2.mean())
-            if best is None or score > best[0]:
-                best = (score, RidgeFit(weight.float(), r2.float().cpu(), strength))
-        if best is None:
+        if not all(torch.isfinite(m).all() for m in (self.xx, self.yx, self.yy)):
             raise ValueError(
-                "The closed-form fit could not be solved: the activations contain NaN or infinite values. Load the "
-                "models in float32 or bfloat16."
+                "The closed-form fit met NaN or infinite activations or gradients: load the models in float32 or "
+                "bfloat16 instead of float16."
             )
-        return best[1]
+        if ridge is not None:
+            return self._solve(blocks, ridge)
+        middle = RIDGES.index(start)
+        best = self._solve(blocks, RIDGES[middle])
+        for direction in (RIDGES[middle + 1 :], RIDGES[:middle][::-1]):
+            before = best
+            for strength in direction:
+                fit = self._solve(blocks, strength)
+                if fit.r2.mean() <= best.r2.mean():
+                    break
+                best = fit
+            if best is not before:
+                break
+        return best
+
+    def _solve(self, blocks: list[int], ridge: float) -> RidgeFit:
+        fit, test = 0, 1 if self.count[1] else 0
+        # Moments of language models are ill-conditioned (a few huge directions): weak damping needs float64.
+        dtype = torch.float64 if ridge < 1e-2 else torch.float32
+        xx = self.xx[fit].to(dtype)
+        damping = ridge * xx.diagonal().mean().clamp_min(torch.finfo(dtype).tiny)
+        factor = torch.linalg.cholesky(xx + damping * torch.eye(len(xx), dtype=dtype, device=xx.device))
+        weight = torch.cholesky_solve(self.yx[fit].to(dtype).T, factor).T.float()
+        # ‖y − W x‖² per output, from the moments alone
+        error = self.yy[test] - 2 * (weight * self.yx[test]).sum(1) + ((weight @ self.xx[test]) * weight).sum(1)
+        parts = zip(error.split(blocks), self.yy[test].split(blocks))
+        r2 = torch.stack([1 - e.sum() / y.sum().clamp_min(1e-30) for e, y in parts])
+        return RidgeFit(weight, r2.cpu(), ridge)

@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from ..align import AlignedPair
 from .batches import collate_pairs, side_of
+from .capture import layer_outputs
 from .closed_form import with_bias
 from .losses import kl_divergence, mix_logits, normalised_mse
 
@@ -39,51 +40,57 @@ class Teacher:
     Args:
         source (`PeftModel`): The source model with its LoRA.
         settings (`TeacherSettings`): The losses.
-        hidden_maps: For each target layer, (source layer, map from source state and 1 to target state).
+        hidden_maps: Path of each target layer → (path of its source layer, map from source state and 1 to target state).
     """
 
     def __init__(
         self,
         source: PeftModel,
         settings: TeacherSettings,
-        hidden_maps: Mapping[int, tuple[int, torch.Tensor]] | None = None,
+        hidden_maps: Mapping[str, tuple[str, torch.Tensor]] | None = None,
     ) -> None:
         self.source, self.settings = source, settings
         self.hidden_maps = dict(hidden_maps or {}) if settings.beta else {}
+        self.layers = {"source": {path for path, _ in self.hidden_maps.values()}, "target": set(self.hidden_maps)}
 
-    def _run(self, model, batch: dict, side: str, device: torch.device) -> tuple[torch.Tensor, tuple]:
+    def _run(self, model, base, batch: dict, side: str, device: torch.device) -> tuple[torch.Tensor, dict]:
+        """Logits (m, vocabulary) and hidden states by layer path (m, hidden) at the m aligned positions."""
         inputs, rows, positions = side_of(batch, side, device)
-        output = model(**inputs, output_hidden_states=bool(self.hidden_maps))
-        states = output.hidden_states if self.hidden_maps else ()
-        return output.logits[rows, positions], tuple(state[rows, positions] for state in states)
+        with layer_outputs(base, self.layers[side]) as states:
+            logits = model(**inputs).logits
+        return logits[rows, positions], {path: state[rows, positions] for path, state in states.items()}
 
-    def student(self, model, batch: dict, device: torch.device) -> tuple[torch.Tensor, tuple]:
-        """Logits (m, vocabulary) and hidden states (m, hidden_T) of the translated model at the m aligned positions."""
-        return self._run(model, batch, "target", device)
+    def student(self, model, base: PeftModel, batch: dict, device: torch.device) -> tuple[torch.Tensor, dict]:
+        """Logits (m, vocabulary) and, per target layer, hidden states (m, hidden_T) of the translated model.
+
+        `model` is what is called (it may be wrapped for distributed training), `base` the PeftModel in it.
+        """
+        return self._run(model, base.get_base_model(), batch, "target", device)
 
     @torch.no_grad()
     def goals(
         self, target: PeftModel, batch: dict, device: torch.device
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Teacher logits (m, vocabulary) and, per target layer, the hidden states (m, hidden_T) to reach."""
         share = self.settings.target_share
-        adapted, adapted_states = self._run(self.source, batch, "source", self.source.device)
+        source = (self.source, self.source.get_base_model(), batch, "source", self.source.device)
+        adapted, adapted_states = self._run(*source)
         if share:
             with self.source.disable_adapter():
-                plain, plain_states = self._run(self.source, batch, "source", self.source.device)
+                plain, plain_states = self._run(*source)
             with target.disable_adapter():
-                own, own_states = self._run(target, batch, "target", device)
+                own, own_states = self.student(target, target, batch, device)
             logits = mix_logits(adapted.to(device), plain.to(device), own, share)
         else:
             logits = adapted.to(device)
         states = {}
-        for layer, (source_layer, weight) in self.hidden_maps.items():
+        for path, (source_path, weight) in self.hidden_maps.items():
             weight = weight.to(device)
-            state = with_bias(adapted_states[source_layer + 1].to(device).float()) @ weight.T
+            state = with_bias(adapted_states[source_path].to(device).float()) @ weight.T
             if share:
-                mapped = with_bias(plain_states[source_layer + 1].to(device).float()) @ weight.T
-                state = state + share * (own_states[layer + 1].float() - mapped)
-            states[layer] = state
+                mapped = with_bias(plain_states[source_path].to(device).float()) @ weight.T
+                state = state + share * (own_states[path].float() - mapped)
+            states[path] = state
         return logits, states
 
 
@@ -102,15 +109,29 @@ class CastTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, list[float]] = {"kl": [], "mse": []}
 
+    def create_optimizer(self, model=None):
+        # Factors differ in size by orders of magnitude (activations and gradients of two models have their own units),
+        # and Adam's steps do not know: each tensor's step is in proportion to its root mean square at the start.
+        if self.optimizer is None:
+            groups = [
+                {"params": [p], "lr": self.args.learning_rate * max(float(p.detach().square().mean().sqrt()), 1e-4)}
+                for p in self.model.parameters()
+                if p.requires_grad
+            ]
+            optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_cls(groups, **kwargs)
+        return self.optimizer
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         settings = self.teacher.settings
-        goal, goal_states = self.teacher.goals(self.accelerator.unwrap_model(model), inputs, self.args.device)
-        logits, states = self.teacher.student(model, inputs, self.args.device)
+        base = self.accelerator.unwrap_model(model)
+        goal, goal_states = self.teacher.goals(base, inputs, self.args.device)
+        logits, states = self.teacher.student(model, base, inputs, self.args.device)
         kl = kl_divergence(goal, logits, settings.temperature)
         loss = settings.alpha * kl
         self.parts["kl"].append(float(kl.detach()))
         if goal_states:
-            mse = torch.stack([normalised_mse(states[layer + 1], s) for layer, s in goal_states.items()]).mean()
+            mse = torch.stack([normalised_mse(states[path], goal) for path, goal in goal_states.items()]).mean()
             loss = loss + settings.beta * mse
             self.parts["mse"].append(float(mse.detach()))
         if not torch.isfinite(loss):
@@ -145,7 +166,7 @@ def distance_to_teacher(
     for i in range(0, len(pairs), batch_size):
         batch = collate_pairs(pairs[i : i + batch_size])
         goal, _ = teacher.goals(model, batch, device)
-        logits, _ = teacher.student(model, batch, device)
+        logits, _ = teacher.student(model, model, batch, device)
         total += float(kl_divergence(goal, logits)) * len(goal)
         count += len(goal)
     return total / count

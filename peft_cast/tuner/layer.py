@@ -161,13 +161,13 @@ class CastLayer(BaseTunerLayer):
     def get_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The adapter as one LoRA on this module: `A'` (R, in_T) and `B'` (out_T, R), R the sum of the ranks.
 
-        Without gradients they are kept until a kernel or projection changes.
+        Those of a frozen adapter are kept until a kernel or projection changes. A trainable adapter's never are: fused
+        optimizers change parameters without counting it as a new version.
         """
         kernels = self.peft_cast_kernels[adapter_name]
-        if torch.is_grad_enabled():
-            return _stack_factors(kernels)
         tensors = [*kernels.parameters(), *kernels.buffers()]
-        if any(t.is_inference() for t in tensors):  # these count no versions
+        if any(t.requires_grad or t.is_inference() for t in tensors):  # inference tensors count no versions at all
+            self._factor_cache.pop(adapter_name, None)
             return _stack_factors(kernels)
         state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
         cached = self._factor_cache.get(adapter_name)

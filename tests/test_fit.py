@@ -1,0 +1,182 @@
+"""How projections are fitted and what they are trained towards."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import c4_texts, make_lora, tiny_model
+from peft import PeftModel
+
+import peft_cast
+from peft_cast.fit.batches import collate_pairs
+from peft_cast.fit.capture import capture, next_token_loss
+from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse
+from peft_cast.fit.moments import Moments
+from peft_cast.models import shared_head, untouched
+
+
+def test_moments_give_the_ridge_solution():
+    x, y = torch.randn(500, 6), torch.randn(500, 3)
+    moments = Moments(6, 3, torch.device("cpu"))
+    for part in range(5):
+        moments.update(x[part * 100 : part * 100 + 100], y[part * 100 : part * 100 + 100], held_out=part == 4)
+    fit = moments.solve([2, 1], ridge=0.1)
+    train, test = slice(0, 400), slice(400, 500)
+    damping = 0.1 * x[train].square().sum(0).mean() * torch.eye(6)
+    expected = torch.linalg.solve(x[train].T @ x[train] + damping, x[train].T @ y[train]).T
+    torch.testing.assert_close(fit.weight, expected, rtol=1e-4, atol=1e-5)
+    error = (y[test] - x[test] @ expected.T).square()
+    r2 = [1 - error[:, b].sum() / y[test][:, b].square().sum() for b in (slice(0, 2), slice(2, 3))]
+    torch.testing.assert_close(fit.r2, torch.stack(r2), rtol=1e-3, atol=1e-4)
+
+
+def test_ridge_strength_follows_the_noise():
+    W = torch.randn(2, 40)
+    chosen = []
+    for noise in (1e-3, 30.0):
+        moments = Moments(40, 2, torch.device("cpu"))
+        for held_out in (False, True):
+            x = torch.randn(60, 40)
+            moments.update(x, x @ W.T + noise * torch.randn(60, 2), held_out)
+        chosen.append(moments.solve([2]).ridge)
+    assert chosen[0] < 1e-2 < chosen[1]
+
+
+def test_chosen_strength_is_no_worse_than_its_neighbours():
+    torch.manual_seed(1)
+    moments = Moments(30, 1, torch.device("cpu"))
+    for held_out in (False, True):
+        x = torch.randn(50, 30)
+        moments.update(x, x[:, :1] + 2 * torch.randn(50, 1), held_out)
+    best = moments.solve([1], start=1e-2)
+    assert best.r2 >= max(moments.solve([1], ridge=strength).r2 for strength in (1e-2, 0.1, 1.0, 10.0)) - 1e-6
+
+
+def test_moments_refuse_nan():
+    moments = Moments(2, 1, torch.device("cpu"))
+    moments.update(torch.full((3, 2), torch.nan), torch.ones(3, 1), held_out=False)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        moments.solve([1])
+
+
+def test_captured_gradients_are_those_of_the_loss():
+    model = tiny_model().requires_grad_(False)
+    ids = torch.randint(3, 300, (2, 9))
+    layer = model.model.layers[1].mlp.up_proj
+    nudge = torch.zeros(2, 9, 48, requires_grad=True)
+    handle = layer.register_forward_hook(lambda _, args, output: output + nudge)
+    next_token_loss(model(ids).logits, ids).backward()
+    handle.remove()
+    with capture(model, ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"]) as captured:
+        next_token_loss(model(ids).logits, ids).backward()
+    torch.testing.assert_close(captured.gradients["model.layers.1.mlp.up_proj"], nudge.grad)
+    inputs = captured.inputs
+    torch.testing.assert_close(
+        F.linear(inputs["model.layers.1.mlp.up_proj"], layer.weight), layer(inputs["model.layers.1.mlp.up_proj"])
+    )
+    assert inputs["model.layers.1.mlp.up_proj"].data_ptr() == inputs["model.layers.1.mlp.gate_proj"].data_ptr()
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_shared_head_keeps_the_architectures_logits(architecture):
+    model = tiny_model(architecture, tie_word_embeddings=True)  # gemma2 soft-caps its logits
+    ids, tokens = torch.randint(3, 300, (2, 9)), torch.tensor([7, 3, 250])
+    full = model(ids).logits
+    head = model.get_output_embeddings()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        with shared_head(model, tokens):
+            torch.testing.assert_close(model(ids).logits, full[..., tokens])
+            raise RuntimeError("on purpose")
+    assert model.get_output_embeddings() is head and torch.equal(model(ids).logits, full)
+
+
+def test_untouched_restores_modes_and_flags():
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    model.lm_head.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    with untouched(model):
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert modes == [m.training for m in model.modules()]
+    assert flags == [p.requires_grad for p in model.parameters()]
+
+
+def test_kl_divergence():
+    teacher, student = torch.randn(5, 11), torch.randn(5, 11)
+    expected = (teacher.softmax(-1) * (teacher.log_softmax(-1) - student.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(kl_divergence(teacher, student), expected)
+    torch.testing.assert_close(kl_divergence(3 * teacher, 3 * student, temperature=3.0), 9 * expected)
+    assert kl_divergence(teacher, teacher + 5.0).abs() < 1e-6
+
+
+def test_teacher_mixes_from_source_to_delta():
+    adapted, source, target = torch.randn(3, 4, 9)
+    torch.testing.assert_close(mix_logits(adapted, source, target, 0.0).softmax(-1), adapted.softmax(-1))
+    torch.testing.assert_close(
+        mix_logits(adapted, source, target, 1.0).softmax(-1), (target + adapted - source).softmax(-1)
+    )
+
+
+def test_normalised_mse_is_one_for_the_mean():
+    goal = 100 * torch.randn(50, 6) + 3
+    torch.testing.assert_close(normalised_mse(goal.mean(0).expand(50, 6), goal), torch.tensor(1.0))
+    assert normalised_mse(goal, goal) == 0
+
+
+def test_collated_positions_point_at_their_own_rows(byte_tokenizer, piece_tokenizer):
+    pairs = peft_cast.align.align_texts(["short text here", c4_texts(1)[0]], byte_tokenizer, piece_tokenizer)
+    batch = collate_pairs(pairs)
+    for side in ("source", "target"):
+        tokens = batch[f"{side}_input_ids"][batch["rows"], batch[f"{side}_positions"]]
+        expected = [getattr(p, f"{side}_ids")[i] for p in pairs for i in getattr(p, f"{side}_positions")]
+        assert tokens.tolist() == expected
+        assert batch[f"{side}_attention_mask"].sum(1).tolist() == [len(getattr(p, f"{side}_ids")) for p in pairs]
+
+
+def closed_form(source, lora, target, tokenizer, **options):
+    return peft_cast.translate(
+        source, lora, target, text=c4_texts(60), fit_samples=40, steps=0, max_length=128,
+        source_tokenizer=tokenizer, target_tokenizer=tokenizer, progress=False, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3", "opt"])
+def test_same_model_recovers_the_adapter_from_the_closed_form_alone(architecture, byte_tokenizer, tmp_path):
+    source = tiny_model(architecture, len(byte_tokenizer))
+    modules = ["q_proj", "v_proj", "fc1", "fc2"] if architecture == "opt" else None
+    lora = make_lora(source, tmp_path, modules, size=0.5)
+    kl = closed_form(source, lora, copy.deepcopy(source), byte_tokenizer).metrics["kl"]
+    assert kl["target"] > 0.05
+    assert 1 - kl["closed_form"] / kl["target"] >= 0.99
+
+
+def rotated(model):
+    """The same function in another basis of the hidden states: llama's norms without weights commute with rotations."""
+    turned = copy.deepcopy(model)
+    Q = torch.linalg.qr(torch.randn(32, 32)).Q
+    with torch.no_grad():
+        for name, module in turned.named_modules():
+            if name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")):
+                module.weight.copy_(module.weight @ Q.T)
+            elif name.endswith(("o_proj", "down_proj")):
+                module.weight.copy_(Q @ module.weight)
+    return turned
+
+
+def test_closed_form_finds_a_hidden_rotation(byte_tokenizer, tmp_path):
+    source = tiny_model("llama", len(byte_tokenizer))
+    target = rotated(source)
+    unwrapped = copy.deepcopy(target)
+    ids = torch.randint(3, 300, (2, 9))
+    torch.testing.assert_close(source(ids).logits, target(ids).logits, rtol=1e-3, atol=1e-3)
+    lora = make_lora(source, tmp_path, size=0.5)
+    kl = closed_form(source, lora, target, byte_tokenizer).metrics["kl"]
+    assert 1 - kl["closed_form"] / kl["target"] >= 0.99
+    with torch.no_grad():
+        wanted = PeftModel.from_pretrained(source, lora)(ids).logits
+        direct = PeftModel.from_pretrained(unwrapped, lora)(ids).logits
+    assert kl_divergence(wanted.flatten(0, 1), direct.flatten(0, 1)) > 0.5 * kl["target"]  # a direct copy fails here

@@ -1,0 +1,283 @@
+"""The whole way on tiny models: from two models and a LoRA to a saved adapter."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from conftest import c4_texts, make_lora, save_model, tiny_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import peft_cast
+from peft_cast import CastLayer, Mixture, SelfWritten
+
+
+TEXTS = c4_texts(80)
+FAST = {"text": TEXTS, "fit_samples": 24, "eval_samples": 8, "batch_size": 8, "max_length": 96, "learning_rate": 0.1, "progress": False}
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def snapshot(model):
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "modes": [m.training for m in model.modules()],
+        "flags": {name: p.requires_grad for name, p in model.named_parameters()},
+        "types": [type(m) for m in model.modules()],
+        "head": model.get_output_embeddings(),
+        "attributes": set(vars(model)),
+    }
+
+
+def assert_untouched(model, before):
+    after = snapshot(model)
+    weights, old = after.pop("weights"), before["weights"]
+    assert weights.keys() == old.keys() and all(torch.equal(weights[name], old[name]) for name in weights)
+    assert after == {key: value for key, value in before.items() if key != "weights"}
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
+
+
+def test_translation_moves_the_target_towards_the_teacher(source_folder, lora_folder, target_folder, tmp_path):
+    result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=60, **FAST)
+    kl = result.metrics["kl"]
+    assert kl["translated"] < 0.8 * kl["target"] and kl["translated"] < kl["closed_form"]
+    assert len(result.history) > 10 and "kl" in result.history[0] and "mse" in result.history[0]
+    assert result.metrics["parameters"]["trained"] > result.metrics["parameters"]["source_lora"] > 0
+    assert set(result.metrics["phases"]) == {"load", "text", "closed_form", "evaluate", "refine"}
+    assert "way covered" in str(result)
+    config = result.model.active_peft_config
+    assert (config.source_model_name_or_path, config.source_adapter_name_or_path) == (source_folder, lora_folder)
+    assert config.base_model_name_or_path == target_folder
+
+    result.save_pretrained(tmp_path / "cast")
+    assert json.loads((tmp_path / "cast" / "cast_metrics.json").read_text())["metrics"]["kl"] == kl
+    readme = (tmp_path / "cast" / "README.md").read_text()
+    assert "import peft_cast" in readme and lora_folder in readme
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        torch.save(result.model(input_ids=ids).logits, tmp_path / "logits.pt")
+    script = f"""
+import torch, peft_cast
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained(r"{tmp_path / "cast"}")
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(5, 25)[None]).logits
+assert torch.equal(logits, torch.load(r"{tmp_path / "logits.pt"}")), "logits differ"
+print("identical")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "identical", done.stderr
+
+
+def test_kernels_are_the_sources_and_stay_so(source_folder, lora_folder, target_folder):
+    result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=5, **FAST)
+    lora = load_file(f"{lora_folder}/adapter_model.safetensors")
+    checked = 0
+    for module in result.model.modules():
+        if isinstance(module, CastLayer):
+            for kernel in module.peft_cast_kernels["default"]:
+                prefix = f"base_model.model.{kernel.spec.source_module}.lora_"
+                assert torch.equal(kernel.A, lora[f"{prefix}A.weight"])
+                assert torch.equal(kernel.B, lora[f"{prefix}B.weight"])
+                assert kernel.spec.scaling == 2.0
+                checked += 1
+    assert checked == 3 * 7  # every module of every source layer landed once
+
+
+def test_loaded_models_come_back_as_they_were(source_folder, lora_folder, target_folder, byte_tokenizer):
+    source, target = load(source_folder).train(), load(target_folder)
+    source.lm_head.requires_grad_(False)
+    before = snapshot(source), snapshot(target)
+    result = peft_cast.translate(source, lora_folder, target, steps=3, **FAST)
+    assert_untouched(source, before[0])
+    assert_untouched(result.model.unload(), before[1])
+
+
+@pytest.mark.parametrize("moment", ["closed form", "refinement"])
+def test_loaded_models_come_back_as_they_were_after_a_failure(
+    source_folder, lora_folder, target_folder, monkeypatch, moment
+):
+    source, target = load(source_folder), load(target_folder)
+    before = snapshot(source), snapshot(target)
+    if moment == "closed form":
+        monkeypatch.setattr("peft_cast.fit.closed_form.collate_pairs", lambda pairs: 1 / 0)
+        error = ZeroDivisionError
+    else:
+        monkeypatch.setattr("peft_cast.fit.refine.kl_divergence", lambda *args: torch.tensor(torch.nan))
+        error = FloatingPointError
+    with pytest.raises(error):
+        peft_cast.translate(source, lora_folder, target, steps=3, **FAST)
+    assert_untouched(source, before[0])
+    assert_untouched(target, before[1])
+
+
+def test_adapter_as_peft_model(source_folder, lora_folder, target_folder):
+    adapted = PeftModel.from_pretrained(load(source_folder), lora_folder)
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    result = peft_cast.translate(None, adapted, target_folder, steps=2, **FAST)
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapted.state_dict().items())
+    by_path = peft_cast.translate(source_folder, lora_folder, target_folder, steps=2, **FAST)
+    assert result.metrics["kl"] == pytest.approx(by_path.metrics["kl"], rel=1e-4)
+
+
+def test_source_is_found_through_the_adapter(lora_folder, target_folder, source_folder):
+    result = peft_cast.translate(None, lora_folder, target_folder, steps=0, **FAST)
+    assert result.model.active_peft_config.source_model_name_or_path == source_folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"teacher": "delta"},
+        {"teacher": 0.5, "beta": 0.0, "temperature": 2.0},
+        {"projection_type": "full"},
+        {"projection_size": 1},
+        {"projection_size": 8},
+        {"depth_map": {0: 1, 2: 0}},
+        {"gain": 1.0, "ridge": 1e-2},
+        {"training_args": {"gradient_accumulation_steps": 2, "logging_steps": 1}},
+    ],
+)
+def test_settings(options, source_folder, lora_folder, target_folder):
+    result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=30, **{**FAST, **options})
+    kl = result.metrics["kl"]
+    assert kl["translated"] < kl["target"]
+    if "depth_map" in options:
+        assert {name.split(".")[2] for name in result.module_map.unmapped} == {"1"}
+    if options.get("beta") == 0:
+        assert "mse" not in result.history[0] and not result.metrics["closed_form"]["hidden_r2"]
+
+
+def test_mixture_of_self_written_text_and_corpus(source_folder, lora_folder, target_folder):
+    text = Mixture((SelfWritten(prefix="The", max_new_tokens=16), 1), (TEXTS, 1))
+    options = {**FAST, "text": text, "fit_text": TEXTS}
+    result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=4, **options)
+    assert result.metrics["text"]["train"] + result.metrics["text"]["held_out"] == 40
+
+
+def test_same_seed_gives_the_same_adapter(source_folder, lora_folder, target_folder):
+    weights = []
+    for _ in range(2):
+        result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=3, **FAST)
+        weights.append({n: t for n, t in result.model.state_dict().items() if "peft_cast_" in n})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_checkpoints_and_result_in_the_output_folder(source_folder, lora_folder, target_folder, tmp_path):
+    peft_cast.translate(source_folder, lora_folder, target_folder, steps=4, output_dir=tmp_path, **FAST)
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-4"
+    assert (tmp_path / "adapter_model.safetensors").exists() and (checkpoint / "optimizer.pt").exists()
+    at_end, saved = (load_file(folder / "adapter_model.safetensors") for folder in (checkpoint, tmp_path))
+    assert all(torch.equal(at_end[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("gemma3", "llama"), ("qwen3", "mistral"), ("mistral", "qwen2"), ("llama", "opt"), ("qwen2", "gemma2")],
+)
+def test_pairs_of_architectures(source, target, byte_tokenizer, piece_tokenizer, tmp_path):
+    source_model = tiny_model(source, len(byte_tokenizer), num_hidden_layers=2)
+    target_model = tiny_model(target, len(piece_tokenizer), num_hidden_layers=4, hidden_size=48, num_attention_heads=6)
+    lora = make_lora(source_model, tmp_path / "lora")
+    result = peft_cast.translate(
+        source_model, lora, target_model, steps=40,
+        source_tokenizer=byte_tokenizer, target_tokenizer=piece_tokenizer, **FAST,
+    )  # fmt: skip
+    kl = result.metrics["kl"]
+    assert kl["translated"] < kl["target"]
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = result.model(input_ids=ids).logits
+        merged = result.model.merge_and_unload()(input_ids=ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-3)
+    if target == "opt":
+        assert len(result.module_map.unmapped) == 2  # OPT has no gate
+
+
+def refused(message, source, adapter, target, error=ValueError, **options):
+    with pytest.raises(error, match=message), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft_cast.translate(source, adapter, target, **{**FAST, "steps": 1, **options})
+
+
+def test_bad_models_and_adapters_are_one_clear_error(source_folder, lora_folder, target_folder, tmp_path):
+    refused("source model 'user/absent' could not be loaded", "user/absent", lora_folder, target_folder, OSError)
+    refused("target model 'user/absent' could not be loaded", source_folder, lora_folder, "user/absent", OSError)
+    refused("adapter 'user/absent' could not be read", source_folder, "user/absent", target_folder)
+    source = load(source_folder)
+    refused("same object", source, lora_folder, source)
+    wide = tiny_model("llama", 300, hidden_size=40)
+    wide.name_or_path = source_folder
+    refused(f"does not fit the source model.*trained on '{source_folder}'", wide, lora_folder, target_folder)
+    shallow = tiny_model("llama", 300, num_hidden_layers=2)
+    shallow.name_or_path = source_folder
+    before = snapshot(shallow)
+    refused("does not fit the source model.*in the file, not in the model", shallow, lora_folder, target_folder)
+    assert_untouched(shallow, before)
+    peft_model = get_peft_model(load(source_folder), LoraConfig())
+    refused("`target` is a PeftModel", source_folder, lora_folder, peft_model)
+    nameless = tiny_model("llama", 300)
+    refused("pass `target_tokenizer=`", source_folder, lora_folder, nameless)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "only LoRA adapters"),
+        (LoraConfig(use_dora=True, target_modules=["q_proj"]), "uses DoRA"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "uses modules_to_save"),
+        (LoraConfig(target_modules=["q_proj", "embed_tokens"]), "embedding 'model.embed_tokens'"),
+    ],
+)
+def test_adapters_that_cannot_be_translated_yet(config, message, source_folder, target_folder, tmp_path):
+    get_peft_model(load(source_folder), config).save_pretrained(tmp_path)
+    refused(message, source_folder, str(tmp_path), target_folder)
+
+
+def test_corrupt_adapter_files(source_folder, lora_folder, target_folder, tmp_path):
+    tensors = load_file(f"{lora_folder}/adapter_model.safetensors")
+    config = (tmp_path.parent / "unused", json.loads(open(f"{lora_folder}/adapter_config.json").read()))[1]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"not a safetensors file")
+    refused("does not fit|could not be read", source_folder, str(tmp_path), target_folder)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    refused("in the model, not in the file", source_folder, str(tmp_path), target_folder)
+    (tmp_path / "adapter_config.json").write_text("{")
+    refused("could not be read", source_folder, str(tmp_path), target_folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"text": []}, "holds no text"),
+        ({"text": [TEXTS[0]]}, "1 usable samples, at least 2"),
+        ({"text": TEXTS, "fit_text": ["a" * 60], "max_length": 3}, "0 usable samples"),
+        ({"teacher": "nobody"}, "`teacher` must be"),
+        ({"teacher": 2.0}, "`teacher` must be"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"depth_map": {0: 9}}, "source layer 0 to target layer 9"),
+    ],
+)
+def test_bad_arguments_are_one_clear_error(options, message, source_folder, lora_folder, target_folder):
+    refused(message, source_folder, lora_folder, target_folder, **options)
+
+
+def test_no_text_and_no_network_says_what_to_pass(source_folder, lora_folder, target_folder):
+    refused("pass text that is at hand", source_folder, lora_folder, target_folder, OSError, text=None)
+
+
+def test_save_again_after_loading_keeps_the_origin(source_folder, lora_folder, target_folder, tmp_path):
+    peft_cast.translate(source_folder, lora_folder, target_folder, steps=0, **FAST).save_pretrained(tmp_path / "a")
+    PeftModel.from_pretrained(load(target_folder), tmp_path / "a").save_pretrained(tmp_path / "b")
+    first, second = (json.loads((tmp_path / x / "adapter_config.json").read_text()) for x in "ab")
+    assert {**first, "target_modules": 0} == {**second, "target_modules": 0}
+    assert set(first["target_modules"]) == set(second["target_modules"])
+    assert save_model and first["source_adapter_name_or_path"] == lora_folder
