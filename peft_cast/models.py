@@ -39,7 +39,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    model: str | Path | PreTrainedModel, which: str, revision: str | None = None, dtype: torch.dtype | None = None
+    model: str | Path | PreTrainedModel,
+    which: str,
+    device: torch.device,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """A causal language model from a hub id, a path or an already loaded model (returned as it is).
 
@@ -51,7 +55,6 @@ def load_model(
         raise ValueError(f"`{which}` is a PeftModel: pass its base model, `{which}.unload()` or a model id.")
     if isinstance(model, nn.Module):
         return model
-    device = default_device()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype or default_dtype(device))
     except (OSError, ValueError) as error:
@@ -81,6 +84,20 @@ def load_tokenizer(
     raise ValueError(f"No tokenizer was found for the {which} model ('{path}'): pass `{which}_tokenizer=`.") from error
 
 
+def read_adapter_config(adapter: str | Path, revision: str | None = None) -> PeftConfig:
+    """The configuration of an adapter on the hub or in a folder.
+
+    Raises:
+        ValueError: If there is none, or it cannot be read.
+    """
+    try:
+        return PeftConfig.from_pretrained(str(adapter), revision=revision)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"The adapter '{adapter}' could not be read: {error} Pass a hub id or a folder with adapter_config.json."
+        ) from error
+
+
 @contextmanager
 def adapted_source(
     source: PreTrainedModel, adapter: str | Path | PeftModel, revision: str | None = None
@@ -94,12 +111,7 @@ def adapted_source(
         _check_lora(adapter.active_peft_config, "The adapter")
         yield adapter
         return
-    try:
-        config = PeftConfig.from_pretrained(str(adapter), revision=revision)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"The adapter '{adapter}' could not be read: {error} Pass a hub id or a folder with adapter_config.json."
-        ) from error
+    config = read_adapter_config(adapter, revision)
     _check_lora(config, f"The adapter '{adapter}'")
     # PEFT edits the config it is given, and loads a copy if the file names other modules.
     model = None
@@ -230,6 +242,20 @@ def untouched(*models: PreTrainedModel) -> Iterator[None]:
                 module.training = training
             for parameter, requires_grad in flags:
                 parameter.requires_grad = requires_grad
+
+
+@contextmanager
+def moved(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Within the context the model is on `device`; models spread over devices or quantised stay where they are."""
+    home = model.device
+    stays = home == device or getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    if not stays:
+        model.to(device)
+    try:
+        yield
+    finally:
+        if not stays:
+            model.to(home)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Phases:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Measure the enclosed phase."""
+        """Measure the enclosed phase; a phase in several pieces adds up."""
         process, done = psutil.Process(), threading.Event()
         peak = [process.memory_info().rss]
 
@@ -46,4 +46,6 @@ class Phases:
             cost = {"seconds": round(time.perf_counter() - start, 2), "peak_memory_mb": round(peak[0] / 2**20, 1)}
             if torch.cuda.is_available():
                 cost["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            for key, value in self.costs.get(name, {}).items():
+                cost[key] = round(cost[key] + value, 2) if key == "seconds" else max(cost[key], value)
             self.costs[name] = cost

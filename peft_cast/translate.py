@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 
 from .align import AlignedPair, ModuleMap, align_texts, layer_pairs, map_layers, map_modules, shared_vocabulary
 from .fit import CastTrainer, ClosedForm, TeacherSettings, distance_to_teacher, fit_closed_form
@@ -21,8 +21,11 @@ from .fit.refine import Teacher
 from .models import (
     LoraKernel,
     adapted_source,
+    default_device,
     load_model,
     load_tokenizer,
+    moved,
+    read_adapter_config,
     read_kernels,
     shared_head,
     unload_adapters,
@@ -45,10 +48,10 @@ def translate(
     eval_samples: int = 16,
     steps: int = 100,
     batch_size: int = 8,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 0.05,
     max_length: int = 256,
     alpha: float = 1.0,
-    beta: float = 0.1,
+    beta: float = 0.0,
     temperature: float = 1.0,
     teacher: Literal["source", "delta"] | float = "source",
     depth_map: str | Mapping[int, int] = "proportional",
@@ -64,6 +67,7 @@ def translate(
     adapter_revision: str | None = None,
     target_revision: str | None = None,
     adapter_name: str = "default",
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     output_dir: str | Path | None = None,
     training_args: Mapping[str, Any] | None = None,
@@ -88,10 +92,12 @@ def translate(
         eval_samples (`int`): Texts kept out of the refinement to measure the distance to the teacher.
         steps (`int`): Refinement steps; 0 keeps the closed form.
         batch_size (`int`): Texts per step (and device).
-        learning_rate (`float`): Peak learning rate of AdamW, decayed linearly to 0.
+        learning_rate (`float`): Peak step of AdamW relative to the size (root mean square) of each factor, decayed
+            linearly to 0.
         max_length (`int`): Most tokens per text; longer texts are cut.
         alpha (`float`): Weight of the KL divergence.
-        beta (`float`): Weight of the hidden-state MSE, normalised per layer; 0 skips it.
+        beta (`float`): Weight of the hidden-state MSE, normalised per layer; 0, the default, skips it: on the pair it
+            was measured on it slowed the KL divergence down (docs/results.md).
         temperature (`float`): Temperature of the KL divergence.
         teacher: `"source"` imitates the adapted source model; `"delta"` adds only what the LoRA changes to the
             target's own prediction; a number from 0 (`source`) to 1 (`delta`) mixes them.
@@ -107,6 +113,7 @@ def translate(
         source_tokenizer, target_tokenizer: Needed only if they cannot be loaded from where the models come from.
         source_revision, adapter_revision, target_revision (`str`, *optional*): Hub revisions.
         adapter_name (`str`): Name of the adapter on the target.
+        device: Where to work: the accelerator when there is one, else the CPU. Loaded models return to where they were.
         dtype (`torch.dtype`, *optional*): Precision of models loaded here; bfloat16 where the hardware is fast at it
             (GPU, CPU with AMX), else float32.
         output_dir: Where Trainer writes checkpoints and the finished adapter is saved; nothing is written when `None`.
@@ -126,17 +133,21 @@ def translate(
     _check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
+    device = torch.device(device) if device is not None else default_device()
     with ExitStack() as stack:
         with phases.measure("load"):
-            source_name, source = _load_source(source, adapter, source_revision, dtype)
-            target = load_model(target, "target", target_revision, dtype)
+            source = _load_source(source, adapter, device, source_revision, adapter_revision, dtype)
+            target = load_model(target, "target", device, target_revision, dtype)
             if source is target:
                 raise ValueError("`source` and `target` are the same object: load the model twice.")
             tokenizers = (
                 load_tokenizer(source_tokenizer, source, "source", source_revision),
                 load_tokenizer(target_tokenizer, target, "target", target_revision),
             )
-            stack.enter_context(untouched(source, target))
+            # A PeftModel as `adapter` is its source's wrapper: its own modes are restored too.
+            stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
+            stack.enter_context(moved(source, device))
+            stack.enter_context(moved(target, device))
             teacher_model = stack.enter_context(adapted_source(source, adapter, adapter_revision))
             teacher_model.eval()
             kernels = read_kernels(teacher_model)
@@ -153,24 +164,32 @@ def translate(
                 batch_size=batch_size, ridge=ridge, hidden=beta > 0, progress=partial(bar, desc="closed form"),
             )  # fmt: skip
         config = _config(
-            kernels, modules, projection_type, projection_size, source_name, source_revision, adapter, adapter_revision
+            kernels,
+            modules,
+            projection_type,
+            projection_size,
+            source.name_or_path,
+            source_revision,
+            adapter,
+            adapter_revision,
         )
         try:
             model = _install(target, config, adapter_name, kernels, closed_form, gain, target_revision)
             hidden = {path: (layer_pairs(modules)[path], m) for path, m in closed_form.hidden_maps.items()}
             teacher_at_work = Teacher(teacher_model, settings, hidden)
             with shared_head(source, vocabulary.source_ids), shared_head(target, vocabulary.target_ids):
-                measure = partial(distance_to_teacher, model, teacher_at_work, held_out, target.device, batch_size)
+                measure = partial(distance_to_teacher, model, teacher_at_work, held_out, batch_size)
                 with phases.measure("evaluate"):
                     with model.disable_adapter():
                         kl = {"target": measure()}
                     kl["closed_form"] = measure()
                 with phases.measure("refine"):
                     history = _refine(
-                        model, teacher_at_work, train, steps, batch_size, learning_rate, seed, output_dir,
+                        model, teacher_at_work, train, steps, batch_size, learning_rate, seed, device, output_dir,
                         training_args, progress,
                     )  # fmt: skip
-                kl["translated"] = measure() if steps else kl["closed_form"]
+                with phases.measure("evaluate"):
+                    kl["translated"] = measure() if steps else kl["closed_form"]
         except BaseException:
             unload_adapters(target)
             raise
@@ -215,19 +234,15 @@ def _check_positive(**values: int) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
-def _load_source(source, adapter, revision, dtype) -> tuple[str, PreTrainedModel]:
-    """The source model and the name under which it is recorded."""
+def _load_source(source, adapter, device, revision, adapter_revision, dtype) -> PreTrainedModel:
     if isinstance(adapter, PeftModel):
         model = adapter.get_base_model()
         if isinstance(source, torch.nn.Module) and source is not model:
             raise ValueError("`adapter` is a PeftModel on another model object than `source`: pass `source=None`.")
-        return model.name_or_path, model
+        return model
     if source is None:
-        from peft import PeftConfig
-
-        source = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    model = load_model(source, "source", revision, dtype)
-    return model.name_or_path, model
+        source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
+    return load_model(source, "source", device, revision, dtype)
 
 
 def _rows(model: PreTrainedModel) -> int:
@@ -260,7 +275,8 @@ def _read(
             max_length=max_length,
         )  # fmt: skip
 
-    pairs = align(read_text(text, train_count + eval_count, write))
+    wanted = train_count if fit_text is not None else max(train_count, fit_count)
+    pairs = align(read_text(text, wanted + eval_count, write))
     if len(pairs) < 2:
         raise ValueError(
             f"The text gives {len(pairs)} usable samples, at least 2 are needed (one to train on, one to measure): "
@@ -322,7 +338,7 @@ def _install(
 
 
 def _refine(
-    model, teacher: Teacher, train, steps, batch_size, learning_rate, seed, output_dir, training_args, progress
+    model, teacher: Teacher, train, steps, batch_size, learning_rate, seed, device, output_dir, training_args, progress
 ) -> list[dict[str, float]]:
     if steps == 0:
         return []
@@ -342,14 +358,14 @@ def _refine(
             "remove_unused_columns": False,
             "dataloader_pin_memory": torch.accelerator.is_available(),
             "disable_tqdm": not progress,
+            "use_cpu": device.type == "cpu",
             "seed": seed,
         }
-        trainer = CastTrainer(
-            model=model,
-            args=TrainingArguments(**{**arguments, **(training_args or {})}),
-            train_dataset=train,
-            teacher=teacher,
-        )
+        settings = TrainingArguments(**{**arguments, **(training_args or {})})
+        settings._n_gpu = min(settings.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
+        trainer = CastTrainer(model=model, args=settings, train_dataset=train, teacher=teacher)
+        if not progress:
+            trainer.remove_callback(PrinterCallback)
         trainer.train()
         model.eval()
         return trainer.state.log_history

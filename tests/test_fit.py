@@ -53,6 +53,14 @@ def test_chosen_strength_is_no_worse_than_its_neighbours():
     assert best.r2 >= max(moments.solve([1], ridge=strength).r2 for strength in (1e-2, 0.1, 1.0, 10.0)) - 1e-6
 
 
+def test_fewer_positions_than_dimensions():
+    moments = Moments(50, 1, torch.device("cpu"))
+    x = torch.randn(5, 50) * 100
+    moments.update(x, x[:, :1], held_out=False)
+    fit = moments.solve([1])
+    torch.testing.assert_close(x @ fit.weight.T, x[:, :1], rtol=0.05, atol=1.0)
+
+
 def test_moments_refuse_nan():
     moments = Moments(2, 1, torch.device("cpu"))
     moments.update(torch.full((3, 2), torch.nan), torch.ones(3, 1), held_out=False)

@@ -17,7 +17,15 @@ from peft_cast import CastLayer, Mixture, SelfWritten
 
 
 TEXTS = c4_texts(80)
-FAST = {"text": TEXTS, "fit_samples": 24, "eval_samples": 8, "batch_size": 8, "max_length": 96, "learning_rate": 0.1, "progress": False}
+FAST = {
+    "text": TEXTS,
+    "fit_samples": 24,
+    "eval_samples": 8,
+    "batch_size": 8,
+    "max_length": 96,
+    "learning_rate": 0.1, "beta": 0.1,
+    "progress": False,
+}
 
 
 def load(folder):

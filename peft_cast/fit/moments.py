@@ -66,27 +66,36 @@ class Moments:
                 "bfloat16 instead of float16."
             )
         if ridge is not None:
-            return self._solve(blocks, ridge)
+            fit = self._solve(blocks, ridge)
+            if fit is None:
+                raise ValueError(
+                    f"`ridge={ridge}` is too weak for this little text: pass more text or a larger value."
+                )
+            return fit
         middle = RIDGES.index(start)
-        best = self._solve(blocks, RIDGES[middle])
+        while (best := self._solve(blocks, RIDGES[middle])) is None:
+            middle += 1
         for direction in (RIDGES[middle + 1 :], RIDGES[:middle][::-1]):
             before = best
             for strength in direction:
                 fit = self._solve(blocks, strength)
-                if fit.r2.mean() <= best.r2.mean():
+                if fit is None or fit.r2.mean() <= best.r2.mean():
                     break
                 best = fit
             if best is not before:
                 break
         return best
 
-    def _solve(self, blocks: list[int], ridge: float) -> RidgeFit:
+    def _solve(self, blocks: list[int], ridge: float) -> RidgeFit | None:
+        """The solution of one strength, `None` if it is too weak for the rounding of the moments."""
         fit, test = 0, 1 if self.count[1] else 0
         # Moments of language models are ill-conditioned (a few huge directions): weak damping needs float64.
         dtype = torch.float64 if ridge < 1e-2 else torch.float32
         xx = self.xx[fit].to(dtype)
         damping = ridge * xx.diagonal().mean().clamp_min(torch.finfo(dtype).tiny)
-        factor = torch.linalg.cholesky(xx + damping * torch.eye(len(xx), dtype=dtype, device=xx.device))
+        factor, failed = torch.linalg.cholesky_ex(xx + damping * torch.eye(len(xx), dtype=dtype, device=xx.device))
+        if failed:
+            return None
         weight = torch.cholesky_solve(self.yx[fit].to(dtype).T, factor).T.float()
         # ‖y − W x‖² per output, from the moments alone
         error = self.yy[test] - 2 * (weight * self.yx[test]).sum(1) + ((weight @ self.xx[test]) * weight).sum(1)

@@ -53,33 +53,31 @@ class Teacher:
         self.hidden_maps = dict(hidden_maps or {}) if settings.beta else {}
         self.layers = {"source": {path for path, _ in self.hidden_maps.values()}, "target": set(self.hidden_maps)}
 
-    def _run(self, model, base, batch: dict, side: str, device: torch.device) -> tuple[torch.Tensor, dict]:
+    def _run(self, model, base, batch: dict, side: str) -> tuple[torch.Tensor, dict]:
         """Logits (m, vocabulary) and hidden states by layer path (m, hidden) at the m aligned positions."""
-        inputs, rows, positions = side_of(batch, side, device)
+        inputs, rows, positions = side_of(batch, side, base.device)
         with layer_outputs(base, self.layers[side]) as states:
             logits = model(**inputs).logits
         return logits[rows, positions], {path: state[rows, positions] for path, state in states.items()}
 
-    def student(self, model, base: PeftModel, batch: dict, device: torch.device) -> tuple[torch.Tensor, dict]:
+    def student(self, model, base: PeftModel, batch: dict) -> tuple[torch.Tensor, dict]:
         """Logits (m, vocabulary) and, per target layer, hidden states (m, hidden_T) of the translated model.
 
         `model` is what is called (it may be wrapped for distributed training), `base` the PeftModel in it.
         """
-        return self._run(model, base.get_base_model(), batch, "target", device)
+        return self._run(model, base.get_base_model(), batch, "target")
 
     @torch.no_grad()
-    def goals(
-        self, target: PeftModel, batch: dict, device: torch.device
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def goals(self, target: PeftModel, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Teacher logits (m, vocabulary) and, per target layer, the hidden states (m, hidden_T) to reach."""
-        share = self.settings.target_share
-        source = (self.source, self.source.get_base_model(), batch, "source", self.source.device)
+        share, device = self.settings.target_share, target.device
+        source = (self.source, self.source.get_base_model(), batch, "source")
         adapted, adapted_states = self._run(*source)
         if share:
             with self.source.disable_adapter():
                 plain, plain_states = self._run(*source)
             with target.disable_adapter():
-                own, own_states = self.student(target, target, batch, device)
+                own, own_states = self.student(target, target, batch)
             logits = mix_logits(adapted.to(device), plain.to(device), own, share)
         else:
             logits = adapted.to(device)
@@ -125,8 +123,8 @@ class CastTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         settings = self.teacher.settings
         base = self.accelerator.unwrap_model(model)
-        goal, goal_states = self.teacher.goals(base, inputs, self.args.device)
-        logits, states = self.teacher.student(model, base, inputs, self.args.device)
+        goal, goal_states = self.teacher.goals(base, inputs)
+        logits, states = self.teacher.student(model, base, inputs)
         kl = kl_divergence(goal, logits, settings.temperature)
         loss = settings.alpha * kl
         self.parts["kl"].append(float(kl.detach()))
@@ -151,7 +149,7 @@ class CastTrainer(Trainer):
 
 @torch.no_grad()
 def distance_to_teacher(
-    model: PeftModel, teacher: Teacher, pairs: Sequence[AlignedPair], device: torch.device, batch_size: int = 8
+    model: PeftModel, teacher: Teacher, pairs: Sequence[AlignedPair], batch_size: int = 8
 ) -> float:
     """KL(teacher ‖ model) in nats per aligned position over some texts, at temperature 1.
 
@@ -159,14 +157,13 @@ def distance_to_teacher(
         model: The translated model; put `model.disable_adapter()` around the call for the untouched target.
         teacher: The teacher.
         pairs: The texts.
-        device: Where `model` is.
         batch_size (`int`): Texts per pass.
     """
     total, count = 0.0, 0
     for i in range(0, len(pairs), batch_size):
         batch = collate_pairs(pairs[i : i + batch_size])
-        goal, _ = teacher.goals(model, batch, device)
-        logits, _ = teacher.student(model, model, batch, device)
+        goal, _ = teacher.goals(model, batch)
+        logits, _ = teacher.student(model, model, batch)
         total += float(kl_divergence(goal, logits)) * len(goal)
         count += len(goal)
     return total / count
