@@ -33,10 +33,10 @@ LEAST_GAIN = 0.05
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(HERE.parent / "demo-output"), help="folder for adapter and scores")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--problems", type=int, default=40)
-    parser.add_argument("--generate", type=int, default=16)
+    parser.add_argument("--problems", type=int, default=24)
+    parser.add_argument("--generate", type=int, default=8)
     args = parser.parse_args()
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
@@ -45,16 +45,20 @@ def main() -> int:
     with phases.measure("models"):
         source, target = models.smollm2(), models.gemma3()
 
+    questions = (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    prompts = tuple(f"Question: {question}\nAnswer:" for question in questions)
+
     print("\nTranslating the LoRA (SmolLM2-135M-Instruct -> Gemma-3-270m) ...", flush=True)
     with phases.measure("translate"):
         result = peft_cast.translate(
             source,
             ADAPTER,
             target,
-            # The adapted SmolLM2 writes its own exercises from one word of its prompt: no task data is used.
-            text=peft_cast.SelfWritten(prefix="Question:", max_new_tokens=128, batch_size=128),
+            # The adapted SmolLM2 answers 16 questions of ours, several times each: no task data, no labels.
+            text=peft_cast.SelfWritten(prefix=prompts, samples=104, max_new_tokens=112, batch_size=104),
             fit_text=HERE / "data" / "c4_en_400.jsonl",
-            fit_samples=40,
+            fit_samples=30,
+            eval_samples=8,
             steps=args.steps,
             batch_size=6,
             max_length=160,
@@ -73,7 +77,7 @@ def main() -> int:
     gain = base["nats_per_character"] - translated["nats_per_character"]
     way = gain / (base["nats_per_character"] - teacher["nats_per_character"])
     print(table(base, translated, teacher, way, args))
-    print(sample(base["answers"][0], translated["answers"][0], args.problems))
+    print(sample(base["answers"][0], translated["answers"][0]))
     report = {
         "base": without_answers(base),
         "translated": without_answers(translated),
@@ -82,6 +86,7 @@ def main() -> int:
         "translation": result.metrics,
         "phases": phases.costs,
         "seed": args.seed,
+        "settings": {"steps": args.steps, "problems": args.problems, "generate": args.generate},
         "machine": machine(),
     }
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -128,7 +133,7 @@ def table(base: dict, translated: dict, teacher: dict, way: float, args: argpars
     return "\n".join(lines)
 
 
-def sample(before: str, after: str, problems: int) -> str:
+def sample(before: str, after: str) -> str:
     question = json.loads((HERE / "data" / "gsm8k_test_200.jsonl").open(encoding="utf-8").readline())["question"]
     left, right = (column(title, text) for title, text in (("untouched", before), ("translated", after)))
     height = max(len(left), len(right))

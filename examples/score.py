@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--data", default=str(HERE / "data" / "gsm8k_test_200.jsonl"))
     parser.add_argument("--problems", type=int, default=40, help="problems whose gold answers are scored")
     parser.add_argument("--generate", type=int, default=16, help="problems that are answered; 0 for none")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=112)
     parser.add_argument("--without-base", action="store_true", help="score only the model with the adapter")
     parser.add_argument("--output", required=True, help="JSON file")
     args = parser.parse_args()

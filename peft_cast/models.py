@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -113,19 +112,17 @@ def adapted_source(
         return
     config = read_adapter_config(adapter, revision)
     _check_lora(config, f"The adapter '{adapter}'")
-    # PEFT edits the config it is given, and loads a copy if the file names other modules.
-    model = None
     try:
         try:
-            model = PeftModel.from_pretrained(
-                source, str(adapter), adapter_name=_SOURCE_ADAPTER, revision=revision, config=copy.deepcopy(config)
-            )
+            model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_SOURCE_ADAPTER, revision=revision)
             _check_embeddings(model)
             _check_same_keys(model, adapter, revision)
         except SafetensorError as error:
             raise ValueError(
                 f"The weights of the adapter '{adapter}' could not be read ({error}): the file is corrupt, get it again."
             ) from error
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError, OSError) as error:
             raise ValueError(
                 f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; it was trained on "
@@ -222,26 +219,29 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def untouched(*models: PreTrainedModel) -> Iterator[None]:
-    """Freeze the models and put them in eval mode; afterwards restore every mode, requires_grad flag and cache flag."""
-    states = []
+    """Freeze the models and put them in eval mode; afterwards restore every mode, requires_grad flag and setting."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    # Trainer writes into the configurations (use_cache, special tokens).
+    settings = [
+        (settings, dict(vars(settings)))
+        for model in models
+        for settings in (model.config, model.generation_config)
+        if settings is not None
+    ]
     for model in models:
-        states.append(
-            (
-                model,
-                [(module, module.training) for module in model.modules()],
-                [(parameter, parameter.requires_grad) for parameter in model.parameters()],
-            )
-        )
         model.eval()
         model.requires_grad_(False)
     try:
         yield
     finally:
-        for model, modes, flags in states:
-            for module, training in modes:
-                module.training = training
-            for parameter, requires_grad in flags:
-                parameter.requires_grad = requires_grad
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad = requires_grad
+        for current, before in settings:
+            vars(current).clear()
+            vars(current).update(before)
 
 
 @contextmanager

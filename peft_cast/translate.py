@@ -48,7 +48,7 @@ def translate(
     eval_samples: int = 16,
     steps: int = 100,
     batch_size: int = 8,
-    learning_rate: float = 0.05,
+    learning_rate: float = 0.1,
     max_length: int = 256,
     alpha: float = 1.0,
     beta: float = 0.0,
@@ -96,8 +96,8 @@ def translate(
             linearly to 0.
         max_length (`int`): Most tokens per text; longer texts are cut.
         alpha (`float`): Weight of the KL divergence.
-        beta (`float`): Weight of the hidden-state MSE, normalised per layer; 0, the default, skips it: on the pair it
-            was measured on it slowed the KL divergence down (docs/results.md).
+        beta (`float`): Weight of the hidden-state MSE, normalised per layer. 0, the default, skips it: its worth is not
+            measured yet (docs/results.md).
         temperature (`float`): Temperature of the KL divergence.
         teacher: `"source"` imitates the adapted source model; `"delta"` adds only what the LoRA changes to the
             target's own prediction; a number from 0 (`source`) to 1 (`delta`) mixes them.
@@ -277,16 +277,18 @@ def _read(
 
     wanted = train_count if fit_text is not None else max(train_count, fit_count)
     pairs = align(read_text(text, wanted + eval_count, write))
-    if len(pairs) < 2:
+    if len(pairs) < 3:
         raise ValueError(
-            f"The text gives {len(pairs)} usable samples, at least 2 are needed (one to train on, one to measure): "
+            f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
             "pass more or longer text."
         )
-    held_out = min(eval_count, len(pairs) // 2)
+    held_out = min(eval_count, len(pairs) // 3 or 1)
     evaluation, train = pairs[:held_out], pairs[held_out:]
     fit = train[:fit_count] if fit_text is None else align(read_text(fit_text, fit_count, write))
-    if not fit:
-        raise ValueError("`fit_text` gives no usable sample: pass more or longer text.")
+    if len(fit) < 2:
+        raise ValueError(
+            f"`fit_text` gives {len(fit)} usable samples, at least 2 are needed: pass more or longer text."
+        )
     positions = sum(len(p.target_positions) for p in pairs)
     tokens = sum(len(p.target_ids) for p in pairs)
     metrics = {
@@ -348,7 +350,7 @@ def _refine(
             "max_steps": steps,
             "per_device_train_batch_size": batch_size,
             "learning_rate": learning_rate,
-            "warmup_steps": min(10, steps // 10),
+            "warmup_steps": min(10, steps // 5),
             "weight_decay": 0.0,
             "logging_steps": max(1, steps // 20),
             "save_strategy": "steps" if output_dir else "no",

@@ -23,7 +23,8 @@ FAST = {
     "eval_samples": 8,
     "batch_size": 8,
     "max_length": 96,
-    "learning_rate": 0.1, "beta": 0.1,
+    "learning_rate": 0.1,
+    "beta": 0.1,
     "progress": False,
 }
 
@@ -40,6 +41,8 @@ def snapshot(model):
         "types": [type(m) for m in model.modules()],
         "head": model.get_output_embeddings(),
         "attributes": set(vars(model)),
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
     }
 
 
@@ -266,7 +269,7 @@ def test_corrupt_adapter_files(source_folder, lora_folder, target_folder, tmp_pa
     ("options", "message"),
     [
         ({"text": []}, "holds no text"),
-        ({"text": [TEXTS[0]]}, "1 usable samples, at least 2"),
+        ({"text": [TEXTS[0]]}, "1 usable samples, at least 3"),
         ({"text": TEXTS, "fit_text": ["a" * 60], "max_length": 3}, "0 usable samples"),
         ({"teacher": "nobody"}, "`teacher` must be"),
         ({"teacher": 2.0}, "`teacher` must be"),

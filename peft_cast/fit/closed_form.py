@@ -135,7 +135,8 @@ def fit_closed_form(
 ) -> ClosedForm:
     """Fit every kernel's projections from one forward and one backward pass per model.
 
-    Every fifth batch is held out: it chooses the ridge strength and gives the reported R².
+    Every fifth batch (the last, if there are fewer) is held out: it chooses the ridge strength and gives the reported
+    R².
 
     Args:
         source: The plain source model (no adapter active), frozen, in eval mode.
@@ -150,10 +151,8 @@ def fit_closed_form(
         progress: Wrapper around the batches, e.g. `tqdm`.
 
     Raises:
-        ValueError: If no text has an aligned position.
+        ValueError: If there are fewer than two texts.
     """
-    if not pairs:
-        raise ValueError("No text has a position where both tokenizers end a token: pass longer or more text.")
     sources = {s for names in module_map.kernels.values() for s in names}
     kernels = {
         name: LoraKernel(k.A.to(source.device), k.B.to(source.device), k.scaling)
@@ -163,7 +162,12 @@ def fit_closed_form(
     regressions = _Regressions(kernels, module_map)
     hidden_moments: dict[str, Moments] = {}
     pairs_of_layers = layer_pairs(module_map) if hidden else {}
+    if len(pairs) < 2:
+        raise ValueError("The closed form needs at least 2 texts, one to fit and one to check on: pass more text.")
+    batch_size = min(batch_size, -(-len(pairs) // 2))
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+    # Something must be held out, or the regression on noisy gradients is trusted far too much.
+    held_out_batches = set(range(4, len(batches), 5)) or {len(batches) - 1}
     count = 0
     with (
         shared_head(source, vocabulary.source_ids),
@@ -183,7 +187,7 @@ def fit_closed_form(
                 inputs, rows, positions = side_of(batch, side, model.device)
                 _pass(model, inputs, ids)
                 index[side] = (rows, positions)
-            held_out = number % 5 == 4
+            held_out = number in held_out_batches
             regressions.update(at_source, at_target, index["source"], index["target"], held_out)
             for path, source_path in pairs_of_layers.items():
                 x = with_bias(source_states[source_path].detach()[index["source"]].float())

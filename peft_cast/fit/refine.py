@@ -144,6 +144,9 @@ class CastTrainer(Trainer):
             if values and "loss" in logs:
                 logs[name] = sum(values) / len(values)
                 values.clear()
+        if "learning_rate" in logs:  # of the first tensor; what was asked for is the relative rate
+            group = self.optimizer.param_groups[0]
+            logs["learning_rate"] = self.args.learning_rate * group["lr"] / group["initial_lr"]
         super().log(logs, *args, **kwargs)
 
 
