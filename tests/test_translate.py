@@ -1,13 +1,14 @@
 """The whole way on tiny models: from two models and a LoRA to a saved adapter."""
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
-from conftest import c4_texts, make_lora, save_model, tiny_model
+from conftest import c4_texts, make_lora, tiny_model
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -254,8 +255,7 @@ def test_adapters_that_cannot_be_translated_yet(config, message, source_folder, 
 
 def test_corrupt_adapter_files(source_folder, lora_folder, target_folder, tmp_path):
     tensors = load_file(f"{lora_folder}/adapter_model.safetensors")
-    config = (tmp_path.parent / "unused", json.loads(open(f"{lora_folder}/adapter_config.json").read()))[1]
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copy(f"{lora_folder}/adapter_config.json", tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"not a safetensors file")
     refused("does not fit|could not be read", source_folder, str(tmp_path), target_folder)
     tensors.pop(next(iter(tensors)))
@@ -291,4 +291,4 @@ def test_save_again_after_loading_keeps_the_origin(source_folder, lora_folder, t
     first, second = (json.loads((tmp_path / x / "adapter_config.json").read_text()) for x in "ab")
     assert {**first, "target_modules": 0} == {**second, "target_modules": 0}
     assert set(first["target_modules"]) == set(second["target_modules"])
-    assert save_model and first["source_adapter_name_or_path"] == lora_folder
+    assert first["source_adapter_name_or_path"] == lora_folder

@@ -11,7 +11,7 @@ fitted directly (r outputs instead of in_S or out_S), with the same result at a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +131,7 @@ def fit_closed_form(
     batch_size: int = 8,
     ridge: float | None = None,
     hidden: bool = True,
-    progress: Iterable | None = None,
+    progress: Callable[[Iterable], Iterable] | None = None,
 ) -> ClosedForm:
     """Fit every kernel's projections from one forward and one backward pass per model.
 
