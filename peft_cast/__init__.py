@@ -1,5 +1,7 @@
 """Translate LoRA adapters from one language model to another. Importing the package registers CAST with PEFT."""
 
+from . import baselines
+from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
 from .result import TranslationResult
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
@@ -9,14 +11,21 @@ from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerLikelihood",
     "CastConfig",
     "CastLayer",
     "CastModel",
+    "Classification",
     "Corpus",
+    "Evaluation",
+    "Generation",
+    "HarnessTask",
     "KernelSpec",
     "Linear",
     "Mixture",
     "SelfWritten",
     "TranslationResult",
+    "baselines",
+    "evaluate",
     "translate",
 ]

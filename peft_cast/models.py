@@ -31,8 +31,8 @@ def default_device() -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it fast (accelerators, CPUs with AMX), else float32."""
-    if device.type != "cpu" or torch.cpu._is_amx_tile_supported():
+    """bfloat16 where the hardware multiplies it fast (accelerators, CPUs with AMX or AVX512-BF16), else float32."""
+    if device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
 
@@ -95,6 +95,30 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
         raise ValueError(
             f"The adapter '{adapter}' could not be read: {error} Pass a hub id or a folder with adapter_config.json."
         ) from error
+
+
+def load_source(
+    source: str | Path | PreTrainedModel | None,
+    adapter: str | Path | PeftModel,
+    device: torch.device,
+    revision: str | None = None,
+    adapter_revision: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """The source model: the given one, the base of an adapter that is a PeftModel, or the one the adapter names.
+
+    Raises:
+        ValueError: If `adapter` is a PeftModel on another model than `source`, or its configuration cannot be read.
+        OSError: If the model cannot be found.
+    """
+    if isinstance(adapter, PeftModel):
+        model = adapter.get_base_model()
+        if isinstance(source, torch.nn.Module) and source is not model:
+            raise ValueError("`adapter` is a PeftModel on another model object than `source`: pass `source=None`.")
+        return model
+    if source is None:
+        source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
+    return load_model(source, "source", device, revision, dtype)
 
 
 @contextmanager
@@ -276,3 +300,33 @@ def shared_head(model: PreTrainedModel, token_ids: torch.Tensor) -> Iterator[Non
         yield
     finally:
         model.set_output_embeddings(head)
+
+
+@contextmanager
+def contiguous_head(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within the context the head reads contiguous hidden states.
+
+    transformers gives it a slice (the last positions). `F.linear` on such a slice may fall back to a batched product that
+    copies the whole head once per row: minutes instead of seconds for a large vocabulary on a CPU.
+    """
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def logits_at(model: PreTrainedModel | PeftModel, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[None]:
+    """Within the context the model's logits are those of some positions alone, shape (m, vocabulary).
+
+    The head costs as much as many layers and is not needed where nothing is compared (prompts, padding).
+
+    Args:
+        rows, positions (`torch.Tensor`): Index of the m positions in the batch, int64.
+    """
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][rows, positions],))
+    try:
+        yield
+    finally:
+        handle.remove()

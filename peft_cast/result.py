@@ -11,6 +11,8 @@ from typing import Any
 from peft import PeftModel
 
 from .align import ModuleMap
+from .diagnosis import diagnose
+from .tuner import CastConfig
 
 
 USAGE = """
@@ -34,13 +36,14 @@ Translated from the LoRA `{adapter}` of `{source}`{revision}.
 
 @dataclass(frozen=True)
 class TranslationResult:
-    """What `translate` returns.
+    """What `translate` and `baselines.distill_lora` return.
 
     Args:
         model ([`~peft.PeftModel`]): The target model with the translated adapter, ready to generate or save.
         metrics (`dict`): The measurements of the run, JSON-ready. `kl`: nats per aligned position between the teacher
-            and the untouched target, the closed form and the final adapter on held-out texts; `closed_form`: held-out
-            R² per target module; `phases`: seconds and peak memory; `parameters`; `alignment`; `text`; `settings`.
+            and the untouched target, the closed form and the final adapter on held-out texts; `excitement`: nats by
+            which the LoRA changes the source's predictions there; `closed_form`: held-out R² per target module; `phases`:
+            seconds and peak memory; `parameters`; `alignment`; `text`; `settings`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
     """
@@ -54,6 +57,12 @@ class TranslationResult:
         """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a README that says how to load it."""
         folder = Path(folder)
         self.model.save_pretrained(folder)
+        if isinstance(self.model.active_peft_config, CastConfig):
+            self._add_usage(folder / "README.md")
+        report = {"metrics": self.metrics, "history": self.history}
+        (folder / "cast_metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def _add_usage(self, card: Path) -> None:
         config = self.model.active_peft_config
         revision = f" at revision `{config.source_adapter_revision}`" if config.source_adapter_revision else ""
         usage = USAGE.format(
@@ -62,10 +71,11 @@ class TranslationResult:
             source=config.source_model_name_or_path,
             revision=revision,
         )
-        card = folder / "README.md"
         card.write_text(card.read_text(encoding="utf-8") + usage, encoding="utf-8")
-        report = {"metrics": self.metrics, "history": self.history}
-        (folder / "cast_metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def diagnosis(self) -> list[str]:
+        """What limits this translation and what to do about it, a sentence each; empty when nothing stands out."""
+        return diagnose(self.metrics, self.history)
 
     def summary(self) -> str:
         """A short table: how far the translation went and what it cost."""
@@ -74,10 +84,14 @@ class TranslationResult:
         lines += [f"  {name:<22}{value:8.4f}" for name, value in kl.items()]
         if kl["target"] > 0:
             lines.append(f"  {'way covered':<22}{1 - kl['translated'] / kl['target']:8.1%}")
+        lines.append(
+            f"The LoRA changes the source's predictions there by {self.metrics['excitement']:.4f} nats per position"
+        )
         by_role: dict[str, list[dict]] = defaultdict(list)
-        for name, fits in self.metrics["closed_form"]["modules"].items():
+        for name, fits in self.metrics.get("closed_form", {}).get("modules", {}).items():
             by_role[name.rsplit(".", 1)[-1]] += fits
-        lines.append("Closed-form fit, held-out R² (mean over layers)   P_in   P_out")
+        if by_role:
+            lines.append("Closed-form fit, held-out R² (mean over layers)   P_in   P_out")
         for role, fits in by_role.items():
             r2_in, r2_out = (sum(fit[key] for fit in fits) / len(fits) for key in ("r2_in", "r2_out"))
             lines.append(f"  {role:<46}{r2_in:6.2f}  {r2_out:6.2f}")
@@ -88,6 +102,7 @@ class TranslationResult:
         )
         costs = self.metrics["phases"].items()
         lines.append("Time  " + ", ".join(f"{name} {cost['seconds']:.0f} s" for name, cost in costs))
+        lines += [f"Note  {sentence}" for sentence in self.diagnosis()]
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -13,27 +12,14 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .align import AlignedPair, ModuleMap, align_texts, layer_pairs, map_layers, map_modules, shared_vocabulary
-from .fit import CastTrainer, ClosedForm, TeacherSettings, distance_to_teacher, fit_closed_form
-from .fit.refine import Teacher
-from .models import (
-    LoraKernel,
-    adapted_source,
-    default_device,
-    load_model,
-    load_tokenizer,
-    moved,
-    read_adapter_config,
-    read_kernels,
-    shared_head,
-    unload_adapters,
-    untouched,
-)
+from .align import layer_pairs
+from .fit import ClosedForm, Teacher, TeacherSettings, TrainingTexts, fit_closed_form, imitate
+from .models import shared_head, unload_adapters
+from .pair import Pair, open_pair, read_texts
 from .phases import Phases
 from .result import TranslationResult
-from .text import SelfWritten, read_text, write_texts
 from .tuner import CastConfig, KernelSpec
 
 
@@ -52,6 +38,7 @@ def translate(
     max_length: int = 256,
     alpha: float = 1.0,
     beta: float = 0.0,
+    gamma: float = 1.0,
     temperature: float = 1.0,
     teacher: Literal["source", "delta"] | float = "source",
     depth_map: str | Mapping[int, int] = "proportional",
@@ -76,8 +63,9 @@ def translate(
     """Translate a LoRA trained on `source` so that it works on `target`.
 
     The two models are aligned (tokens, vocabulary, depth, modules), the projections around the frozen LoRA are fitted
-    in closed form and then refined with `alpha T² KL + beta MSE` against the adapted source model. The method is CAST
-    (https://arxiv.org/abs/2510.17902), with output projections fitted from gradients.
+    in closed form and then refined with `alpha T² KL + beta MSE` against the adapted source model, and `gamma KL` that
+    holds the target in place on general text. The method is CAST (https://arxiv.org/abs/2510.17902), with output
+    projections fitted from gradients.
 
     Args:
         source: The model the LoRA was trained on: hub id, path or loaded model. `None` takes it from the adapter.
@@ -98,6 +86,9 @@ def translate(
         alpha (`float`): Weight of the KL divergence.
         beta (`float`): Weight of the hidden-state MSE, normalised per layer. 0, the default, skips it: its worth is not
             measured yet (docs/results.md).
+        gamma (`float`): Weight of the KL divergence from the untouched target on anchors, documents of `fit_text` that
+            the closed form has not read: it keeps the target as it is on general text. 0 skips it, and so does a
+            translation without `fit_text`.
         temperature (`float`): Temperature of the KL divergence.
         teacher: `"source"` imitates the adapted source model; `"delta"` adds only what the LoRA changes to the
             target's own prediction; a number from 0 (`source`) to 1 (`delta`) mixes them.
@@ -129,76 +120,62 @@ def translate(
         OSError: If a model, adapter or corpus cannot be reached.
         FloatingPointError: If the loss becomes NaN or infinite.
     """
-    settings = TeacherSettings(alpha, beta, temperature, _target_share(teacher))
-    _check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
+    settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher))
+    check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
-    device = torch.device(device) if device is not None else default_device()
     with ExitStack() as stack:
         with phases.measure("load"):
-            source = _load_source(source, adapter, device, source_revision, adapter_revision, dtype)
-            target = load_model(target, "target", device, target_revision, dtype)
-            if source is target:
-                raise ValueError("`source` and `target` are the same object: load the model twice.")
-            tokenizers = (
-                load_tokenizer(source_tokenizer, source, "source", source_revision),
-                load_tokenizer(target_tokenizer, target, "target", target_revision),
+            pair = stack.enter_context(
+                open_pair(
+                    source,
+                    adapter,
+                    target,
+                    depth_map=depth_map,
+                    module_map=module_map,
+                    source_tokenizer=source_tokenizer,
+                    target_tokenizer=target_tokenizer,
+                    source_revision=source_revision,
+                    adapter_revision=adapter_revision,
+                    target_revision=target_revision,
+                    device=device,
+                    dtype=dtype,
+                )  # fmt: skip
             )
-            # A PeftModel as `adapter` is its source's wrapper: its own modes are restored too.
-            stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
-            stack.enter_context(moved(source, device))
-            stack.enter_context(moved(target, device))
-            teacher_model = stack.enter_context(adapted_source(source, adapter, adapter_revision))
-            teacher_model.eval()
-            kernels = read_kernels(teacher_model)
-            modules = _map(source, target, kernels, depth_map, module_map)
         with phases.measure("text"):
-            train, held_out, fit, text_metrics = _read(
-                teacher_model, tokenizers, text, fit_text, (steps * batch_size, eval_samples, fit_samples), max_length,
-                seed, bar,
+            texts = read_texts(
+                pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
+                anchors=anchor_count(steps, batch_size, gamma), max_length=max_length, seed=seed, bar=bar,
             )  # fmt: skip
-        vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
-        with phases.measure("closed_form"), teacher_model.disable_adapter():
+        with phases.measure("closed_form"), pair.adapted.disable_adapter():
             closed_form = fit_closed_form(
-                source, target, fit, vocabulary, kernels, modules,
+                pair.source, pair.target, texts.fit, pair.vocabulary, pair.kernels, pair.modules,
                 batch_size=batch_size, ridge=ridge, hidden=beta > 0, progress=partial(bar, desc="closed form"),
             )  # fmt: skip
-        config = _config(
-            kernels,
-            modules,
-            projection_type,
-            projection_size,
-            source.name_or_path,
-            source_revision,
-            adapter,
-            adapter_revision,
-        )
+        config = _config(pair, projection_type, projection_size, source_revision, adapter, adapter_revision)
         try:
-            model = _install(target, config, adapter_name, kernels, closed_form, gain, target_revision)
-            hidden = {path: (layer_pairs(modules)[path], m) for path, m in closed_form.hidden_maps.items()}
-            teacher_at_work = Teacher(teacher_model, settings, hidden)
-            with shared_head(source, vocabulary.source_ids), shared_head(target, vocabulary.target_ids):
-                measure = partial(distance_to_teacher, model, teacher_at_work, held_out, batch_size)
-                with phases.measure("evaluate"):
-                    with model.disable_adapter():
-                        kl = {"target": measure()}
-                    kl["closed_form"] = measure()
-                with phases.measure("refine"):
-                    history = _refine(
-                        model, teacher_at_work, train, steps, batch_size, learning_rate, seed, device, output_dir,
-                        training_args, progress,
-                    )  # fmt: skip
-                with phases.measure("evaluate"):
-                    kl["translated"] = measure() if steps else kl["closed_form"]
+            model = _install(pair, config, adapter_name, closed_form, gain, target_revision)
+            hidden = {path: (layer_pairs(pair.modules)[path], m) for path, m in closed_form.hidden_maps.items()}
+            teacher_at_work = Teacher(pair.adapted, settings, hidden)
+            ids = pair.vocabulary
+            with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
+                kl, history = imitate(
+                    model, teacher_at_work, TrainingTexts(texts.train, texts.anchors), texts.held_out, batch_size,
+                    phases, steps=steps, learning_rate=learning_rate, seed=seed, output_dir=output_dir,
+                    training_args=training_args, progress=progress,
+                )  # fmt: skip
         except BaseException:
-            unload_adapters(target)
+            unload_adapters(pair.target)
             raise
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         model.requires_grad_(False)
         config.inference_mode = True
     metrics = {
-        "kl": kl,
-        "parameters": {"trained": trained, "source_lora": sum(k.A.numel() + k.B.numel() for k in kernels.values())},
+        "kl": {"target": kl["target"], "closed_form": kl["start"], "translated": kl["end"]},
+        "excitement": kl["excitement"],
+        "parameters": {
+            "trained": trained, "source_lora": sum(k.A.numel() + k.B.numel() for k in pair.kernels.values()),
+        },
         "closed_form": {
             "positions": closed_form.positions,
             "modules": {
@@ -207,107 +184,49 @@ def translate(
             },
             "hidden_r2": closed_form.hidden_r2,
         },
-        "alignment": {"shared_tokens": len(vocabulary), "depth_map": modules.layers, "unmapped": modules.unmapped},
-        "text": text_metrics,
+        "alignment": {
+            "shared_tokens": len(pair.vocabulary), "depth_map": pair.modules.layers, "unmapped": pair.modules.unmapped,
+        },
+        "text": texts.metrics,
         "phases": phases.costs,
         "settings": {
             "loss": dataclasses.asdict(settings), "steps": steps, "batch_size": batch_size,
             "learning_rate": learning_rate, "max_length": max_length, "gain": gain, "ridge": ridge, "seed": seed,
+            "projection_size": projection_size, "rank": config.r,
         },
     }  # fmt: skip
-    result = TranslationResult(model, metrics, history, modules)
+    result = TranslationResult(model, metrics, history, pair.modules)
     if output_dir is not None:
         result.save_pretrained(output_dir)
     return result
 
 
-def _target_share(teacher: str | float) -> float:
+def anchor_count(steps: int, batch_size: int, gamma: float) -> int:
+    """Anchors worth reading: as many as the steps can use, at most 512; they may be seen again."""
+    return min(512, steps * batch_size // 2) if gamma else 0
+
+
+def target_share(teacher: str | float) -> float:
+    """The share of the target's own prediction in the teacher: 0 for `"source"`, 1 for `"delta"`, or the number given."""
     share = {"source": 0.0, "delta": 1.0}.get(teacher, teacher) if isinstance(teacher, str) else teacher
     if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ValueError(f"`teacher` must be 'source', 'delta' or a number from 0 to 1, got {teacher!r}.")
     return float(share)
 
 
-def _check_positive(**values: int) -> None:
+def check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
-def _load_source(source, adapter, device, revision, adapter_revision, dtype) -> PreTrainedModel:
-    if isinstance(adapter, PeftModel):
-        model = adapter.get_base_model()
-        if isinstance(source, torch.nn.Module) and source is not model:
-            raise ValueError("`adapter` is a PeftModel on another model object than `source`: pass `source=None`.")
-        return model
-    if source is None:
-        source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
-    return load_model(source, "source", device, revision, dtype)
-
-
-def _rows(model: PreTrainedModel) -> int:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no language-modelling head: pass a causal language model.")
-    return head.weight.shape[0]
-
-
-def _map(source, target, kernels: Mapping[str, LoraKernel], depth_map, module_map) -> ModuleMap:
-    layers = map_layers(
-        source.config.get_text_config().num_hidden_layers, target.config.get_text_config().num_hidden_layers, depth_map
-    )
-    return map_modules(kernels, target, layers, module_map)
-
-
-def _read(
-    teacher_model: PeftModel, tokenizers, text, fit_text, counts: tuple[int, int, int], max_length: int, seed: int, bar
-) -> tuple[list[AlignedPair], list[AlignedPair], list[AlignedPair], dict[str, Any]]:
-    """Aligned texts for the refinement, its evaluation and the closed form."""
-    train_count, eval_count, fit_count = counts
-
-    def write(spec: SelfWritten, limit: int):
-        return write_texts(teacher_model, *tokenizers, spec, limit, seed, partial(bar, desc="writing text"))
-
-    def align(samples) -> list[AlignedPair]:
-        return align_texts(
-            [s.text for s in samples], *tokenizers,
-            source_prompts=[s.source_prompt for s in samples], target_prompts=[s.target_prompt for s in samples],
-            max_length=max_length,
-        )  # fmt: skip
-
-    wanted = train_count if fit_text is not None else max(train_count, fit_count)
-    pairs = align(read_text(text, wanted + eval_count, write))
-    if len(pairs) < 3:
-        raise ValueError(
-            f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
-            "pass more or longer text."
-        )
-    held_out = min(eval_count, len(pairs) // 3 or 1)
-    evaluation, train = pairs[:held_out], pairs[held_out:]
-    fit = train[:fit_count] if fit_text is None else align(read_text(fit_text, fit_count, write))
-    if len(fit) < 2:
-        raise ValueError(
-            f"`fit_text` gives {len(fit)} usable samples, at least 2 are needed: pass more or longer text."
-        )
-    positions = sum(len(p.target_positions) for p in pairs)
-    tokens = sum(len(p.target_ids) for p in pairs)
-    metrics = {
-        "train": len(train), "held_out": len(evaluation), "closed_form": len(fit),
-        "target_tokens": tokens, "aligned_share": positions / tokens,
-    }  # fmt: skip
-    return train, evaluation, fit, metrics
-
-
-def _config(
-    kernels, modules: ModuleMap, projection_type, projection_size, source_name, source_revision, adapter,
-    adapter_revision,
-) -> CastConfig:  # fmt: skip
+def _config(pair: Pair, projection_type, projection_size, source_revision, adapter, adapter_revision) -> CastConfig:
     specs = {
         name: [
-            KernelSpec(*kernels[s].A.shape, kernels[s].B.shape[0], kernels[s].scaling, source_module=s)
+            KernelSpec(*pair.kernels[s].A.shape, pair.kernels[s].B.shape[0], pair.kernels[s].scaling, source_module=s)
             for s in sources
         ]
-        for name, sources in modules.kernels.items()
+        for name, sources in pair.modules.kernels.items()
     }
     name = adapter.active_peft_config.base_model_name_or_path if isinstance(adapter, PeftModel) else str(adapter)
     return CastConfig(
@@ -315,7 +234,7 @@ def _config(
         r=max(spec.r for group in specs.values() for spec in group),
         projection_type=projection_type,
         projection_size=projection_size,
-        source_model_name_or_path=source_name,
+        source_model_name_or_path=pair.source.name_or_path,
         source_model_revision=source_revision,
         source_adapter_name_or_path=name,
         source_adapter_revision=adapter_revision,
@@ -324,50 +243,16 @@ def _config(
 
 
 def _install(
-    target, config: CastConfig, adapter_name: str, kernels, closed_form: ClosedForm, gain: float | None, revision
+    pair: Pair, config: CastConfig, adapter_name: str, closed_form: ClosedForm, gain: float | None, revision
 ) -> PeftModel:
     """Wrap the target and put kernels and fitted projections in place."""
-    model = get_peft_model(target, config, adapter_name=adapter_name, revision=revision)
+    model = get_peft_model(pair.target, config, adapter_name=adapter_name, revision=revision)
     for name, fits in closed_form.kernels.items():
-        layer = target.get_submodule(name)
+        layer = pair.target.get_submodule(name)
         for kernel, fit in zip(layer.peft_cast_kernels[adapter_name], fits):
-            kernel.A.copy_(kernels[fit.source_module].A)
-            kernel.B.copy_(kernels[fit.source_module].B)
+            kernel.A.copy_(pair.kernels[fit.source_module].A)
+            kernel.B.copy_(pair.kernels[fit.source_module].B)
             factor = gain if gain is not None else min(2.0, max(fit.r2_out, 1e-6) ** -0.5)
             device = kernel.A.device
             kernel.set_effective(fit.A_P_in.to(device), factor * fit.P_out_B.to(device))
     return model
-
-
-def _refine(
-    model, teacher: Teacher, train, steps, batch_size, learning_rate, seed, device, output_dir, training_args, progress
-) -> list[dict[str, float]]:
-    if steps == 0:
-        return []
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = {
-            "output_dir": str(Path(output_dir) / "checkpoints") if output_dir else scratch,
-            "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "warmup_steps": min(10, steps // 5),
-            "weight_decay": 0.0,
-            "logging_steps": max(1, steps // 20),
-            "save_strategy": "steps" if output_dir else "no",
-            "save_steps": max(1, steps // 4),
-            "save_total_limit": 2,
-            "report_to": [],
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": torch.accelerator.is_available(),
-            "disable_tqdm": not progress,
-            "use_cpu": device.type == "cpu",
-            "seed": seed,
-        }
-        settings = TrainingArguments(**{**arguments, **(training_args or {})})
-        settings._n_gpu = min(settings.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
-        trainer = CastTrainer(model=model, args=settings, train_dataset=train, teacher=teacher)
-        if not progress:
-            trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        model.eval()
-        return trainer.state.log_history

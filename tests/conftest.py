@@ -161,6 +161,12 @@ def lora_folder(tmp_path_factory, source_folder):
 
 
 @pytest.fixture(autouse=True)
+def float32_everywhere(monkeypatch):
+    # Tests compare to many digits; a machine that is fast at bfloat16 would load models in it.
+    monkeypatch.setattr("peft_cast.models.default_dtype", lambda device: torch.float32)
+
+
+@pytest.fixture(autouse=True)
 def same_seed():
     torch.manual_seed(0)
 

@@ -60,7 +60,7 @@ def test_first_positions_are_skipped_in_both_models(byte_tokenizer, piece_tokeni
 def test_prompts_differ_and_are_not_aligned(byte_tokenizer, piece_tokenizer):
     (pair,) = align_texts(
         ["the answer"], byte_tokenizer, piece_tokenizer,
-        source_prompts=["<s>user: hi\n"], target_prompts=["<bos>[a rather longer prompt] hi\n"], skip=0,
+        source_prompts=["<s>user: hi\n"], target_prompts=["<bos>[a rather longer prompt] hi\n"], rendered=[True], skip=0,
     )  # fmt: skip
     assert pair.source_ids.count(byte_tokenizer.bos_token_id) == 1  # from the prompt alone
     assert pair.target_ids.count(piece_tokenizer.bos_token_id) == 1
@@ -69,7 +69,21 @@ def test_prompts_differ_and_are_not_aligned(byte_tokenizer, piece_tokenizer):
     assert [s.removeprefix("user: hi\n") for s in source] == [
         t.removeprefix("[a rather longer prompt] hi\n") for t in target
     ]
-    assert source[-1].endswith("the answer") and source[0].startswith("user: hi\nt")
+    assert source[-1].endswith("the answer")
+    assert source[0] == "user: hi\n"  # the end of the prompts predicts the first token
+
+
+def test_plain_prompts_get_the_tokenizers_special_tokens(byte_tokenizer, piece_tokenizer):
+    prompts = ["Question: why?\nAnswer:"]
+    (pair,) = align_texts(
+        [" because"], byte_tokenizer, piece_tokenizer, source_prompts=prompts, target_prompts=prompts, skip=0
+    )
+    assert (
+        pair.target_ids.count(piece_tokenizer.bos_token_id) == 1 and pair.target_ids[0] == piece_tokenizer.bos_token_id
+    )
+    source = ends(byte_tokenizer, pair.source_ids, pair.source_positions)
+    assert source == ends(piece_tokenizer, pair.target_ids, pair.target_positions)
+    assert source[0] == prompts[0] and source[-1] == prompts[0] + " because"
 
 
 def test_texts_are_cut_to_max_length(byte_tokenizer, piece_tokenizer):

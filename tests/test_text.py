@@ -1,13 +1,15 @@
 """What is read as text."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
 import torch
 from conftest import tiny_model
 
-from peft_cast.text import Corpus, Mixture, SelfWritten, TextSample, read_corpus, read_text, write_texts
+from peft_cast.text import Corpus, Mixture, SelfWritten, TextSample, read_corpus, read_text, write_texts, written
+from peft_cast.text.written import common_affixes
 
 
 TEXTS = [f"Text number {i}, which is long enough to be read by the corpus reader." for i in range(6)]
@@ -109,8 +111,8 @@ def test_self_written_text_starts_with_its_prefix(writer, byte_tokenizer, piece_
     state = torch.get_rng_state()
     samples = write(writer, byte_tokenizer, piece_tokenizer, prefix=("Question:", "Problem:"))
     assert torch.equal(torch.get_rng_state(), state)
-    assert [s.text.split(":")[0] for s in samples] == ["Question", "Problem"] * 2 + ["Question"]
-    assert all(len(s.text) > 12 and not s.source_prompt for s in samples)
+    assert [s.source_prompt for s in samples] == ["Question:", "Problem:"] * 2 + ["Question:"]
+    assert all(s.text and s.source_prompt == s.target_prompt and not s.rendered for s in samples)
     assert len({s.text for s in samples}) == 5
     assert samples == write(writer, byte_tokenizer, piece_tokenizer, prefix=("Question:", "Problem:"))
     assert byte_tokenizer.padding_side == "right"
@@ -120,7 +122,7 @@ def test_template_around_corpus_snippets(writer, byte_tokenizer, piece_tokenizer
     samples = write(
         writer, byte_tokenizer, piece_tokenizer, template="Say: {text}\n=>", corpus=TEXTS, snippet_chars=13, samples=3
     )
-    assert [s.text.split("\n")[0] for s in samples] == [f"Say: Text number {i}" for i in range(3)]
+    assert [s.target_prompt for s in samples] == [f"Say: Text number {i}\n=>" for i in range(3)]
 
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[%s] {{ m['content'] }}\n{% endfor %}"
@@ -137,19 +139,85 @@ def test_chat_template_when_the_tokenizer_has_one(writer, byte_tokenizer, piece_
     assert samples[0].source_prompt == f"<s>[source] {TEXTS[0]}\n"
     expected = f"<bos>[target] {TEXTS[0]}\n" if target_has_template else samples[0].source_prompt
     assert samples[0].target_prompt == expected
-    assert TEXTS[0] not in samples[0].text
+    assert TEXTS[0] not in samples[0].text and samples[0].rendered
 
 
 def test_without_a_chat_template_snippets_are_continued(writer, byte_tokenizer, piece_tokenizer):
     samples = write(writer, byte_tokenizer, piece_tokenizer, corpus=TEXTS)
-    assert all(s.text.startswith("Text number") and s == TextSample(s.text) for s in samples)
+    assert samples == [TextSample(s.text, t, t) for s, t in zip(samples, TEXTS)]
     with pytest.raises(ValueError, match="no chat template"):
         write(writer, byte_tokenizer, piece_tokenizer, corpus=TEXTS, chat=True)
 
 
+PROMPTS = [f"Question: how many are {a} and {b}?\nAnswer:" for a, b in ((1, 2), (30, 4), (5, 61), (7, 8))]
+
+
+def test_what_prompts_share_is_found():
+    assert common_affixes(PROMPTS) == ("Question: how many are ", "\nAnswer:")
+    assert common_affixes(["Say: one thing", "Say: other thing"]) == ("Say: ", " thing")
+    assert common_affixes(["abc", "abd"]) == ("", "") and common_affixes(["alone"]) == ("", "")
+    assert common_affixes(["a b", "a b"]) == ("a ", "")
+
+
+class Continues:
+    """Stands for the sampling of a model: continues every list of prompts with the next of some texts."""
+
+    def __init__(self, texts):
+        self.texts, self.asked = iter(texts), []
+
+    def __call__(self, model, tokenizer, texts, max_new_tokens, **options):
+        self.asked += texts
+        return [next(self.texts) for _ in texts]
+
+
+def test_further_prompts_follow_the_given_ones(monkeypatch, byte_tokenizer):
+    answers = [
+        " 9 and 9?\n\nQuestion:",
+        " 30 and 4?\n",
+        " 1 and 1",
+        "\n",
+        " 9 and 9?\n",
+        " 2 and 90?\nmore",
+        " " + "9" * 60 + "\n",
+    ]
+    answers += [f" 3 and {i}?\n" for i in range(20)]
+    monkeypatch.setattr(written, "_sample", fake := Continues(answers))
+    found = written.write_prompts(None, byte_tokenizer, PROMPTS, 3, batch_size=4)
+    # not: one of the given, an unfinished one, an empty one, a repeated one, one far too long
+    assert found == [f"Question: how many are {x}?\nAnswer:" for x in ("9 and 9", "2 and 90", "3 and 0")]
+    assert all(text.count("Question: how many are") == 5 and text.endswith("how many are") for text in fake.asked)
+
+
+def test_a_model_that_writes_no_prompts_ends_in_a_few_rounds(monkeypatch, byte_tokenizer):
+    monkeypatch.setattr(written, "_sample", fake := Continues([""] * 1000))
+    assert written.write_prompts(None, byte_tokenizer, PROMPTS, 10, batch_size=4) == []
+    assert len(fake.asked) <= 40
+
+
+def test_prompts_are_answered_the_given_ones_first(writer, byte_tokenizer, piece_tokenizer, monkeypatch):
+    more = ["Question: how many are 2 and 2?\nAnswer:"]
+    monkeypatch.setattr(written, "write_prompts", lambda model, tokenizer, prompts, count, *rest: more[:count])
+    spec = SelfWritten(prompts=PROMPTS, max_new_tokens=8)
+    samples = write_texts(writer, byte_tokenizer, piece_tokenizer, spec, 7, target=writer)
+    assert [s.source_prompt for s in samples] == [*PROMPTS, *more, *PROMPTS[:2]]
+    alone = write_texts(writer, byte_tokenizer, piece_tokenizer, replace(spec, more_prompts=0), 5, target=writer)
+    assert [s.source_prompt for s in alone] == [*PROMPTS, PROMPTS[0]]
+
+
+def test_a_real_model_writes_further_prompts(writer, byte_tokenizer):
+    found = written.write_prompts(writer, byte_tokenizer, PROMPTS, 2, batch_size=8)
+    assert len(found) <= 2 and all(p.startswith("Question: how many are ") and p.endswith("\nAnswer:") for p in found)
+
+
 def test_impossible_self_written_settings():
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="only one of"):
         SelfWritten(prefix="a", template="{text}")
+    with pytest.raises(ValueError, match="only one of"):
+        SelfWritten(prompts=["a"], prefix="a")
+    with pytest.raises(ValueError, match="list of at least one"):
+        SelfWritten(prompts="a prompt")
+    with pytest.raises(ValueError, match="`more_prompts` needs `prompts`"):
+        SelfWritten(prefix="a", more_prompts=3)
     with pytest.raises(ValueError, match="must contain '{text}'"):
         SelfWritten(template="no place")
 

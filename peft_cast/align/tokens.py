@@ -32,6 +32,7 @@ def align_texts(
     *,
     source_prompts: Sequence[str] | None = None,
     target_prompts: Sequence[str] | None = None,
+    rendered: Sequence[bool] | None = None,
     max_length: int = 512,
     skip: int = 4,
 ) -> list[AlignedPair]:
@@ -44,9 +45,10 @@ def align_texts(
         texts: The texts. Those with no aligned position are left out.
         source_tokenizer: Fast tokenizer of the source model.
         target_tokenizer: Fast tokenizer of the target model.
-        source_prompts: For each text, a rendered chat prompt that the source reads before it (special tokens
-            included), or "". Prompts may differ between the models and are not aligned.
+        source_prompts: For each text, what the source reads before it, or "". Prompts may differ between the models
+            and are not aligned, but for their end: the position that predicts the text's first token.
         target_prompts: Likewise for the target.
+        rendered: For each text, whether its prompts come from chat templates and hold their special tokens already.
         max_length (`int`): Most tokens per text and model; longer texts are cut.
         skip (`int`): Positions at the start of each sequence, in either model, that are never matched: attention sinks
             carry huge activations that spoil a least-squares fit.
@@ -54,8 +56,9 @@ def align_texts(
     Raises:
         ValueError: If a tokenizer gives no character offsets.
     """
-    source = _tokenize(source_tokenizer, texts, source_prompts, max_length, "source")
-    target = _tokenize(target_tokenizer, texts, target_prompts, max_length, "target")
+    rendered = rendered or [False] * len(texts)
+    source = _tokenize(source_tokenizer, texts, source_prompts, rendered, max_length, "source")
+    target = _tokenize(target_tokenizer, texts, target_prompts, rendered, max_length, "target")
     pairs = []
     for (s_ids, s_ends), (t_ids, t_ends) in zip(source, target):
         common = sorted(s_ends.keys() & t_ends.keys())
@@ -67,7 +70,12 @@ def align_texts(
 
 
 def _tokenize(
-    tokenizer, texts: Sequence[str], prompts: Sequence[str] | None, max_length: int, which: str
+    tokenizer,
+    texts: Sequence[str],
+    prompts: Sequence[str] | None,
+    rendered: Sequence[bool],
+    max_length: int,
+    which: str,
 ) -> Iterator[tuple[list[int], dict[int, int]]]:
     """For each text its token ids and a map from end offset in the text (characters) to the last token ending there."""
     if not getattr(tokenizer, "is_fast", False):
@@ -75,16 +83,16 @@ def _tokenize(
             f"The {which} model's tokenizer ({type(tokenizer).__name__}) gives no character offsets, which are needed "
             "to align two tokenizers: load its fast version with AutoTokenizer.from_pretrained(..., use_fast=True)."
         )
-    for text, prompt in zip(texts, prompts or [""] * len(texts)):
+    for text, prompt, is_rendered in zip(texts, prompts or [""] * len(texts), rendered):
         encoded = tokenizer(
             prompt + text,
             truncation=True,
             max_length=max_length,
             return_offsets_mapping=True,
-            add_special_tokens=not prompt,  # a rendered prompt holds them already
+            add_special_tokens=not is_rendered,
         )
         ends = {}
         for position, (start, end) in enumerate(encoded["offset_mapping"]):
-            if end > max(start, len(prompt)):
+            if end > start and end >= len(prompt):
                 ends[end - len(prompt)] = position
         yield encoded["input_ids"], ends

@@ -1,33 +1,64 @@
-"""Batches of aligned texts."""
+"""Batches of aligned texts, with texts that hold the target in place between them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 
 from ..align import AlignedPair
 
 
-def collate_pairs(pairs: Sequence[AlignedPair]) -> dict[str, torch.Tensor]:
-    """Pad a list of aligned texts to one batch.
+class TrainingTexts(Dataset):
+    """What the refinement reads: texts to imitate the teacher on, and general text to stay as the target is on.
+
+    Args:
+        pairs: Aligned texts that the adapter changes.
+        anchors: General texts; item i brings one along whenever `i % every == 0`.
+        every (`int`): Texts per anchor.
+    """
+
+    def __init__(self, pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] = (), every: int = 2) -> None:
+        self.pairs, self.anchors, self.every = pairs, anchors, every
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> tuple[AlignedPair, AlignedPair | None]:
+        brings_one = self.anchors and i % self.every == 0
+        return self.pairs[i], self.anchors[i // self.every % len(self.anchors)] if brings_one else None
+
+
+def collate_items(items: Sequence[tuple[AlignedPair, AlignedPair | None]]) -> dict[str, torch.Tensor]:
+    """Pad items of `TrainingTexts` to one batch."""
+    return collate_pairs([pair for pair, _ in items], [anchor for _, anchor in items if anchor is not None])
+
+
+def collate_pairs(pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] = ()) -> dict[str, torch.Tensor]:
+    """Pad a list of aligned texts, and anchors that only the target reads, to one batch.
 
     Args:
         pairs: n aligned texts.
+        anchors: a more texts; they become the last rows of the target's inputs.
 
     Returns:
         `source_input_ids`, `source_attention_mask` (n, longest source), `target_input_ids`, `target_attention_mask`
-        (n, longest target), and for the m aligned positions of the batch `rows`, `source_positions`,
-        `target_positions` (m,), all int64. Padding is on the right, where causal models never see it.
+        (n + a, longest target); for the m aligned positions of the batch `rows`, `source_positions`,
+        `target_positions` (m,); for the positions of the anchors `anchor_rows`, `anchor_positions`. All int64. Padding
+        is on the right, where causal models never see it.
     """
     batch = {}
-    for side in ("source", "target"):
-        ids = [torch.tensor(getattr(pair, f"{side}_ids")) for pair in pairs]
-        mask = [torch.ones(len(i), dtype=torch.long) for i in ids]
-        batch[f"{side}_input_ids"] = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        batch[f"{side}_attention_mask"] = torch.nn.utils.rnn.pad_sequence(mask, batch_first=True)
+    for side, texts in (("source", pairs), ("target", [*pairs, *anchors])):
+        ids = [torch.tensor(getattr(pair, f"{side}_ids")) for pair in texts]
+        batch[f"{side}_input_ids"] = pad_sequence(ids, batch_first=True)
+        batch[f"{side}_attention_mask"] = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
         batch[f"{side}_positions"] = torch.tensor([p for pair in pairs for p in getattr(pair, f"{side}_positions")])
     batch["rows"] = torch.tensor([row for row, pair in enumerate(pairs) for _ in pair.source_positions])
+    kept = [pair.target_positions[::2] for pair in anchors]  # neighbours say much the same, and the head is dear
+    batch["anchor_rows"] = torch.tensor([len(pairs) + row for row, p in enumerate(kept) for _ in p], dtype=torch.long)
+    batch["anchor_positions"] = torch.tensor([p for positions in kept for p in positions], dtype=torch.long)
     return batch
 
 
@@ -41,3 +72,8 @@ def side_of(
         "use_cache": False,
     }
     return inputs, batch["rows"].to(device), batch[f"{side}_positions"].to(device)
+
+
+def anchors_of(batch: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The index (rows, positions) of the anchors' positions in the target's inputs."""
+    return batch["anchor_rows"].to(device), batch["anchor_positions"].to(device)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 def kl_divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """`T² KL(softmax(teacher / T) ‖ softmax(student / T))` in nats per position.
+    """`T² KL(softmax(teacher / T) ‖ softmax(student / T))` in nats at each position.
 
     The factor T² keeps the gradient's size independent of the temperature (Hinton et al., 2015).
 
@@ -17,11 +17,11 @@ def kl_divergence(teacher: torch.Tensor, student: torch.Tensor, temperature: flo
         temperature (`float`): T above.
 
     Returns:
-        `torch.Tensor`: The mean over positions, a scalar.
+        `torch.Tensor`: Shape (n,).
     """
     teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
     student = F.log_softmax(student.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * temperature**2
 
 
 def normalised_mse(prediction: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..align import AlignedPair
-from .batches import collate_pairs, side_of
+from ..models import logits_at
+from ..phases import Phases
+from .batches import TrainingTexts, anchors_of, collate_items, collate_pairs, side_of
 from .capture import layer_outputs
 from .closed_form import with_bias
 from .losses import kl_divergence, mix_logits, normalised_mse
@@ -23,6 +28,8 @@ class TeacherSettings:
     Args:
         alpha (`float`): Weight of the KL divergence between the teacher's and the student's next-token predictions.
         beta (`float`): Weight of the normalised MSE between hidden states; 0 skips it.
+        gamma (`float`): Weight of the KL divergence from the untouched target on the anchors, which limits what the
+            translation breaks.
         temperature (`float`): Temperature of the KL divergence.
         target_share (`float`): 0 is the `source` teacher (the source model with its LoRA), 1 the `delta` teacher (the
             target's own prediction changed by what the LoRA changes in the source); values between mix them.
@@ -30,6 +37,7 @@ class TeacherSettings:
 
     alpha: float = 1.0
     beta: float = 0.0
+    gamma: float = 0.0
     temperature: float = 1.0
     target_share: float = 0.0
 
@@ -53,34 +61,45 @@ class Teacher:
         self.hidden_maps = dict(hidden_maps or {}) if settings.beta else {}
         self.layers = {"source": {path for path, _ in self.hidden_maps.values()}, "target": set(self.hidden_maps)}
 
-    def _run(self, model, base, batch: dict, side: str) -> tuple[torch.Tensor, dict]:
-        """Logits (m, vocabulary) and hidden states by layer path (m, hidden) at the m aligned positions."""
+    def _run(self, model, base, batch: dict, side: str, anchors: bool = False) -> tuple[torch.Tensor, dict]:
+        """Logits (m, vocabulary) and hidden states by layer path (m, hidden) at the m aligned positions.
+
+        With `anchors` the logits of the a anchor positions follow, (m + a, vocabulary).
+        """
         inputs, rows, positions = side_of(batch, side, base.device)
-        with layer_outputs(base, self.layers[side]) as states:
+        extra = anchors_of(batch, base.device) if anchors else (rows[:0], positions[:0])
+        at = torch.cat([rows, extra[0]]), torch.cat([positions, extra[1]])
+        with logits_at(base, *at), layer_outputs(base, self.layers[side]) as states:
             logits = model(**inputs).logits
-        return logits[rows, positions], {path: state[rows, positions] for path, state in states.items()}
+        return logits, {path: state[rows, positions] for path, state in states.items()}
 
     def student(self, model, base: PeftModel, batch: dict) -> tuple[torch.Tensor, dict]:
-        """Logits (m, vocabulary) and, per target layer, hidden states (m, hidden_T) of the translated model.
+        """Logits (m + a, vocabulary) and, per target layer, hidden states (m, hidden_T) of the translated model.
 
         `model` is what is called (it may be wrapped for distributed training), `base` the PeftModel in it.
         """
-        return self._run(model, base.get_base_model(), batch, "target")
+        return self._run(model, base.get_base_model(), batch, "target", anchors=True)
 
     @torch.no_grad()
     def goals(self, target: PeftModel, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Teacher logits (m, vocabulary) and, per target layer, the hidden states (m, hidden_T) to reach."""
+        """Teacher logits (m + a, vocabulary) and, per target layer, the hidden states (m, hidden_T) to reach.
+
+        At the anchors the untouched target is its own teacher.
+        """
         share, device = self.settings.target_share, target.device
         source = (self.source, self.source.get_base_model(), batch, "source")
         adapted, adapted_states = self._run(*source)
+        logits = adapted.to(device)
         if share:
             with self.source.disable_adapter():
                 plain, plain_states = self._run(*source)
             with target.disable_adapter():
                 own, own_states = self.student(target, target, batch)
-            logits = mix_logits(adapted.to(device), plain.to(device), own, share)
-        else:
-            logits = adapted.to(device)
+            m = len(adapted)
+            logits = torch.cat([mix_logits(logits, plain.to(device), own[:m], share), own[m:].float()])
+        elif len(batch["anchor_rows"]):
+            with target.disable_adapter():
+                logits = torch.cat([logits, self._own_anchors(target, batch)])
         states = {}
         for path, (source_path, weight) in self.hidden_maps.items():
             weight = weight.to(device)
@@ -91,26 +110,47 @@ class Teacher:
             states[path] = state
         return logits, states
 
+    @staticmethod
+    def _own_anchors(target: PeftModel, batch: dict) -> torch.Tensor:
+        """Logits (a, vocabulary) of the target at the anchors, whose rows are the last ones."""
+        rows, positions = anchors_of(batch, target.device)
+        first = int(rows[0])
+        inputs = {name: batch[f"target_{name}"][first:].to(target.device) for name in ("input_ids", "attention_mask")}
+        with logits_at(target.get_base_model(), rows - first, positions):
+            return target(**inputs, use_cache=False).logits
+
+    @torch.no_grad()
+    def excitement(self, batch: dict) -> torch.Tensor:
+        """KL(source + LoRA ‖ source) in nats at the m aligned positions: how much the text shows of the adapter."""
+        source = (self.source, self.source.get_base_model(), batch, "source")
+        adapted, _ = self._run(*source)
+        with self.source.disable_adapter():
+            plain, _ = self._run(*source)
+        return kl_divergence(adapted, plain)
+
 
 class CastTrainer(Trainer):
-    """`transformers.Trainer` with the loss `alpha T² KL(teacher ‖ student) + beta MSE(hidden)` on aligned positions.
+    """`transformers.Trainer` with the loss `alpha T² KL(teacher ‖ student) + beta MSE(hidden) + gamma KL(target ‖ student)`.
+
+    The first two are taken at aligned positions, the last at the anchors.
 
     Args:
         teacher (`Teacher`): The adapted source model and the loss settings.
-        Everything else as in `transformers.Trainer`; the dataset is a list of `AlignedPair`.
+        relative_steps (`bool`): Whether `learning_rate` is relative to the size of each parameter tensor.
+        Everything else as in `transformers.Trainer`; the dataset is a `TrainingTexts`.
     """
 
-    def __init__(self, *args, teacher: Teacher, **kwargs) -> None:
-        super().__init__(*args, data_collator=collate_pairs, **kwargs)
-        self.teacher = teacher
+    def __init__(self, *args, teacher: Teacher, relative_steps: bool = True, **kwargs) -> None:
+        super().__init__(*args, data_collator=collate_items, **kwargs)
+        self.teacher, self.relative_steps = teacher, relative_steps
         # The loss is a mean over the batch: let Trainer divide by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
-        self.parts: dict[str, list[float]] = {"kl": [], "mse": []}
+        self.parts: dict[str, list[float]] = {"kl": [], "mse": [], "kl_anchor": []}
 
     def create_optimizer(self, model=None):
         # Factors differ in size by orders of magnitude (activations and gradients of two models have their own units),
         # and Adam's steps do not know: each tensor's step is in proportion to its root mean square at the start.
-        if self.optimizer is None:
+        if self.optimizer is None and self.relative_steps:
             groups = [
                 {"params": [p], "lr": self.args.learning_rate * max(float(p.detach().square().mean().sqrt()), 1e-4)}
                 for p in self.model.parameters()
@@ -118,16 +158,22 @@ class CastTrainer(Trainer):
             ]
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_cls(groups, **kwargs)
-        return self.optimizer
+        return super().create_optimizer()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         settings = self.teacher.settings
         base = self.accelerator.unwrap_model(model)
         goal, goal_states = self.teacher.goals(base, inputs)
         logits, states = self.teacher.student(model, base, inputs)
-        kl = kl_divergence(goal, logits, settings.temperature)
+        divergence = kl_divergence(goal, logits, settings.temperature)
+        aligned = len(inputs["rows"])
+        kl = divergence[:aligned].mean()
         loss = settings.alpha * kl
         self.parts["kl"].append(float(kl.detach()))
+        if len(divergence) > aligned:
+            kl_anchor = divergence[aligned:].mean()
+            loss = loss + settings.gamma * kl_anchor
+            self.parts["kl_anchor"].append(float(kl_anchor.detach()))
         if goal_states:
             mse = torch.stack([normalised_mse(states[path], goal) for path, goal in goal_states.items()]).mean()
             loss = loss + settings.beta * mse
@@ -162,11 +208,107 @@ def distance_to_teacher(
         pairs: The texts.
         batch_size (`int`): Texts per pass.
     """
-    total, count = 0.0, 0
+    parts = []
     for i in range(0, len(pairs), batch_size):
         batch = collate_pairs(pairs[i : i + batch_size])
         goal, _ = teacher.goals(model, batch)
         logits, _ = teacher.student(model, model, batch)
-        total += float(kl_divergence(goal, logits)) * len(goal)
-        count += len(goal)
-    return total / count
+        parts.append(kl_divergence(goal, logits))
+    return float(torch.cat(parts).mean())
+
+
+def refine(
+    model: PeftModel,
+    teacher: Teacher,
+    texts: TrainingTexts,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    relative_steps: bool = True,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    training_args: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> list[dict[str, float]]:
+    """Train what is trainable in `model` towards the teacher.
+
+    Args:
+        model: The target with the adapter to train.
+        teacher: The adapted source model and the loss settings.
+        texts: What is read.
+        steps, batch_size, learning_rate, seed, output_dir, training_args, progress: As in `translate`.
+        relative_steps (`bool`): See `CastTrainer`.
+
+    Returns:
+        Trainer's log.
+
+    Raises:
+        FloatingPointError: If the loss becomes NaN or infinite.
+    """
+    if steps == 0:
+        return []
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = {
+            "output_dir": str(Path(output_dir) / "checkpoints") if output_dir else scratch,
+            "max_steps": steps,
+            "per_device_train_batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "warmup_steps": min(10, steps // 5),
+            "weight_decay": 0.0,
+            "logging_steps": max(1, steps // 20),
+            "save_strategy": "steps" if output_dir else "no",
+            "save_steps": max(1, steps // 4),
+            "save_total_limit": 2,
+            "report_to": [],
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": torch.accelerator.is_available(),
+            "disable_tqdm": not progress,
+            "use_cpu": model.device.type == "cpu",
+            "seed": seed,
+        }
+        settings = TrainingArguments(**{**arguments, **(training_args or {})})
+        settings._n_gpu = min(settings.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
+        trainer = CastTrainer(
+            model=model, args=settings, train_dataset=texts, teacher=teacher, relative_steps=relative_steps
+        )
+        if not progress:
+            trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        model.eval()
+        return trainer.state.log_history
+
+
+def imitate(
+    model: PeftModel,
+    teacher: Teacher,
+    texts: TrainingTexts,
+    held_out: Sequence[AlignedPair],
+    batch_size: int,
+    phases: Phases,
+    **options: Any,
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Refine, and measure the distance to the teacher on held-out texts before and after.
+
+    Args:
+        model, teacher, texts, batch_size: As in `refine`, which takes the `options` as well.
+        held_out: Texts that are not in `texts`.
+        phases: Where the costs are noted, as `evaluate` and `refine`.
+
+    Returns:
+        KL in nats per position of the untouched `target`, the `start` and the `end`; how much the held-out text excites
+        the adapter, `excitement`; and Trainer's log.
+    """
+    with phases.measure("evaluate"):
+        excitement = [
+            teacher.excitement(collate_pairs(held_out[i : i + batch_size]))
+            for i in range(0, len(held_out), batch_size)
+        ]
+        with model.disable_adapter():
+            kl = {"target": distance_to_teacher(model, teacher, held_out, batch_size)}
+        kl["start"] = distance_to_teacher(model, teacher, held_out, batch_size)
+    with phases.measure("refine"):
+        history = refine(model, teacher, texts, batch_size=batch_size, **options)
+    with phases.measure("evaluate"):
+        kl["end"] = distance_to_teacher(model, teacher, held_out, batch_size) if history else kl["start"]
+    return {**kl, "excitement": float(torch.cat(excitement).mean())}, history

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models import contiguous_head
 from .corpus import read_corpus
 from .samples import TextSample
 
@@ -17,15 +20,19 @@ from .samples import TextSample
 class SelfWritten:
     """Text that the source model with its LoRA writes, sampled at the start of a translation.
 
-    With neither `prefix` nor `template` the model answers snippets of `corpus` in its chat template, or continues them
-    if its tokenizer has none.
+    With none of `prompts`, `prefix` and `template` the model answers snippets of `corpus` in its chat template, or
+    continues them if its tokenizer has none. What stands before the model's own words (prompt, prefix, filled template)
+    is read by both models, and they are compared on the words alone.
 
     Args:
+        prompts (`tuple[str, ...]`, *optional*): Complete prompts of the kind the adapter answers; a dozen will do.
+        more_prompts (`int`, *optional*): How many further prompts the target model writes in the manner of `prompts`.
+            By default enough for every text to have its own; 0 for none, the given ones are then answered in turn.
         prefix (`str` or `tuple[str, ...]`, *optional*): What every text starts with (in turn, if several), e.g. the
-            first words of the adapter's prompt: `"Question:"`.
+            first words of the adapter's prompt: `"Question:"`; the model writes prompt and answer.
         template (`str`, *optional*): A prompt with `{text}` in it, filled with snippets of `corpus`.
         chat (`bool`, *optional*): Put the prompt into the chat template, as a user's turn. By default only when
-            neither `prefix` nor `template` is given and the source tokenizer has a chat template.
+            nothing else is given and the source tokenizer has a chat template.
         corpus: Where snippets come from, anything `translate(text=...)` takes as a corpus; C4 by default.
         snippet_chars (`int`): Length of a snippet in characters.
         samples (`int`, *optional*): How many texts to write; as many as the refinement reads, if not given.
@@ -37,6 +44,8 @@ class SelfWritten:
 
     prefix: str | tuple[str, ...] | None = None
     template: str | None = None
+    prompts: tuple[str, ...] | None = None
+    more_prompts: int | None = None
     chat: bool | None = None
     corpus: Any = None
     snippet_chars: int = 200
@@ -47,12 +56,19 @@ class SelfWritten:
     batch_size: int = 64
 
     def __post_init__(self):
-        if self.prefix is not None and self.template is not None:
-            raise ValueError("Pass `prefix` or `template`, not both: a template may start with the prefix.")
+        if sum(given is not None for given in (self.prefix, self.template, self.prompts)) > 1:
+            raise ValueError(
+                "Pass only one of `prompts`, `prefix` and `template`: a template may start with the prefix."
+            )
         if self.template is not None and "{text}" not in self.template:
             raise ValueError(f"`template` must contain '{{text}}', where the snippet goes, got {self.template!r}.")
-        if isinstance(self.prefix, list):
-            object.__setattr__(self, "prefix", tuple(self.prefix))
+        for name in ("prefix", "prompts"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.prompts is not None and (isinstance(self.prompts, str) or not self.prompts):
+            raise ValueError("`prompts` must be a list of at least one prompt.")
+        if self.prompts is None and self.more_prompts:
+            raise ValueError("`more_prompts` needs `prompts`, whose manner they follow.")
 
 
 def write_texts(
@@ -62,6 +78,7 @@ def write_texts(
     spec: SelfWritten,
     limit: int,
     seed: int = 0,
+    target: PreTrainedModel | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> list[TextSample]:
     """Let the model write texts.
@@ -73,22 +90,31 @@ def write_texts(
         spec (`SelfWritten`): What to write.
         limit (`int`): How many texts, unless `spec.samples` is less.
         seed (`int`): Seed of the sampling. The global random state is left as it was.
+        target: The target model, which writes further prompts; without it the given ones are answered in turn.
         progress: Wrapper around the batches, e.g. `tqdm`.
 
     Raises:
         ValueError: If the model writes nothing but empty texts.
     """
-    prompts = _prompts(spec, source_tokenizer, target_tokenizer, min(limit, spec.samples or limit))
-    chunks = [prompts[i : i + spec.batch_size] for i in range(0, len(prompts), spec.batch_size)]
+    count = min(limit, spec.samples or limit)
     devices = [model.device] if model.device.type == "cuda" else []
     samples = []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
+        if spec.prompts and target is not None:
+            wanted = max(0, count - len(spec.prompts)) if spec.more_prompts is None else spec.more_prompts
+            further = write_prompts(target, target_tokenizer, spec.prompts, wanted, seed, spec.batch_size, progress)
+            spec = replace(spec, prompts=(*spec.prompts, *further))
+        prompts = _prompts(spec, source_tokenizer, target_tokenizer, count)
+        chunks = [prompts[i : i + spec.batch_size] for i in range(0, len(prompts), spec.batch_size)]
         for chunk in progress(chunks) if progress else chunks:
-            written = _generate(model, source_tokenizer, spec, chunk)
+            written = _sample(
+                model, source_tokenizer, [p.source for p in chunk], spec.max_new_tokens, spec.temperature, spec.top_p,
+                rendered=chunk[0].chat,
+            )  # fmt: skip
             samples += [prompt.followed_by(text) for prompt, text in zip(chunk, written) if text.strip()]
     if not samples:
-        raise ValueError("The adapted source model wrote only empty texts: pass another `prefix` or `template`.")
+        raise ValueError("The adapted source model wrote only empty texts: pass other `prompts` or another `prefix`.")
     return samples
 
 
@@ -99,23 +125,23 @@ class _Prompt:
     chat: bool  # rendered by a chat template, special tokens included
 
     def followed_by(self, written: str) -> TextSample:
-        return TextSample(written, self.source, self.target) if self.chat else TextSample(self.source + written)
+        return TextSample(written, self.source, self.target, rendered=self.chat)
 
 
 def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) -> list[_Prompt]:
-    if spec.prefix is not None:
-        prefixes = (spec.prefix,) if isinstance(spec.prefix, str) else spec.prefix
-        plain = [prefixes[i % len(prefixes)] for i in range(count)]
+    if spec.prefix is not None or spec.prompts is not None:
+        starts = spec.prompts or ((spec.prefix,) if isinstance(spec.prefix, str) else spec.prefix)
+        plain = [starts[i % len(starts)] for i in range(count)]
     else:
         snippets = [" ".join(text.split())[: spec.snippet_chars] for text in read_corpus(spec.corpus, count)]
         template = spec.template or "{text}"
         plain = [template.replace("{text}", snippets[i % len(snippets)]) for i in range(count)]
     has_template = bool(source_tokenizer.chat_template)
-    chat = spec.chat if spec.chat is not None else has_template and not (spec.prefix or spec.template)
+    chat = spec.chat if spec.chat is not None else has_template and not (spec.prefix or spec.template or spec.prompts)
     if not chat:
         return [_Prompt(text, text, chat=False) for text in plain]
     if not has_template:
-        raise ValueError("`chat=True`, but the source tokenizer has no chat template: pass `prefix` or `template`.")
+        raise ValueError("`chat=True`, but the source tokenizer has no chat template: pass `prompts` or `template`.")
     prompts = []
     for text in plain:
         turn = [{"role": "user", "content": text}]
@@ -128,26 +154,88 @@ def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) 
     return prompts
 
 
-def _generate(model, tokenizer, spec: SelfWritten, prompts: list[_Prompt]) -> list[str]:
+def write_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    count: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Callable[[Iterable], Iterable] | None = None,
+) -> list[str]:
+    """Up to `count` further prompts in the manner of the given ones (few-shot, as in Self-Instruct, arXiv 2212.10560).
+
+    The model continues a list of four of them, drawn at random. What they all begin and end with (`"Question: "`,
+    `"\\nAnswer:"`) is put back around what it writes; unfinished, much shorter or longer, and repeated ones are dropped.
+
+    Args:
+        model: Any language model; the target, in a translation.
+        tokenizer: Its tokenizer.
+        prompts: The given prompts.
+        count (`int`): How many to write. Fewer come back if the model cannot write so many in a few rounds.
+        seed (`int`): Seed of the draws. Sampling uses the global random state.
+        batch_size (`int`): Prompts written at a time.
+        progress: Wrapper around the rounds, e.g. `tqdm`.
+    """
+    head, tail = common_affixes(prompts)
+    bodies = [prompt[len(head) : len(prompt) - len(tail)] for prompt in prompts]
+    # A body ends where the next item of the list begins; within a line, where none of the given ones has a break.
+    stop = "\n\n" if any("\n" in body for body in bodies) else "\n"
+    lengths = [len(body) for body in bodies]
+    longest = max(len(tokenizer(body, add_special_tokens=False).input_ids) for body in bodies)
+    draw, seen, written = random.Random(seed), set(bodies), []
+    rounds = range(2 * -(-count // batch_size) + 2 if count else 0)
+    for _ in progress(rounds) if progress else rounds:
+        if len(written) >= count:
+            break
+        lists = [draw.sample(bodies, min(4, len(bodies))) for _ in range(batch_size)]
+        asked = ["".join(f"{head}{body}\n\n" for body in few) + head.rstrip() for few in lists]
+        for text in _sample(model, tokenizer, asked, int(1.3 * longest) + 4, temperature=0.8, top_p=1.0):
+            body, found, _ = text.lstrip().partition(stop)
+            body = body.rstrip()
+            if found and body not in seen and 0.4 * min(lengths) <= len(body) <= 1.6 * max(lengths):
+                seen.add(body)
+                written.append(f"{head}{body}{tail}")
+    return written[:count]
+
+
+def common_affixes(texts: Sequence[str]) -> tuple[str, str]:
+    """What all texts begin with (up to a white space) and end with (from a white space on); empty for a single text."""
+    if len(texts) < 2:
+        return "", ""
+    head = os.path.commonprefix(list(texts))
+    head = head[: max((i + 1 for i, c in enumerate(head) if c.isspace()), default=0)]
+    tail = os.path.commonprefix([text[len(head) :][::-1] for text in texts])[::-1]
+    tail = tail[next((i for i, c in enumerate(tail) if c.isspace()), len(tail)) :]
+    return head, tail
+
+
+@torch.no_grad()
+def _sample(
+    model,
+    tokenizer,
+    texts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    rendered: bool = False,
+) -> list[str]:
+    """What the model writes after each text; rendered chat templates hold their special tokens already."""
     side, pad = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side = "left"
-    tokenizer.pad_token = pad or tokenizer.eos_token
+    tokenizer.padding_side, tokenizer.pad_token = "left", pad or tokenizer.eos_token
     try:
-        # A rendered chat template already holds its special tokens.
-        texts = [prompt.source for prompt in prompts]
-        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=not prompts[0].chat)
+        inputs = tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=not rendered)
         inputs.pop("token_type_ids", None)
-        with torch.no_grad():
+        with contiguous_head(model):
             output = model.generate(
                 **inputs.to(model.device),
                 do_sample=True,
-                temperature=spec.temperature,
-                top_p=spec.top_p,
+                temperature=temperature,
+                top_p=top_p,
                 top_k=0,
-                max_new_tokens=spec.max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )
     finally:
         tokenizer.padding_side, tokenizer.pad_token = side, pad
-    written = output[:, inputs["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(written, skip_special_tokens=True)
+    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,265 @@
+"""The honest alternatives to a translation, each usable on its own: direct copy, Cross-LoRA, a LoRA distilled from scratch.
+
+Each returns an ordinary PEFT LoRA on the target, to be saved, merged and evaluated like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .align import ModuleMap, map_layers, map_modules
+from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
+from .models import (
+    LoraKernel,
+    adapted_source,
+    default_device,
+    load_model,
+    load_source,
+    read_kernels,
+    shared_head,
+    unload_adapters,
+)
+from .pair import open_pair, read_texts
+from .phases import Phases
+from .result import TranslationResult
+from .translate import anchor_count, target_share
+
+
+def direct_copy(
+    source: str | Path | PreTrainedModel | None,
+    adapter: str | Path | PeftModel,
+    target: str | Path | PreTrainedModel,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PeftModel:
+    """Put the LoRA of each source module on the target module of the same layer number and role, where the shapes fit.
+
+    The baseline for related models of equal shape, where it can beat learned transfer.
+
+    Args:
+        source, adapter, target, device, dtype: As in `translate`.
+
+    Returns:
+        `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place.
+
+    Raises:
+        ValueError: If no module's shapes fit.
+    """
+    source, target, kernels = _load(source, adapter, target, device, dtype)
+    depth = min(_layers(source), _layers(target))
+    modules = map_modules(kernels, target, {layer: layer for layer in range(depth)})
+    factors = {}
+    for name, (kernel, *_) in _kernels_on(modules, kernels).items():
+        if (kernel.B.shape[0], kernel.A.shape[1]) == _weight(target, name).shape:
+            factors[name] = (kernel.A, kernel.scaling * kernel.B)
+    if not factors:
+        raise ValueError("A direct copy is impossible: no adapted module of the source has the shape of its target.")
+    return lora_from_factors(target, factors)
+
+
+def cross_lora(
+    source: str | Path | PreTrainedModel | None,
+    adapter: str | Path | PeftModel,
+    target: str | Path | PreTrainedModel,
+    *,
+    rank: int = 320,
+    depth_map: str | Mapping[int, int] = "proportional",
+    module_map: Mapping[str, str] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PeftModel:
+    """Cross-LoRA (https://arxiv.org/abs/2508.05232): align the singular subspaces of the base weights, project ΔW.
+
+    With `W_S ≈ U_S Σ_S V_Sᵀ` and `W_T ≈ U_T Σ_T V_Tᵀ` truncated to `rank` (LoRA-Align), the Frobenius-optimal maps
+    between the subspaces, `argmin_P ‖P U_S − U_T‖ = U_T U_Sᵀ` and likewise for V, give (LoRA-Shift)
+
+        ΔW_T = U_T U_Sᵀ ΔW_S V_S V_Tᵀ
+
+    which is kept factored. Data-free. Signs of singular vectors are arbitrary, in the paper's method as here.
+
+    Args:
+        source, adapter, target, device, dtype: As in `translate`.
+        rank (`int`): Size of the subspaces, at most the smallest side of a weight.
+        depth_map, module_map: As in `translate`; kernels that share a target module add up.
+
+    Returns:
+        `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place.
+    """
+    if rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    source, target, kernels = _load(source, adapter, target, device, dtype)
+    modules = map_modules(kernels, target, map_layers(_layers(source), _layers(target), depth_map), module_map)
+    factors = {}
+    for name, sources in modules.kernels.items():
+        U_T, V_T = _subspaces(_weight(target, name), rank)
+        parts = []
+        for source_name in sources:
+            kernel = kernels[source_name]
+            U_S, V_S = _subspaces(_weight(source, source_name), rank)
+            k = min(U_S.shape[1], U_T.shape[1])
+            A, B = kernel.A.to(V_S.device), kernel.B.to(U_S.device)
+            A_T = (A @ V_S[:, :k]).to(V_T.device) @ V_T[:, :k].T
+            B_T = U_T[:, :k] @ (U_S[:, :k].T @ B).to(U_T.device)
+            parts.append((A_T, kernel.scaling * B_T))
+        A, B = zip(*parts)
+        factors[name] = (torch.cat(A), torch.cat(B, dim=1))
+    return lora_from_factors(target, factors)
+
+
+def distill_lora(
+    source: str | Path | PreTrainedModel | None,
+    adapter: str | Path | PeftModel,
+    target: str | Path | PreTrainedModel,
+    *,
+    text: Any = None,
+    fit_text: Any = None,
+    r: int | None = None,
+    fit_samples: int = 64,
+    eval_samples: int = 16,
+    steps: int = 100,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    max_length: int = 256,
+    gamma: float = 1.0,
+    teacher: str | float = "source",
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    training_args: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    **pair_options: Any,
+) -> TranslationResult:
+    """A LoRA distilled from scratch: same text, teacher, loss and steps as a translation, but no kernel.
+
+    What a translation must beat for the frozen kernel to earn its place.
+
+    Args:
+        source, adapter, target: As in `translate`.
+        text, fit_text, fit_samples, eval_samples, steps, batch_size, max_length, gamma, teacher, seed, output_dir,
+            training_args, progress: As in `translate`. `fit_text` gives the anchors, after its first `fit_samples`
+            documents, so that both read the same.
+        r (`int`, *optional*): Rank; by default that of the kernels which a translation would stack on one module.
+        learning_rate (`float`): Peak learning rate of AdamW, an absolute one here.
+        pair_options: `depth_map`, `module_map`, tokenizers, revisions, `device` and `dtype`, as in `translate`.
+
+    Returns:
+        `TranslationResult`: With a plain LoRA as its adapter.
+    """
+    settings = TeacherSettings(gamma=gamma, target_share=target_share(teacher))
+    bar = partial(tqdm, disable=not progress)
+    phases = Phases()
+    with ExitStack() as stack:
+        with phases.measure("load"):
+            pair = stack.enter_context(open_pair(source, adapter, target, **pair_options))
+        with phases.measure("text"):
+            texts = read_texts(
+                pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
+                anchors=anchor_count(steps, batch_size, gamma), max_length=max_length, seed=seed, bar=bar,
+            )  # fmt: skip
+        stacked = [sum(len(pair.kernels[s].A) for s in sources) for sources in pair.modules.kernels.values()]
+        r = r or max(stacked)
+        torch.manual_seed(seed)
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(pair.modules.kernels), task_type="CAUSAL_LM")
+        try:
+            model = get_peft_model(pair.target, config).eval()
+            ids = pair.vocabulary
+            with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
+                kl, history = imitate(
+                    model, Teacher(pair.adapted, settings), TrainingTexts(texts.train, texts.anchors), texts.held_out,
+                    batch_size, phases, steps=steps, learning_rate=learning_rate, relative_steps=False, seed=seed,
+                    output_dir=output_dir, training_args=training_args, progress=progress,
+                )  # fmt: skip
+        except BaseException:
+            unload_adapters(pair.target)
+            raise
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        model.requires_grad_(False)
+        config.inference_mode = True
+    metrics = {
+        "kl": {"target": kl["target"], "translated": kl["end"]},
+        "excitement": kl["excitement"],
+        "parameters": {
+            "trained": trained,
+            "source_lora": sum(k.A.numel() + k.B.numel() for k in pair.kernels.values()),
+        },
+        "text": texts.metrics,
+        "phases": phases.costs,
+        "settings": {
+            "loss": dataclasses.asdict(settings), "steps": steps, "batch_size": batch_size,
+            "learning_rate": learning_rate, "max_length": max_length, "seed": seed, "rank": r,
+        },
+    }  # fmt: skip
+    result = TranslationResult(model, metrics, history, pair.modules)
+    if output_dir is not None:
+        result.save_pretrained(output_dir)
+    return result
+
+
+def lora_from_factors(
+    target: PreTrainedModel, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], adapter_name: str = "default"
+) -> PeftModel:
+    """A plain LoRA on `target` with the given weights, `ΔW = B A`.
+
+    Args:
+        target: The model; it is wrapped in place.
+        factors: Module name → A (r, in_T) and B (out_T, r). Ranks may differ between modules.
+        adapter_name (`str`): Name of the adapter.
+    """
+    ranks = {name: len(A) for name, (A, _) in factors.items()}
+    r = max(ranks.values())
+    others = {f"^{name}": rank for name, rank in ranks.items() if rank != r}
+    config = LoraConfig(
+        r=r, lora_alpha=r, target_modules=list(factors), rank_pattern=others, alpha_pattern=others,
+        task_type="CAUSAL_LM", fan_in_fan_out=any(isinstance(target.get_submodule(n), Conv1D) for n in factors),
+    )  # fmt: skip
+    model = get_peft_model(target, config, adapter_name=adapter_name)
+    with torch.no_grad():
+        for name, (A, B) in factors.items():
+            layer = target.get_submodule(name)
+            layer.lora_A[adapter_name].weight.copy_(A)
+            layer.lora_B[adapter_name].weight.copy_(B)
+    return model.eval()
+
+
+def _load(source, adapter, target, device, dtype) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
+    device = torch.device(device) if device is not None else default_device()
+    source = load_source(source, adapter, device, dtype=dtype)
+    target = load_model(target, "target", device, dtype=dtype)
+    with adapted_source(source, adapter) as adapted:
+        kernels = read_kernels(adapted)
+    return source, target, kernels
+
+
+def _kernels_on(modules: ModuleMap, kernels: Mapping[str, LoraKernel]) -> dict[str, list[LoraKernel]]:
+    return {name: [kernels[source] for source in sources] for name, sources in modules.kernels.items()}
+
+
+def _layers(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
+    """The weight of a linear layer as (out, in), whether or not an adapter is on it."""
+    module = model.get_submodule(name)
+    module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise ValueError(f"'{name}' is no linear layer but {type(module).__name__}.")
+    return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+
+
+def _subspaces(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading left (out, k) and right (in, k) singular vectors, float32, k = min(rank, out, in)."""
+    U, _, V = torch.linalg.svd(weight.float(), full_matrices=False)
+    return U[:, :rank], V[:rank].T

@@ -1,0 +1,77 @@
+"""In words, what a translation's metrics say is wrong, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> list[str]:
+    """One sentence for each thing that limits a translation, most telling first; empty when nothing stands out.
+
+    The limits are rules of thumb from the runs in docs/results.md.
+
+    Args:
+        metrics: `TranslationResult.metrics`.
+        history: Trainer's log, with `kl` and, where they were trained on, `mse` and `kl_anchor`.
+    """
+    found = []
+    kl, settings = metrics["kl"], metrics["settings"]
+    trained = [entry["kl"] for entry in history if "kl" in entry]
+    errors = [entry["mse"] for entry in history if "mse" in entry]
+    covered = 1 - kl["translated"] / kl["target"] if kl["target"] > 0 else 1.0
+    if metrics["excitement"] < 0.05:
+        found.append(
+            f"The text hardly excites the adapter (it changes the source's predictions by {metrics['excitement']:.3f} nats "
+            "per position), so there is little to learn from: pass `text=SelfWritten(prompts=[...])` with a dozen prompts "
+            "of the kind it answers."
+        )
+    if covered >= 0.9:
+        return found
+    if settings["steps"] == 0:
+        found.append("Only the closed form was fitted, which moves little across model families: pass `steps`.")
+    if trained and kl["translated"] > 1.5 * trained[-1] and kl["translated"] - trained[-1] > 0.05:
+        found.append(
+            f"The projections fit the text they trained on ({trained[-1]:.2f} nats) much better than held-out text "
+            f"({kl['translated']:.2f}): pass more, or more varied, text."
+        )
+    if len(trained) >= 4 and trained[-1] < 0.9 * trained[len(trained) * 3 // 4 - 1]:
+        found.append("The KL was still falling when the training ended: pass more `steps`.")
+    if trained and trained[-1] > trained[0]:
+        found.append("The KL rose during the training: lower `learning_rate`.")
+    size, rank = settings.get("projection_size"), settings.get("rank")
+    if size is not None and size < rank:
+        found.append(
+            f"The projections' inner size ({size}) is below the LoRA's rank ({rank}), so a part of the adapter is cut "
+            "off: pass a larger `projection_size`, or leave it out."
+        )
+    if errors and errors[-1] > 0.8 and errors[-1] > 0.9 * errors[0] and covered > 0.5:
+        found.append(
+            "The predictions come across and the hidden states do not (KL falls, MSE stays): the layers may be paired "
+            "badly; lower `beta` or pass a `depth_map`."
+        )
+    if errors and errors[-1] < 0.5 * errors[0] and covered < 0.3:
+        found.append(
+            "The hidden states come across and the predictions do not (MSE falls, KL stays): the MSE has the upper hand; "
+            "lower `beta`."
+        )
+    weak = _weak_inputs(metrics)
+    if weak:
+        found.append(
+            f"The inputs of {', '.join(weak)} are badly explained by the target's activations (held-out R² below 0.3): "
+            "more `fit_samples` give better maps."
+        )
+    if metrics["alignment"]["unmapped"] if "alignment" in metrics else False:
+        found.append(
+            f"{len(metrics['alignment']['unmapped'])} adapted modules of the source found no place on the target: pass "
+            "`module_map`."
+        )
+    return found
+
+
+def _weak_inputs(metrics: Mapping[str, Any]) -> list[str]:
+    """Roles (last parts of module names) whose mean held-out R² of P_in is below 0.3."""
+    by_role: dict[str, list[float]] = {}
+    for name, fits in metrics.get("closed_form", {}).get("modules", {}).items():
+        by_role.setdefault(name.rsplit(".", 1)[-1], []).extend(fit["r2_in"] for fit in fits)
+    return [role for role, values in by_role.items() if sum(values) / len(values) < 0.3]

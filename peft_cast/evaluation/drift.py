@@ -1,0 +1,63 @@
+"""What a translation breaks: how far the adapted model moves from the untouched one on general text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from .likelihood import by_length
+
+
+@torch.no_grad()
+def drift(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int = 256,
+    batch_size: int = 4,
+) -> dict[str, float]:
+    """Distance of the adapted model from its own base on text that the adapter is not about.
+
+    Args:
+        model: The adapted model; its base is the same model with the adapter disabled.
+        tokenizer: Its tokenizer.
+        texts: General text that no part of the translation has read.
+        max_length (`int`): Most tokens per text.
+        batch_size (`int`): Texts per pass.
+
+    Returns:
+        `drift`: KL(base ‖ adapted) in nats per token; `perplexity_base` and `perplexity`: of the texts without and with
+        the adapter; `tokens`: how many were measured.
+    """
+    ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
+    ids = [i for i in ids if len(i) > 1]
+    if not ids:
+        raise ValueError("The text to measure drift on is empty: pass `drift_text` with some documents.")
+    divergence = loss_base = loss = 0.0
+    predicted = 0
+    for chunk in by_length([len(i) for i in ids], batch_size):
+        width = max(len(ids[i]) for i in chunk)
+        rows = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in chunk], device=model.device)
+        mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in chunk], device=model.device)
+        inputs = {"input_ids": rows, "attention_mask": mask, "use_cache": False}
+        adapted = model(**inputs).logits
+        with model.disable_adapter():
+            base = model(**inputs).logits
+        for row in range(len(chunk)):  # one text at a time: log-probabilities of a large vocabulary in float32
+            length = int(mask[row].sum())
+            p, q = (logits[row, : length - 1].float().log_softmax(-1) for logits in (base, adapted))
+            next_tokens = rows[row, 1:length, None]
+            divergence += float((p.exp() * (p - q)).sum())
+            loss_base -= float(p.gather(1, next_tokens).sum())
+            loss -= float(q.gather(1, next_tokens).sum())
+            predicted += length - 1
+    perplexity = [float(torch.tensor(total / predicted, dtype=torch.float64).exp()) for total in (loss_base, loss)]
+    return {
+        "drift": divergence / predicted,
+        "perplexity_base": perplexity[0],
+        "perplexity": perplexity[1],
+        "tokens": predicted,
+    }

@@ -1,0 +1,206 @@
+"""Run the comparison: adapters down, tasks across, recovered lift and drift."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..environment import environment
+from ..models import default_device, load_model, load_tokenizer, moved, unload_adapters, untouched
+from ..result import TranslationResult
+from ..text import read_corpus
+from .drift import drift
+from .rows import BASE, Evaluation, Measurement
+from .tasks import Task
+
+
+Adapter = str | Path | PeftModel | TranslationResult
+
+
+def evaluate(
+    target: str | Path | PreTrainedModel,
+    adapters: Mapping[str, Adapter | Sequence[Adapter]],
+    tasks: Sequence[Task],
+    *,
+    retrained: str | Mapping[str, str] | None = None,
+    drift_text: Any = None,
+    drift_samples: int = 32,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Compare adapters on a target model, the untouched target first.
+
+    Recovered lift is `(adapter − base) / (retrained − base)`, with *retrained* a LoRA of the same rank that was trained
+    on the target with the task data. Pass it as one of the adapters and name it.
+
+    Args:
+        target: The model the adapters are for: hub id, path or loaded model (given back as it was).
+        adapters: Name → adapter: hub id, folder, PeftModel or what `translate` returned; or a list of them, the runs of
+            several seeds, shown as mean ± standard deviation.
+        tasks: `AnswerLikelihood`, `Classification`, `Generation`, `HarnessTask`, or anything with their three members.
+        retrained: Name of the retrained adapter, or a mapping from task name to it.
+        drift_text: General text on which to measure how far each adapter moves the model from the untouched one (see
+            `drift`): anything `translate(text=...)` takes as a corpus. Not measured when `None`.
+        drift_samples (`int`): How many documents of it.
+        tokenizer: Needed only if it cannot be loaded from where the target comes from.
+        device: Where to work: the accelerator when there is one, else the CPU.
+        dtype: Precision of a model loaded here; bfloat16 where the hardware is fast at it, else float32.
+        output: JSON file that every measurement is written to as soon as it is made. What it already holds, of the
+            same target, task and adapter file, is not measured again.
+        progress (`bool`): Show a progress bar.
+
+    Returns:
+        `Evaluation`: Rows; `print` shows the table, `.plot(path)` draws it.
+
+    Raises:
+        ValueError: If names clash, a task or adapter cannot be used, or `retrained` names no adapter.
+        OSError: If a model, adapter or data file cannot be reached.
+    """
+    runs = {n: list(a) if isinstance(a, (list, tuple)) else [a] for n, a in adapters.items()}
+    retrained = _retrained(retrained, runs, tasks)
+    device = torch.device(device) if device is not None else default_device()
+    model = load_model(target, "target", device, dtype=dtype)
+    tokenizer = load_tokenizer(tokenizer, model, "target")
+    texts = read_corpus(drift_text, drift_samples) if drift_text is not None else []
+    settings = {
+        "target": str(model.name_or_path),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "tasks": [_describe(task) for task in tasks],
+        "drift_documents": len(texts),
+        "environment": environment(),
+    }
+    known = _Known(output)
+    measurements: list[Measurement] = []
+    jobs = [(BASE, 0, None)] + [(name, i, a) for name, group in runs.items() for i, a in enumerate(group)]
+    for name, run, adapter in tqdm(jobs, desc="evaluate", disable=not progress):
+        wanted = [(t.name, t.metric, t) for t in tasks]
+        wanted += [("drift", "drift", None)] if texts and adapter is not None else []
+        keys = [_key(settings, adapter, task, texts) for _, _, task in wanted]
+        missing = [known.get(key) is None for key in keys]
+        found = [known.get(key) for key in keys]
+        if any(missing):
+            with moved(model, device), _adapted(model, adapter) as adapted:
+                for i, (_, _, task) in enumerate(wanted):
+                    if missing[i]:
+                        found[i] = task.run(adapted, tokenizer) if task else drift(adapted, tokenizer, texts)
+                        known.add(keys[i], found[i])
+        measurements += [Measurement(name, run, t, m, metrics) for (t, m, _), metrics in zip(wanted, found)]
+        known.write(Evaluation(tuple(measurements), retrained, settings))
+    return Evaluation(tuple(measurements), retrained, settings)
+
+
+def _retrained(retrained, runs: Mapping[str, list], tasks: Sequence[Task]) -> dict[str, str]:
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names) or "drift" in names:
+        raise ValueError(f"Every task needs a name of its own, other than 'drift'; they are {names}.")
+    if BASE in runs:
+        raise ValueError(f"'{BASE}' is the name of the untouched target's row: name the adapter otherwise.")
+    if retrained is None:
+        return {}
+    by_task = dict.fromkeys(names, retrained) if isinstance(retrained, str) else dict(retrained)
+    for task, name in by_task.items():
+        if name not in runs:
+            raise ValueError(f"`retrained` names '{name}', which is none of the adapters {sorted(runs)}.")
+        if task not in names:
+            raise ValueError(f"`retrained` names the task '{task}', which is none of {names}.")
+    return by_task
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTrainedModel | PeftModel]:
+    """The target with the adapter, in eval mode; afterwards the target is as it was."""
+    if isinstance(adapter, TranslationResult):
+        adapter = adapter.model
+    if isinstance(adapter, PeftModel):
+        with untouched(adapter):
+            yield adapter
+        return
+    with untouched(model):
+        if adapter is None:
+            yield model
+            return
+        try:
+            try:
+                adapted = PeftModel.from_pretrained(model, str(adapter))
+            except (OSError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"The adapter '{adapter}' could not be loaded on '{model.name_or_path}': {error}"
+                ) from error
+            yield adapted.eval()
+        finally:
+            unload_adapters(model)
+
+
+def _describe(task: Task) -> dict[str, Any]:
+    """The settings of a task, JSON-ready; rows in memory and functions by their fingerprint and name."""
+    described: dict[str, Any] = {"kind": type(task).__name__, "name": task.name, "metric": task.metric}
+    for field in dataclasses.fields(task) if dataclasses.is_dataclass(task) else ():
+        value = getattr(task, field.name)
+        if not field.compare:
+            continue
+        if callable(value):
+            value = getattr(value, "__qualname__", str(value))
+        elif field.name == "data" and not isinstance(value, (str, Path)):
+            value = f"{len(value)} rows, sha1 {_sha1([dict(row) for row in value])}"
+        elif isinstance(value, Path):
+            value = value.name
+        described[field.name] = value
+    return described
+
+
+def _sha1(value: Any) -> str:
+    return hashlib.sha1(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _key(settings, adapter: Adapter | None, task: Task | None, texts: list[str]) -> str | None:
+    """What makes a measurement the same as another; `None` for adapters in memory, which have no lasting identity."""
+    if isinstance(adapter, (PeftModel, TranslationResult)):
+        return None
+    stamp = None
+    if adapter is not None:
+        weights = Path(adapter) / "adapter_model.safetensors"
+        stamp = hashlib.sha1(weights.read_bytes()).hexdigest() if weights.exists() else str(adapter)
+    return _sha1([settings["target"], settings["dtype"], stamp, _describe(task) if task else texts])
+
+
+class _Known:
+    """Measurements in the output file, by key, so that a long run can be taken up again."""
+
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = Path(path) if path is not None else None
+        self.found: dict[str, dict[str, float]] = {}
+        if self.path is not None and self.path.exists():
+            try:
+                self.found = json.loads(self.path.read_text(encoding="utf-8")).get("known", {})
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`output`, '{self.path}', is no JSON file: remove it or choose another.") from error
+
+    def get(self, key: str | None) -> dict[str, float] | None:
+        return self.found.get(key) if key else None
+
+    def add(self, key: str | None, metrics: dict[str, float]) -> None:
+        if key:
+            self.found[key] = dict(metrics)
+
+    def write(self, evaluation: Evaluation) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(
+            json.dumps({**evaluation.to_dict(), "known": self.found}, indent=1) + "\n", encoding="utf-8"
+        )
+        partial.replace(self.path)

@@ -1,0 +1,66 @@
+"""Standard tasks through lm-evaluation-harness (optional: `pip install 'peft-cast[eval]'`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models import contiguous_head
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task of lm-evaluation-harness, run through its own Hugging Face model class.
+
+    Args:
+        task (`str` or `dict`): Name of a task of the harness, e.g. `"arc_easy"`, `"hellaswag"`, `"gsm8k"`, or the
+            configuration of a task of your own, as the harness documents it.
+        metric (`str`): The metric that recovered lift is taken of, as the harness names it, e.g. `"acc_norm"` or
+            `"exact_match"`. With several filters, add one: `"exact_match,strict-match"`.
+        num_fewshot (`int`, *optional*): Examples in the prompt; the task's own number when not given.
+        limit (`int`, *optional*): The first rows alone.
+        batch_size (`int`): Rows per pass.
+        options (`dict`): Further arguments of `lm_eval.simple_evaluate`.
+    """
+
+    task: str | Mapping[str, Any]
+    metric: str = "acc"
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.task if isinstance(self.task, str) else self.task["task"]
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        """The harness' metrics, filters stripped where a metric has just one.
+
+        Raises:
+            ImportError: If lm-evaluation-harness is not installed.
+            ValueError: If the task has no such metric.
+        """
+        try:
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+        except ImportError as error:
+            raise ImportError("Tasks of lm-evaluation-harness need it: pip install 'peft-cast[eval]'.") from error
+        with contiguous_head(model):
+            lm = HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, device=str(model.device), dtype=None
+            )
+            task = self.task if isinstance(self.task, str) else dict(self.task)
+            found = lm_eval.simple_evaluate(
+                lm, tasks=[task], num_fewshot=self.num_fewshot, limit=self.limit, bootstrap_iters=0,
+                log_samples=False, **self.options,
+            )  # fmt: skip
+        results = {k: float(v) for k, v in found["results"][self.name].items() if isinstance(v, (int, float))}
+        short = [key.split(",")[0] for key in results]
+        metrics = {key.split(",")[0] if short.count(key.split(",")[0]) == 1 else key: v for key, v in results.items()}
+        if self.metric not in metrics:
+            raise ValueError(f"The task '{self.name}' has no metric '{self.metric}'; it has {sorted(metrics)}.")
+        return metrics

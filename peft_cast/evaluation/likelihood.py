@@ -1,0 +1,105 @@
+"""−log p(answer | prompt): the score behind the likelihood and the classification tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def answer_nats(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[tuple[str, str]], batch_size: int = 16
+) -> torch.Tensor:
+    """−log p(answer | prompt) in nats.
+
+    Args:
+        model: A causal language model or a PeftModel of one.
+        tokenizer: Its tokenizer. Special tokens (BOS) are added in front of the prompt as it does by itself.
+        items: (prompt, answer) pairs; answers usually begin with a space.
+        batch_size (`int`): Items per pass. Items of like length share a pass.
+
+    Returns:
+        `torch.Tensor`: Shape (items,), float64, in the order of `items`.
+    """
+    tokens = [(tokenizer(p).input_ids, tokenizer(a, add_special_tokens=False).input_ids) for p, a in items]
+    nats = torch.zeros(len(tokens), dtype=torch.float64)
+    for chunk in by_length([len(p) + len(a) for p, a in tokens], batch_size):
+        # Left padding puts the answers side by side at the end, so the head runs on them alone.
+        keep = max(len(tokens[i][1]) for i in chunk)
+        inputs = left_padded([tokens[i][0] + tokens[i][1] for i in chunk], model.device)
+        logits = model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
+        for row, i in enumerate(chunk):
+            answer = torch.tensor(tokens[i][1], device=logits.device)
+            own = logits[row, keep - len(answer) :].float()
+            nats[i] = F.cross_entropy(own, answer, reduction="sum").double()
+    return nats
+
+
+@torch.no_grad()
+def choice_nats(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    choices: Sequence[str],
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """−log p(choice | prompt) in nats for every prompt and every choice; each prompt is read once.
+
+    Args:
+        model: A causal language model or a PeftModel of one.
+        tokenizer: Its tokenizer.
+        prompts: The prompts.
+        choices: The same continuations for all of them.
+        batch_size (`int`): Prompts per pass.
+
+    Returns:
+        `torch.Tensor`: Shape (prompts, choices), float64.
+    """
+    labels = [tokenizer(c, add_special_tokens=False).input_ids for c in choices]
+    width = max(map(len, labels))
+    padded = torch.tensor([label + [0] * (width - len(label)) for label in labels], device=model.device)
+    wanted = torch.tensor([[1] * len(label) + [0] * (width - len(label)) for label in labels], device=model.device)
+    tokens = [tokenizer(p).input_ids for p in prompts]
+    nats = torch.zeros(len(prompts), len(choices), dtype=torch.float64)
+    for chunk in by_length([len(t) for t in tokens], batch_size):
+        inputs = left_padded([tokens[i] for i in chunk], model.device)
+        read = model(**inputs, logits_to_keep=1, use_cache=True)
+        first = read.logits[:, -1].float().log_softmax(-1)[:, padded[:, 0]]  # (prompts, choices)
+        total = -first.double()
+        if width > 1:
+            n = len(choices)
+            read.past_key_values.batch_repeat_interleave(n)
+            rows = padded.repeat(len(chunk), 1), wanted.repeat(len(chunk), 1)
+            mask = torch.cat([inputs["attention_mask"].repeat_interleave(n, 0), rows[1][:, :-1]], dim=1)
+            # Padded choices end early: their surplus logits are masked out of the sum below.
+            start = inputs["position_ids"][:, -1:].repeat_interleave(n, 0) + 1
+            logits = model(
+                input_ids=rows[0][:, :-1],
+                attention_mask=mask,
+                position_ids=start + torch.arange(width - 1, device=start.device),
+                past_key_values=read.past_key_values,
+                use_cache=True,
+            ).logits.float()
+            rest = F.cross_entropy(logits.flatten(0, 1), rows[0][:, 1:].flatten(), reduction="none").view(
+                -1, width - 1
+            )
+            total = total + (rest * rows[1][:, 1:]).sum(1).double().view(len(chunk), n)
+        nats[chunk] = total.cpu()
+    return nats
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of like length."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def left_padded(sequences: Sequence[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `position_ids`, each (n, longest), padding on the left."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences], device=device)
+    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}

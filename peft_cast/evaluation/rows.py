@@ -1,0 +1,179 @@
+"""What an evaluation measured: rows, their table, plot and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model on one task.
+
+    Args:
+        adapter (`str`): Name of the adapter, `"base"` for the untouched target.
+        run (`int`): Which of the adapter's runs (seeds), counted from 0.
+        task (`str`): Name of the task; `"drift"` for the distance from the untouched target.
+        metric (`str`): The metric that recovered lift is taken of.
+        metrics (`dict[str, float]`): All metrics of the task.
+    """
+
+    adapter: str
+    run: int
+    task: str
+    metric: str
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapter on one task, over its runs.
+
+    Args:
+        adapter, task, metric (`str`): As in `Measurement`.
+        scores (`tuple[float, ...]`): The metric of each run.
+        lift (`tuple[float, ...]`): Recovered lift of each run, `(score − base) / (retrained − base)`; empty where no
+            retrained adapter was given or it gained nothing.
+    """
+
+    adapter: str
+    task: str
+    metric: str
+    scores: tuple[float, ...]
+    lift: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns.
+
+    Args:
+        measurements (`tuple[Measurement, ...]`): Everything that was measured.
+        retrained (`dict[str, str]`): For each task the name of the adapter that was trained on the target itself.
+        settings (`dict`): Target, tasks, versions and machine, JSON-ready.
+    """
+
+    measurements: tuple[Measurement, ...]
+    retrained: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @property
+    def rows(self) -> list[Row]:
+        """One row per task and adapter, in the order they were given."""
+        groups: dict[tuple[str, str], list[Measurement]] = {}
+        for m in self.measurements:
+            groups.setdefault((m.task, m.adapter), []).append(m)
+        rows = []
+        for (task, adapter), runs in groups.items():
+            scores = tuple(m.metrics[m.metric] for m in runs)
+            rows.append(Row(adapter, task, runs[0].metric, scores, self._lift(task, scores)))
+        return rows
+
+    def _lift(self, task: str, scores: Sequence[float]) -> tuple[float, ...]:
+        base, top = (self._score(task, name) for name in (BASE, self.retrained.get(task)))
+        if base is None or top is None or top == base:
+            return ()
+        return tuple((score - base) / (top - base) for score in scores)
+
+    def _score(self, task: str, adapter: str | None) -> float | None:
+        found = [m.metrics[m.metric] for m in self.measurements if (m.task, m.adapter) == (task, adapter)]
+        return mean(found) if found else None
+
+    def row(self, adapter: str, task: str) -> Row:
+        """The row of an adapter on a task.
+
+        Raises:
+            KeyError: If it was not measured.
+        """
+        for row in self.rows:
+            if (row.adapter, row.task) == (adapter, task):
+                return row
+        raise KeyError(f"'{adapter}' was not measured on '{task}'.")
+
+    def table(self) -> str:
+        """A markdown table: adapters down, tasks across, recovered lift in brackets, mean ± spread over runs."""
+        tasks = list(dict.fromkeys(m.task for m in self.measurements))
+        adapters = list(dict.fromkeys(m.adapter for m in self.measurements))
+        rows = {(row.adapter, row.task): row for row in self.rows}
+        metrics = {row.task: row.metric for row in self.rows}
+        head = [f"{task} ({metrics[task].replace('_', ' ')})" for task in tasks]
+        lines = ["| | " + " | ".join(head) + " |", "|---" * (len(tasks) + 1) + "|"]
+        for adapter in adapters:
+            cells = [_cell(rows.get((adapter, task))) for task in tasks]
+            lines.append(f"| {adapter} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: settings, raw measurements and the rows made of them."""
+        return {
+            "settings": dict(self.settings),
+            "retrained": dict(self.retrained),
+            "measurements": [asdict(m) for m in self.measurements],
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Evaluation:
+        """Read what `save` wrote."""
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return cls(tuple(Measurement(**m) for m in data["measurements"]), data["retrained"], data["settings"])
+
+    def plot(self, path: str | Path) -> None:
+        """Bars of recovered lift per task and adapter, as a PNG, SVG or PDF file. Needs matplotlib.
+
+        Raises:
+            ValueError: If no row has a recovered lift.
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Plots need matplotlib: pip install 'peft-cast[eval]'.") from error
+        rows = [row for row in self.rows if row.lift and row.adapter != BASE]
+        if not rows:
+            raise ValueError("There is no recovered lift to plot: name the `retrained` adapter of the tasks.")
+        tasks = list(dict.fromkeys(row.task for row in rows))
+        figure = Figure(figsize=(8, 0.6 + 0.34 * len(rows)), layout="constrained")
+        panels = figure.subplots(
+            len(tasks), 1, sharex=True, squeeze=False,
+            height_ratios=[sum(row.task == task for row in rows) for task in tasks],
+        )[:, 0]  # fmt: skip
+        for axis, task in zip(panels, tasks):
+            shown = [row for row in rows if row.task == task][::-1]
+            values = [mean(row.lift) for row in shown]
+            spread = [stdev(row.lift) if len(row.lift) > 1 else 0.0 for row in shown]
+            bars = axis.barh([row.adapter for row in shown], values, xerr=spread, color="#4477aa", height=0.7)
+            axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=4, fontsize=8)
+            axis.axvline(0, color="black", linewidth=0.8)
+            axis.axvline(1, color="grey", linewidth=0.8, linestyle="--")
+            axis.margins(x=0.12)
+            axis.set_title(task, fontsize=10, loc="left")
+            axis.spines[["top", "right"]].set_visible(False)
+        panels[-1].set_xlabel("recovered lift (0: untouched target, 1: LoRA retrained on it)")
+        figure.savefig(path, dpi=150)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    text = _with_spread(row.scores)
+    return f"{text} ({_with_spread(row.lift, 2)})" if row.lift and row.adapter != BASE else text
+
+
+def _with_spread(values: Sequence[float], digits: int = 3) -> str:
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text

@@ -1,0 +1,225 @@
+"""Small built-in tasks on local files: likelihood of answers, classification, generation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models import contiguous_head
+from .likelihood import answer_nats, by_length, choice_nats
+
+
+Rows = Sequence[Mapping[str, Any]]
+Template = str | Callable[[Mapping[str, Any]], str]
+
+
+class Task(Protocol):
+    """What `evaluate` runs: a name, the metric that recovered lift is taken of, and a function of a model."""
+
+    name: str
+    metric: str
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        """The metrics of one model, `metric` among them."""
+        ...
+
+
+@dataclass(frozen=True)
+class AnswerLikelihood:
+    """How likely the model finds the gold answers: −log p(answer | prompt) in nats per character, lower is better.
+
+    Nats per character, not per token, so that models with different tokenizers compare.
+
+    Args:
+        name (`str`): Name of the task in tables.
+        data: Rows (mappings), or the path of a jsonl file.
+        prompt: Format string over a row's columns, e.g. `"Question: {question}\\nAnswer:"`, or a function of the row.
+        answer: Likewise, e.g. `" {answer}"`.
+        start, limit (`int`): The rows from `start` on, at most `limit` of them.
+        batch_size (`int`): Rows per pass.
+    """
+
+    name: str
+    data: Rows | str | Path
+    prompt: Template
+    answer: Template
+    start: int = 0
+    limit: int | None = None
+    batch_size: int = 16
+    metric: ClassVar[str] = "nats_per_character"
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        items = [(_fill(self.prompt, row), _fill(self.answer, row)) for row in _rows(self)]
+        with contiguous_head(model):
+            nats = answer_nats(model, tokenizer, items, self.batch_size)
+        characters = torch.tensor([len(answer) for _, answer in items], dtype=torch.float64)
+        score = float(nats.sum() / characters.sum())
+        # Standard error of a ratio of sums (delta method)
+        spread = (nats - score * characters).std() * len(items) ** 0.5 / characters.sum()
+        return {self.metric: score, "stderr": float(spread), "items": len(items)}
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Share of rows whose label the model finds the most likely continuation of the prompt.
+
+    Args:
+        name (`str`): Name of the task in tables.
+        data: Rows (mappings), or the path of a jsonl file.
+        prompt: Format string over a row's columns, or a function of the row.
+        labels (`tuple[str, ...]`): All labels.
+        label (`str`): The column that holds the right one.
+        continuation (`str`): How a label follows the prompt.
+        start, limit (`int`): The rows from `start` on, at most `limit` of them.
+        batch_size (`int`): Rows per pass.
+    """
+
+    name: str
+    data: Rows | str | Path
+    prompt: Template
+    labels: tuple[str, ...]
+    label: str = "label"
+    continuation: str = " {label}"
+    start: int = 0
+    limit: int | None = None
+    batch_size: int = 16
+    metric: ClassVar[str] = "accuracy"
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        rows = _rows(self)
+        unknown = {row[self.label] for row in rows} - set(self.labels)
+        if unknown:
+            raise ValueError(f"The task '{self.name}' has rows with the labels {sorted(unknown)}, not in `labels`.")
+        gold = torch.tensor([self.labels.index(row[self.label]) for row in rows])
+        choices = [self.continuation.format(label=label) for label in self.labels]
+        with contiguous_head(model):
+            nats = choice_nats(model, tokenizer, [_fill(self.prompt, r) for r in rows], choices, self.batch_size)
+        accuracy = float((nats.argmin(1) == gold).double().mean())
+        return {
+            self.metric: accuracy,
+            "stderr": (accuracy * (1 - accuracy) / len(rows)) ** 0.5,
+            "nats_per_label": float(nats.gather(1, gold[:, None]).mean()),
+            "items": len(rows),
+        }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy answers: share that matches the gold answer, and share in the wanted format.
+
+    Args:
+        name (`str`): Name of the task in tables.
+        data: Rows (mappings), or the path of a jsonl file.
+        prompt: Format string over a row's columns, or a function of the row.
+        answer: Format string or function that gives the gold text, to which `pattern` is applied as well.
+        pattern (`str`): Regular expression; its first group is what must match. An answer without it is out of format.
+        max_new_tokens (`int`): The most tokens per answer.
+        start, limit (`int`): The rows from `start` on, at most `limit` of them.
+        batch_size (`int`): Rows per pass.
+        samples (`list[dict]`): What the last model wrote: `prompt`, `gold`, `written` of the first rows.
+    """
+
+    name: str
+    data: Rows | str | Path
+    prompt: Template
+    answer: Template
+    pattern: str
+    max_new_tokens: int = 160
+    start: int = 0
+    limit: int | None = None
+    batch_size: int = 64
+    samples: list[dict[str, str]] = field(default_factory=list, compare=False, repr=False)
+    metric: ClassVar[str] = "exact_match"
+
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        rows = _rows(self)
+        prompts = [_fill(self.prompt, row) for row in rows]
+        gold = [_fill(self.answer, row) for row in rows]
+        written = generate(model, tokenizer, prompts, self.max_new_tokens, self.batch_size)
+        self.samples[:] = [{"prompt": p, "gold": g, "written": w} for p, g, w in zip(prompts, gold, written[:8])]
+        wanted, found = ([self._extract(text) for text in texts] for texts in (gold, written))
+        right = sum(w is not None and w == f for w, f in zip(wanted, found)) / len(rows)
+        return {
+            self.metric: right,
+            "stderr": (right * (1 - right) / len(rows)) ** 0.5,
+            "in_format": sum(f is not None for f in found) / len(rows),
+            "items": len(rows),
+        }
+
+    def _extract(self, text: str) -> str | None:
+        match = re.search(self.pattern, text)
+        return match[1].replace(",", "").strip() if match else None
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> list[str]:
+    """Greedy continuations of the prompts, without special tokens."""
+    written = [""] * len(prompts)
+    side, pad = tokenizer.padding_side, tokenizer.pad_token
+    tokenizer.padding_side, tokenizer.pad_token = "left", pad or tokenizer.eos_token
+    try:
+        for chunk in by_length([len(p) for p in prompts], batch_size):
+            inputs = tokenizer([prompts[i] for i in chunk], return_tensors="pt", padding=True).to(model.device)
+            inputs.pop("token_type_ids", None)
+            with contiguous_head(model):
+                output = model.generate(
+                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+                )
+            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            for i, text in zip(chunk, texts):
+                written[i] = text
+    finally:
+        tokenizer.padding_side, tokenizer.pad_token = side, pad
+    return written
+
+
+def _rows(task) -> list[Mapping[str, Any]]:
+    """The rows of a task.
+
+    Raises:
+        ValueError: If there are none, or a line of the file is no JSON.
+        OSError: If the file does not exist.
+    """
+    if isinstance(task.data, (str, Path)):
+        try:
+            lines = Path(task.data).read_text(encoding="utf-8").splitlines()
+            data = [json.loads(line) for line in lines if line.strip()]
+        except FileNotFoundError as error:
+            raise OSError(f"The data of the task '{task.name}', '{task.data}', does not exist.") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"The data of the task '{task.name}', '{task.data}', is no jsonl file: {error}"
+            ) from error
+    else:
+        data = list(task.data)
+    end = None if task.limit is None else task.start + task.limit
+    rows = data[task.start : end]
+    if not rows:
+        raise ValueError(
+            f"The task '{task.name}' has no rows from {task.start} on: pass other data or a lower `start`."
+        )
+    return rows
+
+
+def _fill(template: Template, row: Mapping[str, Any]) -> str:
+    if callable(template):
+        return template(row)
+    try:
+        return template.format_map(row)
+    except KeyError as error:
+        raise ValueError(
+            f"The template {template!r} names {error}, but the data has the columns {sorted(row)}."
+        ) from error

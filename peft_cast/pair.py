@@ -1,0 +1,184 @@
+"""A model pair made ready for a translation: loaded, aligned, with the text that both read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .align import AlignedPair, ModuleMap, SharedVocabulary, align_texts, map_layers, map_modules, shared_vocabulary
+from .models import (
+    LoraKernel,
+    adapted_source,
+    default_device,
+    load_model,
+    load_source,
+    load_tokenizer,
+    moved,
+    read_kernels,
+    untouched,
+)
+from .text import SelfWritten, read_text, write_texts
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models side by side.
+
+    Args:
+        source: The model the LoRA was trained on, frozen.
+        adapted: The source with its LoRA active: the teacher. Its adapter can be disabled.
+        target: The model it shall work on, frozen.
+        tokenizers: Those of source and target.
+        kernels: The LoRA of each adapted source module.
+        modules: Where they land.
+        vocabulary: Tokens that both tokenizers have.
+        device: Where training happens.
+    """
+
+    source: PreTrainedModel
+    adapted: PeftModel
+    target: PreTrainedModel
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
+    kernels: Mapping[str, LoraKernel]
+    modules: ModuleMap
+    vocabulary: SharedVocabulary
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class PairTexts:
+    """Aligned texts by what they are for.
+
+    Args:
+        train: Read by the refinement.
+        held_out: Kept out of it to measure the distance to the teacher.
+        fit: Read by the closed form.
+        anchors: General text on which the target shall stay as it is; empty when it may move.
+        metrics: Counts and shares, JSON-ready.
+    """
+
+    train: list[AlignedPair]
+    held_out: list[AlignedPair]
+    fit: list[AlignedPair]
+    anchors: list[AlignedPair]
+    metrics: dict[str, Any]
+
+
+@contextmanager
+def open_pair(
+    source: str | Path | PreTrainedModel | None,
+    adapter: str | Path | PeftModel,
+    target: str | Path | PreTrainedModel,
+    *,
+    depth_map: str | Mapping[int, int] = "proportional",
+    module_map: Mapping[str, str] | None = None,
+    source_tokenizer: PreTrainedTokenizerBase | str | None = None,
+    target_tokenizer: PreTrainedTokenizerBase | str | None = None,
+    source_revision: str | None = None,
+    adapter_revision: str | None = None,
+    target_revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Pair]:
+    """Load and align a pair; afterwards both models are as they were. Arguments and errors as in `translate`."""
+    device = torch.device(device) if device is not None else default_device()
+    with ExitStack() as stack:
+        source = load_source(source, adapter, device, source_revision, adapter_revision, dtype)
+        target = load_model(target, "target", device, target_revision, dtype)
+        if source is target:
+            raise ValueError("`source` and `target` are the same object: load the model twice.")
+        tokenizers = (
+            load_tokenizer(source_tokenizer, source, "source", source_revision),
+            load_tokenizer(target_tokenizer, target, "target", target_revision),
+        )
+        # A PeftModel as `adapter` is its source's wrapper: its own modes are restored too.
+        stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
+        stack.enter_context(moved(source, device))
+        stack.enter_context(moved(target, device))
+        adapted = stack.enter_context(adapted_source(source, adapter, adapter_revision))
+        adapted.eval()
+        kernels = read_kernels(adapted)
+        layers = map_layers(*(m.config.get_text_config().num_hidden_layers for m in (source, target)), depth_map)
+        modules = map_modules(kernels, target, layers, module_map)
+        vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
+        yield Pair(source, adapted, target, tokenizers, kernels, modules, vocabulary, device)
+
+
+def _rows(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no language-modelling head: pass a causal language model.")
+    return head.weight.shape[0]
+
+
+def read_texts(
+    pair: Pair,
+    text: Any,
+    fit_text: Any = None,
+    *,
+    train: int,
+    held_out: int,
+    fit: int,
+    anchors: int = 0,
+    max_length: int = 256,
+    seed: int = 0,
+    bar: Callable = lambda items, **_: items,
+) -> PairTexts:
+    """Read, write and align the text of a translation.
+
+    Args:
+        pair (`Pair`): The models.
+        text: What is imitated on: anything `translate(text=...)` takes.
+        fit_text: General text for the closed form and the anchors; the same as `text` when `None`, without anchors.
+        train, held_out, fit, anchors (`int`): The most texts of each kind. Anchors follow those of the closed form.
+        max_length (`int`): Most tokens per text and model.
+        seed (`int`): Seed of what the models write.
+        bar: Wrapper around batches that shows progress, e.g. `tqdm`.
+
+    Raises:
+        ValueError: If too little of the text is usable.
+    """
+
+    def write(spec: SelfWritten, limit: int):
+        return write_texts(
+            pair.adapted, *pair.tokenizers, spec, limit, seed, pair.target, partial(bar, desc="writing text")
+        )
+
+    def align(samples) -> list[AlignedPair]:
+        return align_texts(
+            [s.text for s in samples], *pair.tokenizers,
+            source_prompts=[s.source_prompt for s in samples], target_prompts=[s.target_prompt for s in samples],
+            rendered=[s.rendered for s in samples], max_length=max_length,
+        )  # fmt: skip
+
+    wanted = train if fit_text is not None else max(train, fit)
+    pairs = align(read_text(text, wanted + held_out, write))
+    if len(pairs) < 3:
+        raise ValueError(
+            f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
+            "pass more or longer text."
+        )
+    kept_out = min(held_out, len(pairs) // 3 or 1)
+    evaluation, training = pairs[:kept_out], pairs[kept_out:]
+    general = training if fit_text is None else align(read_text(fit_text, fit + anchors, write))
+    fitting, rest = general[:fit], general[fit : fit + anchors] if fit_text is not None else []
+    if len(fitting) < 2:
+        raise ValueError(
+            f"`fit_text` gives {len(fitting)} usable samples, at least 2 are needed: pass more or longer text."
+        )
+    # A short corpus serves twice: to stay in place on text that was fitted on is better than on none.
+    rest = rest or (fitting if anchors and fit_text is not None else [])
+    positions, tokens = sum(len(p.target_positions) for p in pairs), sum(len(p.target_ids) for p in pairs)
+    metrics = {
+        "train": len(training), "held_out": len(evaluation), "closed_form": len(fitting), "anchors": len(rest),
+        "target_tokens": tokens, "aligned_positions": positions,
+    }  # fmt: skip
+    return PairTexts(training, evaluation, fitting, rest, metrics)

@@ -1,0 +1,88 @@
+"""The alternatives that a translation is compared with."""
+
+import pytest
+import torch
+from conftest import make_lora, tiny_model
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from peft_cast.baselines import cross_lora, direct_copy, lora_from_factors
+
+
+IDS = torch.arange(5, 25)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def test_direct_copy_to_the_same_model_is_the_adapter(source_folder, lora_folder):
+    target = AutoModelForCausalLM.from_pretrained(source_folder)
+    copied = direct_copy(source_folder, lora_folder, target)
+    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder)
+    torch.testing.assert_close(logits(copied), logits(expected))
+    assert not torch.allclose(logits(copied), logits(copied.unload()))
+
+
+def test_direct_copy_needs_a_shape_that_fits(source_folder, lora_folder, target_folder):
+    with pytest.raises(ValueError, match="direct copy is impossible"):
+        direct_copy(source_folder, lora_folder, target_folder)
+
+
+def test_cross_lora_to_the_same_model_is_the_adapter_at_full_rank(source_folder, lora_folder):
+    # ΔW = U Uᵀ ΔW V Vᵀ only where the subspaces are whole: the square projections.
+    target = AutoModelForCausalLM.from_pretrained(source_folder)
+    translated = cross_lora(source_folder, lora_folder, target)
+    source = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder)
+    for name in ("q_proj", "o_proj"):
+        path = f"model.layers.1.self_attn.{name}"
+        deltas = [m.get_base_model().get_submodule(path).get_delta_weight("default") for m in (translated, source)]
+        torch.testing.assert_close(*deltas, rtol=1e-3, atol=1e-5)
+
+
+def test_cross_lora_follows_its_formula(tmp_path):
+    source, target = tiny_model("llama", seed=1), tiny_model("gemma3", seed=2, hidden_size=40, num_hidden_layers=2)
+    lora = make_lora(source, tmp_path / "lora")
+    weights = {n: m.weight.clone() for n, m in source.named_modules() if hasattr(m, "weight")}
+    target_weights = {n: m.weight.clone() for n, m in target.named_modules() if hasattr(m, "weight")}
+    adapted = PeftModel.from_pretrained(source, lora)
+    deltas = {
+        n: m.get_delta_weight("default").detach()
+        for n, m in adapted.get_base_model().named_modules()
+        if hasattr(m, "lora_A")
+    }
+    translated = cross_lora(None, adapted, target, rank=6).get_base_model()
+    # three layers on two: 0 → 0, 1 and 2 → 0 or 1 in proportion
+    for path, layers in (("mlp.up_proj", {0: (0, 1), 1: (2,)}), ("self_attn.k_proj", {0: (0, 1), 1: (2,)})):
+        for layer, sources in layers.items():
+            U_T, _, V_T = torch.linalg.svd(target_weights[f"model.layers.{layer}.{path}"], full_matrices=False)
+            expected = 0
+            for s in sources:
+                name = f"model.layers.{s}.{path}"
+                U_S, _, V_S = torch.linalg.svd(weights[name], full_matrices=False)
+                expected += U_T[:, :6] @ U_S[:, :6].T @ deltas[name] @ V_S[:6].T @ V_T[:6]
+            found = translated.get_submodule(f"model.layers.{layer}.{path}").get_delta_weight("default")
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_cross_lora_can_be_saved_and_loaded_without_this_package(source_folder, lora_folder, target_folder, tmp_path):
+    translated = cross_lora(source_folder, lora_folder, target_folder, rank=8)
+    expected = logits(translated)
+    translated.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(target_folder), tmp_path)
+    torch.testing.assert_close(logits(loaded), expected)
+    assert loaded.active_peft_config.peft_type == "LORA"
+    with pytest.raises(ValueError, match="`rank` must be at least 1"):
+        cross_lora(source_folder, lora_folder, target_folder, rank=0)
+
+
+def test_lora_of_several_ranks():
+    model = tiny_model()
+    factors = {
+        "model.layers.0.mlp.up_proj": (torch.randn(2, 32), torch.randn(48, 2)),
+        "model.layers.1.mlp.up_proj": (torch.randn(5, 32), torch.randn(48, 5)),
+    }
+    wrapped = lora_from_factors(model, factors).get_base_model()
+    for name, (A, B) in factors.items():
+        torch.testing.assert_close(wrapped.get_submodule(name).get_delta_weight("default"), B @ A)

@@ -1,0 +1,252 @@
+"""How results are judged."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import c4_texts, make_lora, tiny_model
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import peft_cast
+from peft_cast import AnswerLikelihood, CastConfig, Classification, Evaluation, Generation, HarnessTask
+from peft_cast.evaluation import drift
+from peft_cast.evaluation.likelihood import answer_nats, choice_nats
+
+
+ROWS = [{"question": f"How many are {a} and {b}?", "answer": f"They are {a + b}", "label": "ab"[a % 2]}
+        for a in range(2, 9) for b in (3, 11)]  # fmt: skip
+LIKELIHOOD = AnswerLikelihood("sums", ROWS, "Question: {question}\nAnswer:", " {answer}", batch_size=4)
+LABELS = (" yes", " no, not at all", " maybe so")
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def model_and_tokenizer(request, byte_tokenizer, piece_tokenizer):
+    tokenizer = byte_tokenizer if request.param == "llama" else piece_tokenizer
+    return tiny_model(request.param, len(tokenizer)), tokenizer
+
+
+def nats_one_by_one(model, tokenizer, prompt, answer):
+    p, a = tokenizer(prompt).input_ids, tokenizer(answer, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([p + a])).logits[0, len(p) - 1 : -1]
+    return float(F.cross_entropy(logits, torch.tensor(a), reduction="sum"))
+
+
+def test_answer_likelihood_is_the_models_own(model_and_tokenizer):
+    items = [(f"Question: {row['question']}", f" {row['answer']}" * (i % 3 + 1)) for i, row in enumerate(ROWS)]
+    found = answer_nats(*model_and_tokenizer, items, batch_size=5)
+    expected = [nats_one_by_one(*model_and_tokenizer, *item) for item in items]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
+def test_choices_read_each_prompt_once_and_score_the_same(model_and_tokenizer):
+    prompts = ["Is it so?", "Would you say, after all of this, that it is so?", "Why?"]
+    found = choice_nats(*model_and_tokenizer, prompts, LABELS, batch_size=2)
+    expected = [[nats_one_by_one(*model_and_tokenizer, p, label) for label in LABELS] for p in prompts]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+    single = choice_nats(*model_and_tokenizer, prompts, ["a", "b"])
+    expected = [[nats_one_by_one(*model_and_tokenizer, p, label) for label in "ab"] for p in prompts]
+    torch.testing.assert_close(single, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
+def test_likelihood_task(model_and_tokenizer):
+    metrics = LIKELIHOOD.run(*model_and_tokenizer)
+    items = [(f"Question: {r['question']}\nAnswer:", f" {r['answer']}") for r in ROWS]
+    nats = sum(nats_one_by_one(*model_and_tokenizer, *item) for item in items)
+    assert metrics["nats_per_character"] == pytest.approx(nats / sum(len(a) for _, a in items), rel=1e-4)
+    assert metrics["items"] == len(ROWS) and 0 < metrics["stderr"] < metrics["nats_per_character"]
+
+
+def test_classification_counts_the_likeliest_label(model_and_tokenizer):
+    prompts = [f"{r['question']} Is it?" for r in ROWS]
+    best = choice_nats(*model_and_tokenizer, prompts, LABELS).argmin(1).tolist()
+    right = [{**row, "label": LABELS[b]} for row, b in zip(ROWS, best)]
+    wrong = [{**row, "label": LABELS[(b + 1) % 3]} for row, b in zip(ROWS[:3], best)]
+    task = Classification("kinds", right[3:] + wrong, "{question} Is it?", LABELS, continuation="{label}")
+    # the order of the rows changes, so the likeliest labels are looked up again
+    metrics = task.run(*model_and_tokenizer)
+    assert metrics["accuracy"] == pytest.approx((len(ROWS) - 3) / len(ROWS))
+    assert metrics["nats_per_label"] > 0
+    with pytest.raises(ValueError, match=r"labels \['no'\], not in `labels`"):
+        Classification("kinds", [{"question": "x", "label": "no"}], "{question}", LABELS).run(*model_and_tokenizer)
+
+
+def test_generation_matches_the_group_of_the_pattern(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    written = peft_cast.evaluation.tasks.generate(model, tokenizer, [r["question"] for r in ROWS], 6, batch_size=3)
+    ids = tokenizer(ROWS[0]["question"], return_tensors="pt").input_ids
+    alone = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
+    assert written[0] == tokenizer.decode(alone, skip_special_tokens=True)
+    rows = [{**row, "answer": text if i % 2 else "otherwise"} for i, (row, text) in enumerate(zip(ROWS, written))]
+    task = Generation("write", rows, "{question}", "{answer}", r"(?s)^(.+)$", max_new_tokens=6)
+    metrics = task.run(model, tokenizer)
+    assert metrics["exact_match"] == 0.5 and metrics["in_format"] == 1.0
+    assert task.samples[1]["written"] == rows[1]["answer"] and task.samples[1]["prompt"] == ROWS[1]["question"]
+    assert Generation("write", rows, "{question}", "{answer}", r"#### (\d+)").run(model, tokenizer)["in_format"] == 0
+
+
+def test_drift_is_the_divergence_from_the_own_base(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    texts = c4_texts(3)
+    names = ["q_proj", "down_proj"]
+    still = get_peft_model(model, CastConfig(target_modules=names)).eval()
+    assert drift(still, tokenizer, texts, max_length=40)["drift"] == 0
+    still.unload()
+    moved = get_peft_model(model, CastConfig(target_modules=names, init_weights=False)).eval()
+    found = drift(moved, tokenizer, texts, max_length=40, batch_size=2)
+    divergence = loss = count = 0
+    with torch.no_grad():
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=40).input_ids
+            q = moved(ids).logits[0, :-1].log_softmax(-1)
+            with moved.disable_adapter():
+                p = moved(ids).logits[0, :-1].log_softmax(-1)
+            divergence += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+            loss += float(F.nll_loss(q, ids[0, 1:], reduction="sum"))
+            count += ids.shape[1] - 1
+    moved.unload()
+    assert found["tokens"] == count and found["drift"] == pytest.approx(divergence / count, rel=1e-3)
+    assert found["perplexity"] == pytest.approx(torch.tensor(loss / count).exp().item(), rel=1e-3)
+    assert found["perplexity"] != found["perplexity_base"]
+    with pytest.raises(ValueError, match="drift on is empty"):
+        drift(model, tokenizer, [""])
+
+
+class Counted:
+    """Scores a model by how far it is from the base at one input; counts its runs."""
+
+    name, metric = "counted", "score"
+
+    def __init__(self, base):
+        self.ids, self.runs = torch.arange(5, 20)[None], 0
+        with torch.no_grad():
+            self.base = base(self.ids).logits
+
+    def run(self, model, tokenizer):
+        self.runs += 1
+        with torch.no_grad():
+            return {"score": 1 + float((model(self.ids).logits - self.base).abs().mean())}
+
+
+@pytest.fixture
+def loras(source_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source_folder)
+    return {name: make_lora(model, tmp_path / name, seed=seed) for seed, name in enumerate("abc")}
+
+
+def test_evaluate_compares_with_base_and_retrained(source_folder, loras, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source_folder)
+    task = Counted(model)
+    found = peft_cast.evaluate(
+        source_folder, {"several": [loras["a"], loras["b"]], "best": loras["c"]}, [task, LIKELIHOOD],
+        retrained="best", drift_text=c4_texts(4), progress=False,
+    )  # fmt: skip
+    assert found.row("base", "counted").scores == (1.0,) and found.row("base", "counted").lift == (0.0,)
+    assert found.row("best", "counted").lift == (1.0,)
+    several, best = found.row("several", "counted"), found.row("best", "counted")
+    assert several.lift == tuple((s - 1) / (best.scores[0] - 1) for s in several.scores) and len(several.scores) == 2
+    assert [row.adapter for row in found.rows if row.task == "drift"] == ["several", "best"]
+    assert "±" in str(found) and f"{best.scores[0]:.3f} (1.00)" in str(found)
+    found.save(tmp_path / "rows.json")
+    assert Evaluation.load(tmp_path / "rows.json").rows == found.rows
+    versions = json.loads((tmp_path / "rows.json").read_text())["settings"]["environment"]["versions"]
+    assert versions["torch"] == torch.__version__
+    found.plot(tmp_path / "lift.png")
+    assert (tmp_path / "lift.png").stat().st_size > 5000
+    with pytest.raises(KeyError, match="not measured"):
+        found.row("nobody", "counted")
+
+
+def test_evaluate_takes_up_where_it_stopped(source_folder, loras, tmp_path):
+    task = Counted(AutoModelForCausalLM.from_pretrained(source_folder))
+    options = {"output": tmp_path / "out" / "rows.json", "progress": False}
+
+    class Stops(Counted):
+        def run(self, model, tokenizer):
+            if self.runs == 2:
+                raise KeyboardInterrupt
+            return super().run(model, tokenizer)
+
+    stops = Stops(AutoModelForCausalLM.from_pretrained(source_folder))
+    stops.__class__.__name__ = "Counted"
+    with pytest.raises(KeyboardInterrupt):
+        peft_cast.evaluate(source_folder, {"a": loras["a"], "b": loras["b"]}, [stops], **options)
+    first = peft_cast.evaluate(source_folder, {"a": loras["a"], "b": loras["b"]}, [task], **options)
+    assert task.runs == 1  # base and a were there already
+    model = AutoModelForCausalLM.from_pretrained(source_folder)
+    make_lora(model, loras["b"], seed=9)  # other weights in the same folder
+    second = peft_cast.evaluate(source_folder, {"a": loras["a"], "b": loras["b"]}, [task], **options)
+    assert task.runs == 2
+    assert first.row("a", "counted") == second.row("a", "counted")
+    assert first.row("b", "counted") != second.row("b", "counted")
+
+
+def test_evaluate_gives_models_back(source_folder, loras):
+    model = AutoModelForCausalLM.from_pretrained(source_folder).train()
+    types = [type(m) for m in model.modules()]
+    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), loras["b"])
+    peft_cast.evaluate(
+        model, {"file": loras["a"], "memory": peft_model}, [LIKELIHOOD], drift_text=c4_texts(2),
+        tokenizer=source_folder, progress=False,
+    )  # fmt: skip
+    assert [type(m) for m in model.modules()] == types and model.training
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("adapters", "tasks", "options", "message"),
+    [
+        ({"base": "x"}, [LIKELIHOOD], {}, "'base' is the name of the untouched"),
+        ({"a": "x"}, [LIKELIHOOD, LIKELIHOOD], {}, "name of its own"),
+        ({"a": "x"}, [LIKELIHOOD], {"retrained": "b"}, "none of the adapters"),
+        ({"a": "x"}, [LIKELIHOOD], {"retrained": {"other": "a"}}, "none of \\['sums'\\]"),
+        ({"a": "no/adapter"}, [LIKELIHOOD], {}, "'no/adapter' could not be loaded"),
+        ({}, [AnswerLikelihood("x", ROWS, "{nothing}", "a")], {}, "names 'nothing', but the data has the columns"),
+        ({}, [AnswerLikelihood("x", ROWS, "a", "a", start=99)], {}, "has no rows from 99 on"),
+    ],
+)
+def test_bad_evaluations_are_one_clear_error(adapters, tasks, options, message, source_folder):
+    with pytest.raises(ValueError, match=message):
+        peft_cast.evaluate(source_folder, adapters, tasks, progress=False, **options)
+
+
+def test_bad_files_are_one_clear_error(source_folder, tmp_path):
+    with pytest.raises(OSError, match="'nowhere.jsonl', does not exist"):
+        peft_cast.evaluate(source_folder, {}, [AnswerLikelihood("x", "nowhere.jsonl", "a", "a")], progress=False)
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="is no jsonl file"):
+        peft_cast.evaluate(
+            source_folder, {}, [AnswerLikelihood("x", tmp_path / "bad.jsonl", "a", "a")], progress=False
+        )
+    with pytest.raises(ValueError, match="no recovered lift to plot"):
+        peft_cast.evaluate(source_folder, {}, [LIKELIHOOD], progress=False).plot(tmp_path / "x.png")
+
+
+def test_harness_tasks_give_the_same_choice_as_ours(source_folder, loras, tmp_path):
+    pytest.importorskip("lm_eval")
+    rows = [{"question": r["question"], "choices": ["yes", "no, not at all", "maybe so"], "gold": i % 3}
+            for i, r in enumerate(ROWS)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = {
+        "task": "local_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}} Is it?",
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    labelled = [{**row, "label": row["choices"][row["gold"]]} for row in rows]
+    ours = Classification("ours", labelled, "{question} Is it?", tuple(rows[0]["choices"]))
+    found = peft_cast.evaluate(
+        source_folder, {"a": loras["a"]}, [HarnessTask(config, num_fewshot=0), ours], progress=False
+    )
+    for name in ("base", "a"):
+        assert found.row(name, "local_choice").scores == pytest.approx(found.row(name, "ours").scores)
+    with pytest.raises(ValueError, match="has no metric 'f1'"):
+        peft_cast.evaluate(source_folder, {}, [HarnessTask(config, metric="f1")], progress=False)
