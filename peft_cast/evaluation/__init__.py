@@ -4,7 +4,7 @@ from .drift import drift
 from .evaluate import evaluate
 from .harness import HarnessTask
 from .rows import Evaluation, Measurement, Row
-from .tasks import AnswerLikelihood, Classification, Generation, Task
+from .tasks import AnswerLikelihood, Classification, Generation, Scores, Task
 
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "HarnessTask",
     "Measurement",
     "Row",
+    "Scores",
     "Task",
     "drift",
     "evaluate",

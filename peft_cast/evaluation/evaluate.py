@@ -21,7 +21,7 @@ from ..result import TranslationResult
 from ..text import read_corpus
 from .drift import drift
 from .rows import BASE, Evaluation, Measurement
-from .tasks import Task
+from .tasks import Scores, Task
 
 
 Adapter = str | Path | PeftModel | TranslationResult
@@ -95,9 +95,12 @@ def evaluate(
             with moved(model, device), _adapted(model, adapter) as adapted:
                 for i, (_, _, task) in enumerate(wanted):
                     if missing[i]:
-                        found[i] = task.run(adapted, tokenizer) if task else drift(adapted, tokenizer, texts)
+                        found[i] = task.run(adapted, tokenizer) if task else Scores(drift(adapted, tokenizer, texts))
                         known.add(keys[i], found[i])
-        measurements += [Measurement(name, run, t, m, metrics) for (t, m, _), metrics in zip(wanted, found)]
+        measurements += [
+            Measurement(name, run, t, metric, scores.metrics, scores.samples)
+            for (t, metric, _), scores in zip(wanted, found)
+        ]
         known.write(Evaluation(tuple(measurements), retrained, settings))
     return Evaluation(tuple(measurements), retrained, settings)
 
@@ -149,8 +152,6 @@ def _describe(task: Task) -> dict[str, Any]:
     described: dict[str, Any] = {"kind": type(task).__name__, "name": task.name, "metric": task.metric}
     for field in dataclasses.fields(task) if dataclasses.is_dataclass(task) else ():
         value = getattr(task, field.name)
-        if not field.compare:
-            continue
         if callable(value):
             value = getattr(value, "__qualname__", str(value))
         elif field.name == "data" and not isinstance(value, (str, Path)):
@@ -181,26 +182,26 @@ class _Known:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = Path(path) if path is not None else None
-        self.found: dict[str, dict[str, float]] = {}
+        self.found: dict[str, Scores] = {}
         if self.path is not None and self.path.exists():
             try:
-                self.found = json.loads(self.path.read_text(encoding="utf-8")).get("known", {})
+                known = json.loads(self.path.read_text(encoding="utf-8")).get("known", {})
             except json.JSONDecodeError as error:
                 raise ValueError(f"`output`, '{self.path}', is no JSON file: remove it or choose another.") from error
+            self.found = {key: Scores(**scores) for key, scores in known.items()}
 
-    def get(self, key: str | None) -> dict[str, float] | None:
+    def get(self, key: str | None) -> Scores | None:
         return self.found.get(key) if key else None
 
-    def add(self, key: str | None, metrics: dict[str, float]) -> None:
+    def add(self, key: str | None, scores: Scores) -> None:
         if key:
-            self.found[key] = dict(metrics)
+            self.found[key] = scores
 
     def write(self, evaluation: Evaluation) -> None:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(
-            json.dumps({**evaluation.to_dict(), "known": self.found}, indent=1) + "\n", encoding="utf-8"
-        )
+        known = {key: dataclasses.asdict(scores) for key, scores in self.found.items()}
+        partial.write_text(json.dumps({**evaluation.to_dict(), "known": known}, indent=1) + "\n", encoding="utf-8")
         partial.replace(self.path)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import contiguous_head
+from .tasks import Scores
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class HarnessTask:
     def name(self) -> str:
         return self.task if isinstance(self.task, str) else self.task["task"]
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         """The harness' metrics, filters stripped where a metric has just one.
 
         Raises:
@@ -63,4 +64,4 @@ class HarnessTask:
         metrics = {key.split(",")[0] if short.count(key.split(",")[0]) == 1 else key: v for key, v in results.items()}
         if self.metric not in metrics:
             raise ValueError(f"The task '{self.name}' has no metric '{self.metric}'; it has {sorted(metrics)}.")
-        return metrics
+        return Scores(metrics)

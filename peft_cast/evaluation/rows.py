@@ -22,7 +22,7 @@ class Measurement:
         run (`int`): Which of the adapter's runs (seeds), counted from 0.
         task (`str`): Name of the task; `"drift"` for the distance from the untouched target.
         metric (`str`): The metric that recovered lift is taken of.
-        metrics (`dict[str, float]`): All metrics of the task.
+        metrics, samples: As in `Scores`.
     """
 
     adapter: str
@@ -30,6 +30,7 @@ class Measurement:
     task: str
     metric: str
     metrics: Mapping[str, float]
+    samples: Sequence[Mapping[str, str]] = ()
 
 
 @dataclass(frozen=True)

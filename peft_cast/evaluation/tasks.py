@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +17,21 @@ from .likelihood import answer_nats, by_length, choice_nats
 
 
 Rows = Sequence[Mapping[str, Any]]
+SHOWN = 8  # samples that are kept to be looked at
 Template = str | Callable[[Mapping[str, Any]], str]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How one model did on one task.
+
+    Args:
+        metrics (`dict[str, float]`): All metrics of the task.
+        samples (`tuple[dict[str, str], ...]`): What the model wrote for the first rows, if it wrote anything.
+    """
+
+    metrics: Mapping[str, float]
+    samples: tuple[Mapping[str, str], ...] = ()
 
 
 class Task(Protocol):
@@ -26,8 +40,8 @@ class Task(Protocol):
     name: str
     metric: str
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-        """The metrics of one model, `metric` among them."""
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
+        """The scores of one model, `metric` among its metrics."""
         ...
 
 
@@ -55,7 +69,7 @@ class AnswerLikelihood:
     batch_size: int = 16
     metric: ClassVar[str] = "nats_per_character"
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         items = [(_fill(self.prompt, row), _fill(self.answer, row)) for row in _rows(self)]
         with contiguous_head(model):
             nats = answer_nats(model, tokenizer, items, self.batch_size)
@@ -63,7 +77,7 @@ class AnswerLikelihood:
         score = float(nats.sum() / characters.sum())
         # Standard error of a ratio of sums (delta method)
         spread = (nats - score * characters).std() * len(items) ** 0.5 / characters.sum()
-        return {self.metric: score, "stderr": float(spread), "items": len(items)}
+        return Scores({self.metric: score, "stderr": float(spread), "items": len(items)})
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ class Classification:
     batch_size: int = 16
     metric: ClassVar[str] = "accuracy"
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)
         unknown = {row[self.label] for row in rows} - set(self.labels)
         if unknown:
@@ -102,12 +116,14 @@ class Classification:
         with contiguous_head(model):
             nats = choice_nats(model, tokenizer, [_fill(self.prompt, r) for r in rows], choices, self.batch_size)
         accuracy = float((nats.argmin(1) == gold).double().mean())
-        return {
-            self.metric: accuracy,
-            "stderr": (accuracy * (1 - accuracy) / len(rows)) ** 0.5,
-            "nats_per_label": float(nats.gather(1, gold[:, None]).mean()),
-            "items": len(rows),
-        }
+        return Scores(
+            {
+                self.metric: accuracy,
+                "stderr": (accuracy * (1 - accuracy) / len(rows)) ** 0.5,
+                "nats_per_label": float(nats.gather(1, gold[:, None]).mean()),
+                "items": len(rows),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,6 @@ class Generation:
         max_new_tokens (`int`): The most tokens per answer.
         start, limit (`int`): The rows from `start` on, at most `limit` of them.
         batch_size (`int`): Rows per pass.
-        samples (`list[dict]`): What the last model wrote: `prompt`, `gold`, `written` of the first rows.
     """
 
     name: str
@@ -135,23 +150,23 @@ class Generation:
     start: int = 0
     limit: int | None = None
     batch_size: int = 64
-    samples: list[dict[str, str]] = field(default_factory=list, compare=False, repr=False)
     metric: ClassVar[str] = "exact_match"
 
-    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)
         prompts = [_fill(self.prompt, row) for row in rows]
         gold = [_fill(self.answer, row) for row in rows]
         written = generate(model, tokenizer, prompts, self.max_new_tokens, self.batch_size)
-        self.samples[:] = [{"prompt": p, "gold": g, "written": w} for p, g, w in zip(prompts, gold, written[:8])]
         wanted, found = ([self._extract(text) for text in texts] for texts in (gold, written))
         right = sum(w is not None and w == f for w, f in zip(wanted, found)) / len(rows)
-        return {
+        metrics = {
             self.metric: right,
             "stderr": (right * (1 - right) / len(rows)) ** 0.5,
             "in_format": sum(f is not None for f in found) / len(rows),
             "items": len(rows),
         }
+        samples = zip(prompts[:SHOWN], gold, written)
+        return Scores(metrics, tuple({"prompt": p, "gold": g, "written": w} for p, g, w in samples))
 
     def _extract(self, text: str) -> str | None:
         match = re.search(self.pattern, text)

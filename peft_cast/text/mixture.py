@@ -32,7 +32,8 @@ def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[Te
     """At most `limit` samples; the parts of a mixture are interleaved in proportion.
 
     Args:
-        text: A `SelfWritten`, a `Mixture`, or anything that `read_corpus` takes.
+        text: A `SelfWritten`, a `Mixture`, a list of `TextSample` (what `write_texts` wrote), or anything that
+            `read_corpus` takes.
         limit (`int`): The most samples.
         write: Lets the adapted source model write samples for a `SelfWritten`, given it and the number wanted.
     """
@@ -44,4 +45,6 @@ def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[Te
         return [columns[n][i] for _, n, i in ordered]
     if isinstance(text, SelfWritten):
         return write(text, limit)
+    if isinstance(text, (list, tuple)) and text and isinstance(text[0], TextSample):
+        return list(text[:limit])
     return [TextSample(t) for t in read_corpus(text, limit)]

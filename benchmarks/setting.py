@@ -1,0 +1,119 @@
+"""What the benchmarks compare: models, adapters, tasks, and the text that a user would give."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import models  # noqa: E402 (examples/models.py)
+
+import peft_cast  # noqa: E402
+from peft_cast.pair import open_pair  # noqa: E402
+from peft_cast.phases import Phases  # noqa: E402
+from peft_cast.text import SelfWritten, TextSample, write_texts  # noqa: E402
+
+
+FIGURES = HERE.parent / "docs" / "figures"
+OUTPUT = HERE.parent / "bench-output"
+C4 = EXAMPLES / "data" / "c4_en_400.jsonl"
+# Drift is measured on documents that nothing else reads: fit and anchors take the first ones.
+DRIFT_DOCUMENTS = 40
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the benchmark: how its adapters' folders begin, and how to get it."""
+
+    name: str
+    folder: Callable[[], Path]
+
+    def adapter(self, task: str, modules: str = "all") -> Path:
+        suffix = "" if modules == "all" else f"-{modules}"
+        return EXAMPLES / "adapters" / f"{self.name}-{task}{suffix}"
+
+
+SMOLLM2 = Model("smollm2-135m", models.smollm2)
+GEMMA3 = Model("gemma3-270m", models.gemma3)
+PAIRS = {
+    "smollm2-gemma3": (SMOLLM2, GEMMA3),
+    "gemma3-smollm2": (GEMMA3, SMOLLM2),
+    "same": (SMOLLM2, SMOLLM2),
+}
+
+
+def prompts(task: str) -> tuple[str, ...]:
+    """Sixteen prompts of the task's kind, written by us: all that a translation knows of it."""
+    if task == "gsm8k":
+        return tuple(f"Question: {line}\nAnswer:" for line in _lines(EXAMPLES / "prompts.txt"))
+    return tuple(f"Article: {line}\nTopic:" for line in _lines(HERE / "prompts_agnews.txt"))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def c4_documents() -> tuple[list[str], list[str]]:
+    """C4 in two parts: what translations may read, and what drift is measured on."""
+    texts = peft_cast.text.read_corpus(C4, 10**6)
+    return texts[:-DRIFT_DOCUMENTS], texts[-DRIFT_DOCUMENTS:]
+
+
+def news_prompt(row: dict) -> str:
+    """How the AG News adapters were trained: article cut so that what precedes the topic has 400 characters at most."""
+    return f"Article: {row['text']}"[:400] + "\nTopic:"
+
+
+def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 500) -> list:
+    """The tasks that adapters trained on `task` are judged by. Counts are of rows; 0 leaves a task out.
+
+    GSM8K (MIT) lies in examples/data. AG News is for research use and not ours to pass on: it is read from the folder
+    `$PEFT_CAST_BENCH_DATA` (`ag_news_test.jsonl`, one {"text", "label"} a line), `../shared/data` by default.
+    """
+    if task == "gsm8k":
+        data, prompt, answer = EXAMPLES / "data" / "gsm8k_test_200.jsonl", "Question: {question}\nAnswer:", " {answer}"
+        found = [peft_cast.AnswerLikelihood("GSM8K likelihood", data, prompt, answer, limit=likelihood)]
+        if generate:
+            found.append(
+                peft_cast.Generation(
+                    "GSM8K generation", data, prompt, answer, r"#### *(-?[\d.,]*\d)", limit=generate, batch_size=48
+                )
+            )
+        return found
+    folder = Path(os.environ.get("PEFT_CAST_BENCH_DATA", HERE.parent.parent / "shared" / "data"))
+    labels = ("World", "Sports", "Business", "Technology")
+    return [peft_cast.Classification("AG News", folder / "ag_news_test.jsonl", news_prompt, labels, limit=classify)]
+
+
+def written(pair: str, task: str, modules: str, seed: int) -> list[TextSample]:
+    """What the adapted source answers to our prompts and to further ones of the target's; written once and kept.
+
+    Beside it lies `<name>_cost.json`: seconds and memory that the writing took, a part of every translation's cost.
+    """
+    file = OUTPUT / "text" / f"{pair}_{task}_{modules}_seed{seed}.json"
+    if not file.exists():
+        source, target = PAIRS[pair]
+        spec = SelfWritten(prompts=prompts(task), max_new_tokens=128 if task == "gsm8k" else 8, batch_size=96)
+        phases = Phases()
+        with (
+            phases.measure("text"),
+            open_pair(source.folder(), source.adapter(task, modules), target.folder()) as opened,
+        ):
+            samples = write_texts(opened.adapted, *opened.tokenizers, spec, SAMPLES[task], seed, opened.target)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.with_name(f"{file.stem}_cost.json").write_text(json.dumps(phases.costs) + "\n", encoding="utf-8")
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps([asdict(sample) for sample in samples], indent=0), encoding="utf-8")
+        partial.replace(file)
+    return [TextSample(**sample) for sample in json.loads(file.read_text(encoding="utf-8"))]
+
+
+SAMPLES = {"gsm8k": 416, "agnews": 656}

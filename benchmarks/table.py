@@ -1,0 +1,126 @@
+"""The table: how much of an adapter survives, beside the honest alternatives.
+
+    make bench                                                # everything, hours on 2 cores; resumes where it stopped
+    .venv/bin/python benchmarks/table.py --pair smollm2-gemma3 --task gsm8k --seeds 0 1 2
+
+Writes docs/figures/table_<pair>_<task>.json and .png. Adapters are kept in bench-output/ and made only once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import setting
+
+import peft_cast
+from peft_cast import baselines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=setting.PAIRS, default="smollm2-gemma3")
+    parser.add_argument("--task", choices=["gsm8k", "agnews"], default="gsm8k")
+    parser.add_argument("--modules", choices=["all", "qv"], default="all", help="which modules the source LoRA adapts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the headline row")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    args = parser.parse_args()
+    source, target = setting.PAIRS[args.pair]
+    adapters: dict[str, list[Path]] = {}
+    for row in args.rows:
+        seeds = args.seeds if row == "CAST" else args.seeds[:1]
+        made = [make(row, seed, source, target, args) for seed in seeds]
+        if all(made):
+            adapters[row] = made
+    adapters["retrained"] = [target.adapter(args.task, args.modules)]
+    name = f"table_{args.pair}_{args.task}" + ("" if args.modules == "all" else f"_{args.modules}")
+    evaluation = peft_cast.evaluate(
+        target.folder(), adapters, setting.tasks(args.task), retrained="retrained",
+        drift_text=setting.c4_documents()[1], drift_samples=setting.DRIFT_DOCUMENTS, output=setting.FIGURES / f"{name}.json",
+    )  # fmt: skip
+    evaluation.plot(setting.FIGURES / f"{name}.png")
+    print(evaluation)
+    # The source with its own LoRA: how good the teacher is.
+    own = peft_cast.evaluate(
+        source.folder(), {"source LoRA": source.adapter(args.task, args.modules)}, setting.tasks(args.task),
+        output=setting.FIGURES / f"source_{args.pair}_{args.task}.json",
+    )  # fmt: skip
+    print(own)
+
+
+def make(row: str, seed: int, source, target, args) -> Path | None:
+    """The adapter of a row, made unless it is there already; `None` where the method does not apply."""
+    folder = setting.OUTPUT / f"{args.pair}_{args.task}_{args.modules}" / f"{row.replace(' ', '-')}_seed{seed}"
+    if (folder / "adapter_config.json").exists():
+        return folder
+    print(f"\n{row}, seed {seed}", flush=True)
+    # Reading and writing the folder in one go: a killed run leaves no half-made adapter behind.
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    paths = source.folder(), source.adapter(args.task, args.modules), target.folder()
+    try:
+        result = ROWS[row](*paths, args, seed)
+    except ValueError as error:
+        print(f"{row} does not apply: {error}")
+        return None
+    if isinstance(result, peft_cast.TranslationResult):
+        print(result, flush=True)
+    result.save_pretrained(str(partial))
+    partial.rename(folder)
+    if isinstance(result, peft_cast.TranslationResult):
+        setting.FIGURES.mkdir(parents=True, exist_ok=True)
+        report = {"metrics": result.metrics, "history": result.history, "diagnosis": result.diagnosis()}
+        report["environment"] = peft_cast.environment.environment()
+        run = f"run_{folder.parent.name}_{folder.name}.json"
+        (setting.FIGURES / run).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    del result
+    gc.collect()
+    return folder
+
+
+def common(args, seed: int) -> dict:
+    """What a translation and a distillation from scratch have in common."""
+    text, task = setting.written(args.pair, args.task, args.modules, seed), args.task
+    return {"text": text, "fit_text": setting.c4_documents()[0], "seed": seed, **REFINEMENT[task]}
+
+
+# Everything else is the default of `translate` and `distill_lora`.
+REFINEMENT = {"gsm8k": {"steps": 200}, "agnews": {"steps": 150, "batch_size": 12}}
+
+
+def translated(source, adapter, target, args, seed: int):
+    return peft_cast.translate(source, adapter, target, **common(args, seed))
+
+
+def closed_form(source, adapter, target, args, seed: int):
+    texts = setting.c4_documents()[0]
+    return peft_cast.translate(source, adapter, target, text=texts, fit_text=texts, steps=0, seed=seed)
+
+
+def distilled(source, adapter, target, args, seed: int):
+    return baselines.distill_lora(source, adapter, target, **common(args, seed))
+
+
+def crossed(source, adapter, target, args, seed: int):
+    return baselines.cross_lora(source, adapter, target)
+
+
+def copied(source, adapter, target, args, seed: int):
+    return baselines.direct_copy(source, adapter, target)
+
+
+ROWS: dict[str, Callable] = {
+    "direct copy": copied,
+    "Cross-LoRA": crossed,
+    "CAST closed form": closed_form,
+    "distilled from scratch": distilled,
+    "CAST": translated,
+}
+
+
+if __name__ == "__main__":
+    main()
