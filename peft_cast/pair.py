@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,21 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .align import AlignedPair, ModuleMap, SharedVocabulary, align_texts, map_layers, map_modules, shared_vocabulary
+from .align import (
+    AlignedPair,
+    ModuleMap,
+    SharedVocabulary,
+    align_texts,
+    layer_paths,
+    linear_cka,
+    map_layers,
+    map_modules,
+    monotone_map,
+    shared_vocabulary,
+)
+from .fit import collate_pairs
+from .fit.batches import side_of
+from .fit.capture import layer_outputs
 from .models import (
     LoraKernel,
     adapted_source,
@@ -21,11 +35,12 @@ from .models import (
     load_model,
     load_source,
     load_tokenizer,
+    logits_at,
     moved,
     read_kernels,
     untouched,
 )
-from .text import SelfWritten, read_text, write_texts
+from .text import C4, SelfWritten, is_written, read_text, write_texts
 
 
 @dataclass(frozen=True)
@@ -106,10 +121,40 @@ def open_pair(
         adapted = stack.enter_context(adapted_source(source, adapter, adapter_revision))
         adapted.eval()
         kernels = read_kernels(adapted)
-        layers = map_layers(*(m.config.get_text_config().num_hidden_layers for m in (source, target)), depth_map)
+        counts = [model.config.get_text_config().num_hidden_layers for model in (source, target)]
+        layers = map_layers(*counts, "proportional" if depth_map == "similarity" else depth_map)
         modules = map_modules(kernels, target, layers, module_map)
         vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
         yield Pair(source, adapted, target, tokenizers, kernels, modules, vocabulary, device)
+
+
+@torch.no_grad()
+def map_by_similarity(
+    pair: Pair, texts: Sequence[AlignedPair], module_map: Mapping[str, str] | None = None, positions: int = 1500
+) -> Pair:
+    """The pair with its kernels moved to the target layers that resemble their own most.
+
+    Args:
+        pair (`Pair`): The models.
+        texts: General texts.
+        module_map: As in `translate`.
+        positions (`int`): About how many aligned positions to compare the layers at.
+    """
+    chosen, count = [], 0
+    for text in texts:
+        if count < positions:
+            chosen.append(text)
+            count += len(text.target_positions)
+    batch = collate_pairs(chosen)
+    states = {}
+    with pair.adapted.disable_adapter():
+        for side, model in (("source", pair.source), ("target", pair.target)):
+            inputs, rows, at = side_of(batch, side, model.device)
+            with logits_at(model, rows[:1], at[:1]), layer_outputs(model, layer_paths(model)) as outputs:
+                model(**inputs)
+            states[side] = [outputs[path][rows, at].cpu() for path in layer_paths(model)]
+    layers = monotone_map(linear_cka(states["source"], states["target"]))
+    return replace(pair, modules=map_modules(pair.kernels, pair.target, layers, module_map))
 
 
 def _rows(model: PreTrainedModel) -> int:
@@ -137,7 +182,8 @@ def read_texts(
     Args:
         pair (`Pair`): The models.
         text: What is imitated on: anything `translate(text=...)` takes.
-        fit_text: General text for the closed form and the anchors; the same as `text` when `None`, without anchors.
+        fit_text: General text for the closed form and the anchors. When `None`: C4 if the models write `text` themselves,
+            else `text` serves the closed form too and there are no anchors.
         train, held_out, fit, anchors (`int`): The most texts of each kind. Anchors follow those of the closed form.
         max_length (`int`): Most tokens per text and model.
         seed (`int`): Seed of what the models write.
@@ -159,6 +205,8 @@ def read_texts(
             rendered=[s.rendered for s in samples], max_length=max_length,
         )  # fmt: skip
 
+    if fit_text is None and is_written(text):
+        fit_text = C4
     wanted = train if fit_text is not None else max(train, fit)
     pairs = align(read_text(text, wanted + held_out, write))
     if len(pairs) < 3:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .align import layer_pairs
 from .fit import ClosedForm, Teacher, TeacherSettings, TrainingTexts, fit_closed_form, imitate
 from .models import shared_head, unload_adapters
-from .pair import Pair, open_pair, read_texts
+from .pair import Pair, map_by_similarity, open_pair, read_texts
 from .phases import Phases
 from .result import TranslationResult
 from .tuner import CastConfig, KernelSpec
@@ -75,7 +75,8 @@ def translate(
         text: What the refinement reads: `None` for C4 (`allenai/c4`, en, streamed), a hub dataset id, a local
             jsonl/txt/parquet file, an iterable of strings, a `datasets.Dataset`, a `Corpus`, `SelfWritten` (text that
             the adapted source writes, which shows the adapter's effect best), or a `Mixture`.
-        fit_text: What the closed form reads, general text, likewise; the same as `text` when not given.
+        fit_text: What the closed form and the anchors read, general text, likewise. When not given: C4 if the models
+            write `text` themselves, else `text`, and there are no anchors.
         fit_samples (`int`): Texts for the closed form.
         eval_samples (`int`): Texts kept out of the refinement to measure the distance to the teacher.
         steps (`int`): Refinement steps; 0 keeps the closed form.
@@ -87,12 +88,12 @@ def translate(
         beta (`float`): Weight of the hidden-state MSE, normalised per layer. 0, the default, skips it: its worth is not
             measured yet (docs/results.md).
         gamma (`float`): Weight of the KL divergence from the untouched target on anchors, documents of `fit_text` that
-            the closed form has not read: it keeps the target as it is on general text. 0 skips it, and so does a
-            translation without `fit_text`.
+            the closed form has not read: it keeps the target as it is on general text. 0 skips it.
         temperature (`float`): Temperature of the KL divergence.
         teacher: `"source"` imitates the adapted source model; `"delta"` adds only what the LoRA changes to the
             target's own prediction; a number from 0 (`source`) to 1 (`delta`) mixes them.
-        depth_map: `"proportional"`, or a mapping of source layers to target layers.
+        depth_map: `"proportional"`; `"similarity"`, the order-keeping map of the largest linear CKA between hidden states;
+            or a mapping of source layers to target layers.
         module_map: Source module name → target module name (last parts, e.g. `{"fc1": "up_proj"}`) where names differ
             and are not known.
         projection_type: `"factored"` or `"full"` matrices, see `CastConfig`.
@@ -147,6 +148,9 @@ def translate(
                 pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
                 anchors=anchor_count(steps, batch_size, gamma), max_length=max_length, seed=seed, bar=bar,
             )  # fmt: skip
+        if depth_map == "similarity":
+            with phases.measure("closed_form"):
+                pair = map_by_similarity(pair, texts.fit, module_map)
         with phases.measure("closed_form"), pair.adapted.disable_adapter():
             closed_form = fit_closed_form(
                 pair.source, pair.target, texts.fit, pair.vocabulary, pair.kernels, pair.modules,

@@ -1,10 +1,11 @@
 """How two models are aligned: tokens, vocabulary, depth, modules."""
 
 import pytest
+import torch
 from conftest import ALL_LINEAR, tiny_model
 from transformers import PreTrainedTokenizer
 
-from peft_cast.align import align_texts, map_layers, map_modules, shared_vocabulary
+from peft_cast.align import align_texts, linear_cka, map_layers, map_modules, monotone_map, shared_vocabulary
 
 
 def ends(tokenizer, ids, positions):
@@ -188,3 +189,25 @@ def test_user_given_module_map_and_nothing_to_map():
 def test_all_linear_roles_are_known():
     mapped = map_modules([f"model.layers.1.x.{name}" for name in ALL_LINEAR], tiny_model("qwen3"), map_layers(3, 3))
     assert len(mapped.kernels) == 7 and not mapped.unmapped
+
+
+def test_cka_knows_a_layer_again_in_another_basis():
+    states = [torch.randn(60, 12) for _ in range(3)]
+    turned = [s @ torch.linalg.qr(torch.randn(12, 12)).Q for s in states]
+    similarity = linear_cka(states, turned)
+    assert similarity.shape == (3, 3) and similarity.argmax(1).tolist() == [0, 1, 2]
+    assert similarity.diagonal().min() > 0.9 > similarity[~torch.eye(3, dtype=torch.bool)].max() + 0.2
+    torch.testing.assert_close(linear_cka(states, states).diagonal(), torch.ones(3))
+
+
+def test_monotone_map_is_the_best_that_keeps_the_order():
+    similarity = torch.tensor([[0.9, 0.1, 0.1], [0.2, 0.1, 0.9], [0.1, 0.8, 0.6], [0.1, 0.2, 0.7]])
+    # layer 1 alone would take 2, layer 2 alone 1: together they may not cross
+    assert monotone_map(similarity) == {0: 0, 1: 2, 2: 2, 3: 2}
+    assert monotone_map(torch.eye(3)) == {0: 0, 1: 1, 2: 2}
+    torch.manual_seed(1)
+    for _ in range(20):
+        random = torch.rand(4, 3)
+        paths = [(a, b, c, d) for a in range(3) for b in range(a, 3) for c in range(b, 3) for d in range(c, 3)]
+        best = max(paths, key=lambda path: sum(random[i, t] for i, t in enumerate(path)))
+        assert tuple(monotone_map(random).values()) == best

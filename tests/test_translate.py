@@ -157,6 +157,7 @@ def test_source_is_found_through_the_adapter(lora_folder, target_folder, source_
         {"projection_size": 1},
         {"projection_size": 8},
         {"depth_map": {0: 1, 2: 0}},
+        {"depth_map": "similarity"},
         {"gain": 1.0, "ridge": 1e-2},
         {"training_args": {"gradient_accumulation_steps": 2, "logging_steps": 1}},
     ],
@@ -165,10 +166,25 @@ def test_settings(options, source_folder, lora_folder, target_folder):
     result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=30, **{**FAST, **options})
     kl = result.metrics["kl"]
     assert kl["translated"] < kl["target"]
-    if "depth_map" in options:
+    if isinstance(options.get("depth_map"), dict):
         assert {name.split(".")[2] for name in result.module_map.unmapped} == {"1"}
     if options.get("beta") == 0:
         assert "mse" not in result.history[0] and not result.metrics["closed_form"]["hidden_r2"]
+
+
+def test_similar_layers_are_found(source_folder, lora_folder, byte_tokenizer):
+    source = load(source_folder)
+    # The same model with two layers that do nothing in front of its own: the target's layers 2, 3 and 4 are 0, 1 and 2.
+    target = tiny_model("llama", len(byte_tokenizer), num_hidden_layers=5)
+    for layer in target.model.layers[:2]:
+        for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+            weight.data.zero_()
+    for mine, its in zip(target.model.layers[2:], source.model.layers):
+        mine.load_state_dict(its.state_dict())
+    target.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
+    options = {**FAST, "depth_map": "similarity", "target_tokenizer": byte_tokenizer}
+    result = peft_cast.translate(source_folder, lora_folder, target, steps=0, **options)
+    assert result.metrics["alignment"]["depth_map"] == {0: 2, 1: 3, 2: 4}
 
 
 def test_mixture_of_self_written_text_and_corpus(source_folder, lora_folder, target_folder):

@@ -1,7 +1,8 @@
 """How two models are aligned: token positions, vocabulary, depth, modules."""
 
 from .depth import map_layers
-from .modules import ModuleMap, layer_pairs, map_modules
+from .modules import ModuleMap, layer_pairs, layer_paths, map_modules
+from .similarity import linear_cka, monotone_map
 from .tokens import AlignedPair, align_texts
 from .vocab import SharedVocabulary, shared_vocabulary
 
@@ -12,7 +13,10 @@ __all__ = [
     "SharedVocabulary",
     "align_texts",
     "layer_pairs",
+    "layer_paths",
+    "linear_cka",
     "map_layers",
     "map_modules",
+    "monotone_map",
     "shared_vocabulary",
 ]

@@ -28,7 +28,9 @@ def map_layers(
                 )
         return dict(depth_map)
     if depth_map != "proportional":
-        raise ValueError(f"`depth_map` must be 'proportional' or a mapping of layer numbers, got {depth_map!r}.")
+        raise ValueError(
+            f"`depth_map` must be 'proportional', 'similarity' or a mapping of layer numbers, got {depth_map!r}."
+        )
     if source_layers == 1:
         return {0: (target_layers - 1) // 2}
     return {s: round(s * (target_layers - 1) / (source_layers - 1)) for s in range(source_layers)}

@@ -98,6 +98,19 @@ def layer_pairs(module_map: ModuleMap) -> dict[str, str]:
     return pairs
 
 
+def layer_paths(model: nn.Module) -> list[str]:
+    """Paths of a model's layers in order: the longest list of modules in it.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of layers.")
+    stem = max(lists, key=lambda name: len(lists[name]))
+    return [f"{stem}.{i}" for i in range(len(lists[stem]))]
+
+
 def _layer_path(name: str) -> str:
     """`"model.layers.3.self_attn.q_proj"` → `"model.layers.3"`"""
     match = _LAYER.match(name)

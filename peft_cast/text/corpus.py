@@ -108,7 +108,7 @@ def _hub(corpus: Corpus) -> datasets.IterableDataset:
         raise OSError(
             f"The dataset '{corpus.source}' could not be reached on the hub ({type(error).__name__}). Without a "
             "connection, pass text that is at hand: text='my_texts.jsonl' (also .txt, .parquet), a list of strings, or "
-            "a datasets.Dataset."
+            "a datasets.Dataset, and likewise `fit_text` when the models write `text` themselves."
         ) from error
 
 

@@ -28,6 +28,15 @@ class Mixture:
         object.__setattr__(self, "parts", tuple(parts))
 
 
+def is_written(text: Any) -> bool:
+    """Whether the models write the text, or a part of it, themselves."""
+    if isinstance(text, Mixture):
+        return any(is_written(part) for part, _ in text.parts)
+    return isinstance(text, SelfWritten) or (
+        isinstance(text, (list, tuple)) and isinstance(next(iter(text), 0), TextSample)
+    )
+
+
 def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[TextSample]]) -> list[TextSample]:
     """At most `limit` samples; the parts of a mixture are interleaved in proportion.
 
@@ -45,6 +54,6 @@ def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[Te
         return [columns[n][i] for _, n, i in ordered]
     if isinstance(text, SelfWritten):
         return write(text, limit)
-    if isinstance(text, (list, tuple)) and text and isinstance(text[0], TextSample):
+    if is_written(text):
         return list(text[:limit])
     return [TextSample(t) for t in read_corpus(text, limit)]
