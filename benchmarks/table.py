@@ -89,7 +89,7 @@ def common(args, seed: int) -> dict:
 
 
 # Everything else is the default of `translate` and `distill_lora`.
-REFINEMENT = {"gsm8k": {"steps": 200}, "agnews": {"steps": 150, "batch_size": 12}}
+REFINEMENT = {"gsm8k": {"steps": 120}, "agnews": {"steps": 100, "batch_size": 12}}
 
 
 def translated(source, adapter, target, args, seed: int):

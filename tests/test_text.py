@@ -209,6 +209,21 @@ def test_a_real_model_writes_further_prompts(writer, byte_tokenizer):
     assert len(found) <= 2 and all(p.startswith("Question: how many are ") and p.endswith("\nAnswer:") for p in found)
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "k"), [(1.0, 1.0, 50), (0.5, 1.0, 50), (1.0, 0.6, 50), (1.0, 1.0, 3)]
+)
+def test_sampling_among_the_likeliest_has_the_right_distribution(temperature, top_p, k):
+    scores = torch.tensor([2.0, 0.0, 1.5, -1.0, 1.0])
+    draw = written._SampleAmongLikeliest(temperature, top_p, k)
+    drawn = draw(None, scores.expand(20_000, 5)).argmax(-1)
+    expected = (scores / temperature).softmax(-1)
+    order = expected.sort(descending=True)
+    kept = order.indices[: min(k, int((order.values.cumsum(0) < top_p).sum()) + 1)]
+    expected = torch.zeros(5).scatter(0, kept, expected[kept])
+    found = torch.bincount(drawn, minlength=5) / 20_000
+    torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=0.015)
+
+
 def test_impossible_self_written_settings():
     with pytest.raises(ValueError, match="only one of"):
         SelfWritten(prefix="a", template="{text}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import contiguous_head
 from .corpus import read_corpus
@@ -210,6 +210,24 @@ def common_affixes(texts: Sequence[str]) -> tuple[str, str]:
     return head, tail
 
 
+class _SampleAmongLikeliest(LogitsProcessor):
+    """Draws the next token among the k likeliest and leaves it as the only possible one, for greedy decoding to take.
+
+    The same distribution as `do_sample=True, top_k=k`, which draws one random number for every token of the vocabulary
+    and row: two thirds of the time of a step with 262k tokens on a CPU.
+    """
+
+    def __init__(self, temperature: float, top_p: float, k: int = 256) -> None:
+        self.temperature, self.top_p, self.k = temperature, top_p, k
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        values, tokens = scores.float().topk(min(self.k, scores.shape[-1]), dim=-1)
+        p = (values / self.temperature).softmax(-1)
+        p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)  # nucleus: what lies before a token is less than top_p
+        chosen = tokens.gather(-1, torch.multinomial(p, 1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+
+
 @torch.no_grad()
 def _sample(
     model,
@@ -229,10 +247,8 @@ def _sample(
         with contiguous_head(model):
             output = model.generate(
                 **inputs.to(model.device),
-                do_sample=True,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=0,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([_SampleAmongLikeliest(temperature, top_p)]),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )
