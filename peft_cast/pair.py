@@ -184,7 +184,8 @@ def read_texts(
         text: What is imitated on: anything `translate(text=...)` takes.
         fit_text: General text for the closed form and the anchors. When `None`: C4 if the models write `text` themselves,
             else `text` serves the closed form too and there are no anchors.
-        train, held_out, fit, anchors (`int`): The most texts of each kind. Anchors follow those of the closed form.
+        train, held_out, fit, anchors (`int`): The most texts of each kind. Anchors follow those of the closed form; if
+            the text ends before, they are the same.
         max_length (`int`): Most tokens per text and model.
         seed (`int`): Seed of what the models write.
         bar: Wrapper around batches that shows progress, e.g. `tqdm`.
@@ -198,7 +199,7 @@ def read_texts(
             pair.adapted, *pair.tokenizers, spec, limit, seed, pair.target, partial(bar, desc="writing text")
         )
 
-    def align(samples) -> list[AlignedPair]:
+    def align(samples, max_length: int = max_length) -> list[AlignedPair]:
         return align_texts(
             [s.text for s in samples], *pair.tokenizers,
             source_prompts=[s.source_prompt for s in samples], target_prompts=[s.target_prompt for s in samples],
@@ -216,14 +217,14 @@ def read_texts(
         )
     kept_out = min(held_out, len(pairs) // 3 or 1)
     evaluation, training = pairs[:kept_out], pairs[kept_out:]
-    general = training if fit_text is None else align(read_text(fit_text, fit + anchors, write))
-    fitting, rest = general[:fit], general[fit : fit + anchors] if fit_text is not None else []
+    general = read_text(fit_text, fit + anchors, write) if fit_text is not None else []
+    fitting = align(general[:fit]) if fit_text is not None else training[:fit]
+    # Half the length: many short stretches of general text say more than a few long ones.
+    rest = align(general[fit:] or general, max(max_length // 2, 16)) if anchors else []
     if len(fitting) < 2:
         raise ValueError(
             f"`fit_text` gives {len(fitting)} usable samples, at least 2 are needed: pass more or longer text."
         )
-    # A short corpus serves twice: to stay in place on text that was fitted on is better than on none.
-    rest = rest or (fitting if anchors and fit_text is not None else [])
     positions, tokens = sum(len(p.target_positions) for p in pairs), sum(len(p.target_ids) for p in pairs)
     metrics = {
         "train": len(training), "held_out": len(evaluation), "closed_form": len(fitting), "anchors": len(rest),

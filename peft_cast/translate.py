@@ -207,7 +207,7 @@ def translate(
 
 def anchor_count(steps: int, batch_size: int, gamma: float) -> int:
     """Anchors worth reading: as many as the steps can use, at most 512; they may be seen again."""
-    return min(512, steps * batch_size // 2) if gamma else 0
+    return min(512, max(1, steps * batch_size // 4)) if gamma else 0
 
 
 def target_share(teacher: str | float) -> float:

@@ -20,7 +20,7 @@ class TrainingTexts(Dataset):
         every (`int`): Texts per anchor.
     """
 
-    def __init__(self, pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] = (), every: int = 2) -> None:
+    def __init__(self, pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] = (), every: int = 4) -> None:
         self.pairs, self.anchors, self.every = pairs, anchors, every
 
     def __len__(self) -> int:
