@@ -121,6 +121,7 @@ TEXTS = {
     "the 16 prompts": _given_prompts_alone,
     "prefix": lambda: peft_cast.SelfWritten(prefix="Question:", max_new_tokens=160, batch_size=96),
     "C4": _c4,
+    "C4 answered as chat": lambda: peft_cast.SelfWritten(corpus=_c4(), max_new_tokens=128, batch_size=96),
     "real questions": _real_questions,
     "half C4": lambda: peft_cast.Mixture((_written(), 1), (_c4(), 1)),
 }
@@ -137,6 +138,7 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
         "full": {"projection_type": "full"},
     },
     "text": {name: {} if name == "prompts and more" else {"text": name} for name in TEXTS},
+    "depth_map": {"proportional": {}, "by similarity": {"depth_map": "similarity"}},
     "anchor": {f"gamma {gamma:g}": {"gamma": gamma} if gamma != 1 else {} for gamma in (0.0, 0.3, 1.0, 3.0)},
     "learning_rate": {f"{rate:g}": {"learning_rate": rate} for rate in (0.03, 0.1, 0.2)},
     "steps": {str(steps): {"steps": steps} for steps in (0, 25, 50, 100, 200)},
