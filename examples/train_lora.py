@@ -1,9 +1,12 @@
-"""Train an ordinary LoRA on GSM8K answers: how `examples/adapters/smollm2-135m-gsm8k` was made.
+"""Train an ordinary LoRA on prompts and completions: the recipe of the adapters in `examples/adapters`.
 
-    python examples/train_lora.py --output my-lora                 # SmolLM2, 200 steps of 8
+    python examples/train_lora.py --output my-lora                 # GSM8K on SmolLM2, 200 steps of 8
     python examples/train_lora.py --model gemma3 --steps 150 --output gemma-lora
+    python examples/train_lora.py --data ag_news_train.jsonl --prompt "Article: {text}" --prompt-chars 400 \\
+        --prompt-end "\\nTopic:" --completion " {label}" --steps 100 --output news-lora
+    python examples/train_lora.py --target-modules q_proj v_proj --output my-lora-qv
 
-The loss is on the answer only: prompt `Question: {question}\\nAnswer:`, completion ` {answer}` and end of text.
+The loss is on the completion and the end of text alone.
 """
 
 from __future__ import annotations
@@ -24,14 +27,17 @@ from transformers import (
     set_seed,
 )
 
+from peft_cast.models import default_device, default_dtype
+
 
 HERE = Path(__file__).parent
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def tokenize(row: dict, tokenizer, max_length: int) -> dict:
-    prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
-    answer = tokenizer(f" {row['answer']}", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+def tokenize(row: dict, tokenizer, args: argparse.Namespace) -> dict:
+    prompt = tokenizer(args.prompt.format_map(row)[: args.prompt_chars] + args.prompt_end).input_ids
+    answer = tokenizer(args.completion.format_map(row), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    max_length = args.max_length
     return {
         "input_ids": (prompt + answer)[:max_length],
         "attention_mask": [1] * min(len(prompt) + len(answer), max_length),
@@ -42,9 +48,11 @@ def tokenize(row: dict, tokenizer, max_length: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2, gemma3, or a folder or hub id")
-    parser.add_argument(
-        "--data", default=str(HERE / "data" / "gsm8k_train_1600.jsonl"), help="jsonl: question, answer"
-    )
+    parser.add_argument("--data", default=str(HERE / "data" / "gsm8k_train_1600.jsonl"), help="jsonl")
+    parser.add_argument("--prompt", default="Question: {question}", help="format string over a row's columns")
+    parser.add_argument("--prompt-chars", type=int, help="what precedes --prompt-end is cut to so many characters")
+    parser.add_argument("--prompt-end", default="\nAnswer:", type=lambda text: text.replace("\\n", "\n"))
+    parser.add_argument("--completion", default=" {answer}")
     parser.add_argument("--output", required=True)
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
@@ -59,14 +67,14 @@ def main() -> None:
 
     path = {"smollm2": models.smollm2, "gemma3": models.gemma3}.get(args.model, lambda: args.model)()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=default_dtype(default_device()))
     model = get_peft_model(
         model,
         LoraConfig(r=args.r, lora_alpha=args.alpha, target_modules=args.target_modules, task_type="CAUSAL_LM"),
     )
     model.print_trainable_parameters()
     data = load_dataset("json", data_files=args.data, split="train")
-    data = data.map(tokenize, fn_kwargs={"tokenizer": tokenizer, "max_length": args.max_length})
+    data = data.map(tokenize, fn_kwargs={"tokenizer": tokenizer, "args": args})
     data = data.remove_columns([c for c in data.column_names if c not in ("input_ids", "attention_mask", "labels")])
     trainer = Trainer(
         model=model,

@@ -1,0 +1,84 @@
+"""The benchmarks are in working order: what they say they compare is there, and a table can be made end to end."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, c4_texts, make_lora
+from transformers import AutoModelForCausalLM
+
+import peft_cast
+from peft_cast.text import TextSample
+
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import experiments  # noqa: E402
+import setting  # noqa: E402
+import table  # noqa: E402
+
+
+def test_what_is_compared_is_in_the_repository():
+    for model in (setting.SMOLLM2, setting.GEMMA3):
+        for task in ("gsm8k", "agnews"):
+            assert (model.adapter(task) / "adapter_model.safetensors").exists()
+    assert all(len(set(setting.prompts(task))) == 16 for task in ("gsm8k", "agnews"))
+    read, unseen = setting.c4_documents()
+    assert len(unseen) == setting.DRIFT_DOCUMENTS and not set(read) & set(unseen)
+
+
+def test_development_problems_are_not_the_tables():
+    scored = {task.name: set(range(task.start, task.start + task.limit)) for task in setting.tasks("gsm8k")}
+    developed = set(range(experiments.TASK.start, experiments.TASK.start + experiments.TASK.limit))
+    assert scored and not any(developed & rows for rows in scored.values())
+
+
+def test_our_prompts_are_none_of_the_data():
+    rows = [
+        json.loads(line)["question"]
+        for name in ("gsm8k_train_1600", "gsm8k_test_200")
+        for line in (setting.EXAMPLES / "data" / f"{name}.jsonl").open(encoding="utf-8")
+    ]
+    assert not {f"Question: {q}\nAnswer:" for q in rows} & set(setting.prompts("gsm8k"))
+
+
+@pytest.fixture
+def tiny_benchmark(monkeypatch, tmp_path, source_folder, target_folder, lora_folder):
+    """The table's own code on tiny models, text that is already written, and a task of three rows."""
+    retrained = make_lora(AutoModelForCausalLM.from_pretrained(target_folder), tmp_path / "retrained")
+
+    class Tiny(setting.Model):
+        def adapter(self, task, modules="all"):
+            return lora_folder if self.name == "source" else retrained
+
+    pair = Tiny("source", lambda: source_folder), Tiny("target", lambda: target_folder)
+    monkeypatch.setitem(setting.PAIRS, "tiny", pair)
+    monkeypatch.setattr(setting, "OUTPUT", tmp_path / "output")
+    monkeypatch.setattr(setting, "FIGURES", tmp_path / "figures")
+    texts = c4_texts(40)
+    monkeypatch.setattr(setting, "c4_documents", lambda: (texts[:36], texts[36:]))
+    written = [TextSample(t[40:200], t[:40], t[:40]) for t in texts[:24]]
+    monkeypatch.setattr(setting, "written", lambda *args: written)
+    rows = [{"question": t[:30], "answer": t[30:60]} for t in texts[:3]]
+    task = peft_cast.AnswerLikelihood("tiny", rows, "{question}", "{answer}")
+    monkeypatch.setattr(setting, "tasks", lambda name: [task])
+    monkeypatch.setitem(table.REFINEMENT, "gsm8k", {"steps": 4, "batch_size": 4, "max_length": 64})
+    monkeypatch.setattr(sys, "argv", ["table.py", "--pair", "tiny", "--seeds", "0", "1"])
+    return tmp_path
+
+
+def test_a_table_is_made_end_to_end_and_only_once(tiny_benchmark, monkeypatch, capsys):
+    table.main()
+    found = peft_cast.Evaluation.load(tiny_benchmark / "figures" / "table_tiny_gsm8k.json")
+    names = [row.adapter for row in found.rows if row.task == "tiny"]
+    assert names == ["base", "Cross-LoRA", "CAST closed form", "distilled from scratch", "CAST", "retrained"]
+    assert len(found.row("CAST", "tiny").scores) == 2 and found.row("retrained", "tiny").lift == (1.0,)
+    assert "direct copy does not apply" in capsys.readouterr().out
+    assert (tiny_benchmark / "figures" / "table_tiny_gsm8k.png").exists()
+    run = json.loads((tiny_benchmark / "figures" / "run_tiny_gsm8k_all_CAST_seed1.json").read_text())
+    assert run["metrics"]["settings"]["seed"] == 1 and run["environment"]["versions"]
+    monkeypatch.setattr(table, "ROWS", {name: None for name in table.ROWS if name != "direct copy"})
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--rows", "CAST"])
+    table.main()  # everything is there already
+    assert peft_cast.Evaluation.load(tiny_benchmark / "figures" / "table_tiny_gsm8k.json").row("CAST", "tiny") == (
+        found.row("CAST", "tiny")
+    )
