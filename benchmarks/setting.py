@@ -84,7 +84,14 @@ def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 
         if generate:
             found.append(
                 peft_cast.Generation(
-                    "GSM8K generation", data, prompt, answer, r"#### *(-?[\d.,]*\d)", limit=generate, batch_size=48
+                    "GSM8K generation",
+                    data,
+                    prompt,
+                    answer,
+                    r"#### *(-?[\d.,]*\d)",
+                    limit=generate,
+                    batch_size=48,
+                    metric="in_format",  # models of this size are hardly ever right
                 )
             )
         return found
