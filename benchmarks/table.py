@@ -47,7 +47,7 @@ def main() -> None:
     # The source with its own LoRA: how good the teacher is.
     own = peft_cast.evaluate(
         source.folder(), {"source LoRA": source.adapter(args.task, args.modules)}, setting.tasks(args.task),
-        output=setting.FIGURES / f"source_{args.pair}_{args.task}.json",
+        output=setting.FIGURES / f"{name.replace('table', 'source', 1)}.json",
     )  # fmt: skip
     print(own)
 

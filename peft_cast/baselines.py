@@ -30,8 +30,9 @@ from .models import (
     read_kernels,
     shared_head,
     unload_adapters,
+    untouched,
 )
-from .pair import open_pair, read_texts
+from .pair import map_by_similarity, open_pair, read_texts
 from .phases import Phases
 from .result import TranslationResult
 from .translate import anchor_count, target_share
@@ -93,13 +94,16 @@ def cross_lora(
     Args:
         source, adapter, target, device, dtype: As in `translate`.
         rank (`int`): Size of the subspaces, at most the smallest side of a weight.
-        depth_map, module_map: As in `translate`; kernels that share a target module add up.
+        depth_map: `"proportional"` or a mapping; by similarity would need text.
+        module_map: As in `translate`. Kernels that share a target module add up.
 
     Returns:
         `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place.
     """
     if rank < 1:
         raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    if depth_map == "similarity":
+        raise ValueError("Cross-LoRA reads no text, so `depth_map='similarity'` is not possible: pass a mapping.")
     source, target, kernels = _load(source, adapter, target, device, dtype)
     modules = map_modules(kernels, target, map_layers(_layers(source), _layers(target), depth_map), module_map)
     factors = {}
@@ -168,6 +172,8 @@ def distill_lora(
                 pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
                 anchors=anchor_count(steps, batch_size, gamma), max_length=max_length, seed=seed, bar=bar,
             )  # fmt: skip
+        if pair_options.get("depth_map") == "similarity":
+            pair = map_by_similarity(pair, texts.fit, pair_options.get("module_map"))
         stacked = [sum(len(pair.kernels[s].A) for s in sources) for sources in pair.modules.kernels.values()]
         r = r or max(stacked)
         torch.manual_seed(seed)
@@ -237,7 +243,7 @@ def _load(source, adapter, target, device, dtype) -> tuple[PreTrainedModel, PreT
     device = torch.device(device) if device is not None else default_device()
     source = load_source(source, adapter, device, dtype=dtype)
     target = load_model(target, "target", device, dtype=dtype)
-    with adapted_source(source, adapter) as adapted:
+    with untouched(source), adapted_source(source, adapter) as adapted:
         kernels = read_kernels(adapted)
     return source, target, kernels
 

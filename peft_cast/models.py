@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -166,6 +167,9 @@ def unload_adapters(model: PreTrainedModel) -> None:
         if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save and trained token embeddings
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.original_module)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         model.__dict__.pop(attribute, None)
 

@@ -26,7 +26,7 @@ from .align import (
     shared_vocabulary,
 )
 from .fit import collate_pairs
-from .fit.batches import side_of
+from .fit.batches import ANCHOR_EVERY, side_of
 from .fit.capture import layer_outputs
 from .models import (
     LoraKernel,
@@ -74,7 +74,8 @@ class PairTexts:
 
     Args:
         train: Read by the refinement.
-        held_out: Kept out of it to measure the distance to the teacher.
+        held_out: Kept out of it to measure the distance to the teacher. With few prompts the two may share prompts, never
+            answers.
         fit: Read by the closed form.
         anchors: General text on which the target shall stay as it is; empty when it may move.
         metrics: Counts and shares, JSON-ready.
@@ -210,17 +211,21 @@ def read_texts(
         fit_text = C4
     wanted = train if fit_text is not None else max(train, fit)
     pairs = align(read_text(text, wanted + held_out, write))
-    if len(pairs) < 3:
+    if len(pairs) < (3 if train else 1):
         raise ValueError(
             f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
             "pass more or longer text."
         )
-    kept_out = min(held_out, len(pairs) // 3 or 1)
-    evaluation, training = pairs[:kept_out], pairs[kept_out:]
-    general = read_text(fit_text, fit + anchors, write) if fit_text is not None else []
-    fitting = align(general[:fit]) if fit_text is not None else training[:fit]
+    # Without training, and with a text of its own for the closed form, all of it can be measured on.
+    kept_out = held_out if fit_text is not None and not train else min(held_out, len(pairs) // 3 or 1)
+    evaluation = pairs[:kept_out]
+    seen = set(evaluation)
+    training = [pair for pair in pairs[kept_out:] if pair not in seen]
+    general = read_text(fit_text, fit + anchors + held_out, write) if fit_text is not None else []
+    fitting = [pair for pair in align(general) if pair not in seen][:fit] if fit_text is not None else training[:fit]
     # Half the length: many short stretches of general text say more than a few long ones.
-    rest = align(general[fit:] or general, max(max_length // 2, 16)) if anchors else []
+    usable = min(anchors, -(-len(training) // ANCHOR_EVERY))
+    rest = align((general[fit:] or general)[:usable], max(max_length // 2, 16)) if usable else []
     if len(fitting) < 2:
         raise ValueError(
             f"`fit_text` gives {len(fitting)} usable samples, at least 2 are needed: pass more or longer text."

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import layer_pairs
 from .fit import ClosedForm, Teacher, TeacherSettings, TrainingTexts, fit_closed_form, imitate
+from .fit.batches import ANCHOR_EVERY
 from .models import shared_head, unload_adapters
 from .pair import Pair, map_by_similarity, open_pair, read_texts
 from .phases import Phases
@@ -206,8 +207,8 @@ def translate(
 
 
 def anchor_count(steps: int, batch_size: int, gamma: float) -> int:
-    """Anchors worth reading: as many as the steps can use, at most 512; they may be seen again."""
-    return min(512, max(1, steps * batch_size // 4)) if gamma else 0
+    """Anchors worth reading: as many as the steps can use, at most 512."""
+    return min(512, max(1, steps * batch_size // ANCHOR_EVERY)) if gamma else 0
 
 
 def target_share(teacher: str | float) -> float:

@@ -1,17 +1,19 @@
 """How results are judged."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import c4_texts, make_lora, tiny_model
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import AnswerLikelihood, CastConfig, Classification, Evaluation, Generation, HarnessTask
-from peft_cast.evaluation import Scores, drift
+from peft_cast.evaluation import Measurement, Scores, drift
 from peft_cast.evaluation.likelihood import answer_nats, choice_nats
 
 
@@ -84,6 +86,10 @@ def test_generation_matches_the_group_of_the_pattern(model_and_tokenizer):
     scores = task.run(model, tokenizer)
     assert scores.metrics["exact_match"] == 0.5 and scores.metrics["in_format"] == 1.0
     assert scores.samples[1]["written"] == rows[1]["answer"] and scores.samples[1]["prompt"] == ROWS[1]["question"]
+    with pytest.raises(ValueError, match="needs a group"):
+        Generation("write", rows, "{question}", "{answer}", r"####")
+    with pytest.raises(ValueError, match="`metric` must be"):
+        Generation("write", rows, "{question}", "{answer}", r"(.)", metric="accuracy")
     strict = Generation("write", rows, "{question}", "{answer}", r"#### (\d+)", max_new_tokens=6)
     assert strict.run(model, tokenizer).metrics["in_format"] == 0
 
@@ -115,20 +121,26 @@ def test_drift_is_the_divergence_from_the_own_base(model_and_tokenizer):
         drift(model, tokenizer, [""])
 
 
+RUNS: list[str] = []
+
+
+@dataclass(frozen=True)
 class Counted:
-    """Scores a model by how far it is from the base at one input; counts its runs."""
+    """Scores a model by its logits at one input; its runs are counted. One of them can be made to stop."""
 
-    name, metric = "counted", "score"
-
-    def __init__(self, base):
-        self.ids, self.runs = torch.arange(5, 20)[None], 0
-        with torch.no_grad():
-            self.base = base(self.ids).logits
+    name: str = "counted"
+    metric: str = "score"
+    higher_is_better: bool = True
 
     def run(self, model, tokenizer):
-        self.runs += 1
+        if self.name in STOPS:
+            raise KeyboardInterrupt
+        RUNS.append(self.name)
         with torch.no_grad():
-            return Scores({"score": 1 + float((model(self.ids).logits - self.base).abs().mean())})
+            return Scores({"score": float(model(torch.arange(5, 20)[None]).logits.abs().mean())})
+
+
+STOPS: set[str] = set()
 
 
 @pytest.fixture
@@ -138,18 +150,17 @@ def loras(source_folder, tmp_path):
 
 
 def test_evaluate_compares_with_base_and_retrained(source_folder, loras, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(source_folder)
-    task = Counted(model)
     found = peft_cast.evaluate(
-        source_folder, {"several": [loras["a"], loras["b"]], "best": loras["c"]}, [task, LIKELIHOOD],
+        source_folder, {"several": [loras["a"], loras["b"]], "best": loras["c"]}, [Counted(higher_is_better=False), LIKELIHOOD],
         retrained="best", drift_text=c4_texts(4), progress=False,
     )  # fmt: skip
-    assert found.row("base", "counted").scores == (1.0,) and found.row("base", "counted").lift == (0.0,)
-    assert found.row("best", "counted").lift == (1.0,)
-    several, best = found.row("several", "counted"), found.row("best", "counted")
-    assert several.lift == tuple((s - 1) / (best.scores[0] - 1) for s in several.scores) and len(several.scores) == 2
+    (base,), (top,) = (found.row(name, "counted").scores for name in ("base", "best"))
+    several = found.row("several", "counted")
+    assert top < base and len(several.scores) == 2
+    assert found.row("base", "counted").lift == (0.0,) and found.row("best", "counted").lift == (1.0,)
+    assert several.lift == tuple((s - base) / (top - base) for s in several.scores)
     assert [row.adapter for row in found.rows if row.task == "drift"] == ["several", "best"]
-    assert "±" in str(found) and f"{best.scores[0]:.3f} (1.00)" in str(found)
+    assert "±" in str(found) and f"{top:.3f} (1.00)" in str(found)
     found.save(tmp_path / "rows.json")
     assert Evaluation.load(tmp_path / "rows.json").rows == found.rows
     versions = json.loads((tmp_path / "rows.json").read_text())["settings"]["environment"]["versions"]
@@ -160,28 +171,78 @@ def test_evaluate_compares_with_base_and_retrained(source_folder, loras, tmp_pat
         found.row("nobody", "counted")
 
 
+@pytest.mark.parametrize(
+    ("higher_is_better", "top", "lift"), [(True, 0.7, 0.5), (True, 0.4, None), (False, 0.4, -1.0)]
+)
+def test_there_is_no_lift_where_retraining_gained_nothing(higher_is_better, top, lift):
+    scores = {"base": 0.5, "cast": 0.6, "best": top}
+    made = [Measurement(name, 0, "t", "m", higher_is_better, {"m": score}) for name, score in scores.items()]
+    found = Evaluation(tuple(made), {"t": "best"}, {}).row("cast", "t").lift
+    assert found == (() if lift is None else (pytest.approx(lift),))
+
+
 def test_evaluate_takes_up_where_it_stopped(source_folder, loras, tmp_path):
-    task = Counted(AutoModelForCausalLM.from_pretrained(source_folder))
     options = {"output": tmp_path / "out" / "rows.json", "progress": False}
-
-    class Stops(Counted):
-        def run(self, model, tokenizer):
-            if self.runs == 2:
-                raise KeyboardInterrupt
-            return super().run(model, tokenizer)
-
-    stops = Stops(AutoModelForCausalLM.from_pretrained(source_folder))
-    stops.__class__.__name__ = "Counted"
+    tasks = [Counted(), Counted("second")]
+    adapters = {"a": loras["a"], "b": loras["b"]}
+    RUNS.clear()
+    STOPS.add("second")
     with pytest.raises(KeyboardInterrupt):
-        peft_cast.evaluate(source_folder, {"a": loras["a"], "b": loras["b"]}, [stops], **options)
-    first = peft_cast.evaluate(source_folder, {"a": loras["a"], "b": loras["b"]}, [task], **options)
-    assert task.runs == 1  # base and a were there already
+        peft_cast.evaluate(source_folder, adapters, tasks, **options)
+    assert RUNS == ["counted"]
+    STOPS.clear()
+    first = peft_cast.evaluate(source_folder, adapters, tasks, **options)
+    assert RUNS == ["counted", "second", "counted", "second", "counted", "second"]  # none of them twice
     model = AutoModelForCausalLM.from_pretrained(source_folder)
     make_lora(model, loras["b"], seed=9)  # other weights in the same folder
-    second = peft_cast.evaluate(source_folder, {"a": loras["a"], "b": loras["b"]}, [task], **options)
-    assert task.runs == 2
+    second = peft_cast.evaluate(source_folder, adapters, tasks, **options)
+    assert len(RUNS) == 8
     assert first.row("a", "counted") == second.row("a", "counted")
     assert first.row("b", "counted") != second.row("b", "counted")
+    config = json.loads(Path(loras["a"], "adapter_config.json").read_text())
+    Path(loras["a"], "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 99}))
+    assert peft_cast.evaluate(source_folder, adapters, tasks, **options).row("a", "counted") != first.row(
+        "a", "counted"
+    )
+
+
+def test_edited_data_is_measured_again(source_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    task = AnswerLikelihood("rows", tmp_path / "rows.jsonl", "{question}", " {answer}")
+    options = {"output": tmp_path / "out.json", "progress": False}
+    first = peft_cast.evaluate(source_folder, {}, [task], **options)
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps({**ROWS[0], "question": "line\u2028separator"}, ensure_ascii=False)
+    )
+    second = peft_cast.evaluate(source_folder, {}, [task], **options)
+    assert first.row("base", "rows") != second.row("base", "rows")
+
+
+def test_a_target_that_carries_an_adapter_is_refused(source_folder, loras):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), loras["a"])
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        peft_cast.evaluate(model.get_base_model(), {}, [LIKELIHOOD], progress=False)
+    other = get_peft_model(tiny_model("gemma3"), CastConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="is on another model"):
+        peft_cast.evaluate(source_folder, {"other": other}, [LIKELIHOOD], progress=False)
+
+
+def test_trained_heads_and_biases_do_not_stay_in_the_target(source_folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source_folder)
+    head = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(source_folder), head)
+    with torch.no_grad():
+        trained.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
+    trained.save_pretrained(tmp_path / "head")
+    options = {"tokenizer": source_folder, "progress": False}
+    found = peft_cast.evaluate(model, {"head": str(tmp_path / "head")}, [Counted()], **options)
+    assert found.row("head", "counted").scores[0] == pytest.approx(2 * found.row("base", "counted").scores[0], rel=0.1)
+    again = peft_cast.evaluate(model, {}, [Counted()], **options)
+    assert again.row("base", "counted") == found.row("base", "counted")
+    biased = LoraConfig(target_modules=["q_proj"], bias="all")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(source_folder), biased).save_pretrained(tmp_path / "bias")
+    with pytest.raises(ValueError, match="trained biases"):
+        peft_cast.evaluate(model, {"bias": str(tmp_path / "bias")}, [Counted()], **options)
 
 
 def test_evaluate_gives_models_back(source_folder, loras):
@@ -204,7 +265,7 @@ def test_evaluate_gives_models_back(source_folder, loras):
         ({"a": "x"}, [LIKELIHOOD, LIKELIHOOD], {}, "name of its own"),
         ({"a": "x"}, [LIKELIHOOD], {"retrained": "b"}, "none of the adapters"),
         ({"a": "x"}, [LIKELIHOOD], {"retrained": {"other": "a"}}, "none of \\['sums'\\]"),
-        ({"a": "no/adapter"}, [LIKELIHOOD], {}, "'no/adapter' could not be loaded"),
+        ({"a": "no/adapter"}, [LIKELIHOOD], {}, "'no/adapter' could not be read"),
         ({}, [AnswerLikelihood("x", ROWS, "{nothing}", "a")], {}, "names 'nothing', but the data has the columns"),
         ({}, [AnswerLikelihood("x", ROWS, "a", "a", start=99)], {}, "has no rows from 99 on"),
     ],

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from conftest import c4_texts, make_lora, tiny_model
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import peft_cast
-from peft_cast.fit import Teacher, TeacherSettings, TrainingTexts
+from peft_cast.fit import CastTrainer, Teacher, TeacherSettings, TrainingTexts
 from peft_cast.fit.batches import collate_items, collate_pairs
 from peft_cast.fit.capture import capture, next_token_loss
 from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse
@@ -158,6 +158,26 @@ def test_anchors_are_rows_of_the_target_alone(byte_tokenizer, piece_tokenizer):
     tokens = batch["target_input_ids"][batch["anchor_rows"], batch["anchor_positions"]]
     assert tokens.tolist() == [third.target_ids[i] for i in third.target_positions[::2]]
     assert TrainingTexts([first], [])[0] == (first, None) and len(collate_items([(first, None)])["anchor_rows"]) == 0
+
+
+def test_every_anchor_counts_alike_however_batches_fall(source_folder, lora_folder, byte_tokenizer):
+    source, target = (AutoModelForCausalLM.from_pretrained(source_folder) for _ in range(2))
+    teacher = Teacher(PeftModel.from_pretrained(source, lora_folder).eval(), TeacherSettings(alpha=0.0, gamma=1.0))
+    config = peft_cast.CastConfig(target_modules=["q_proj"], init_weights=False)
+    student = get_peft_model(target, config).eval()
+    pairs = peft_cast.align.align_texts(c4_texts(8), byte_tokenizer, byte_tokenizer, max_length=40)
+    texts = TrainingTexts(pairs[:4], pairs[4:5], every=4)
+    trainer = CastTrainer(
+        model=student,
+        train_dataset=texts,
+        teacher=teacher,
+        args=TrainingArguments("unused", use_cpu=True, report_to=[]),
+    )
+    with torch.no_grad():
+        whole = trainer.compute_loss(student, collate_items([texts[i] for i in range(4)]))
+        single = [trainer.compute_loss(student, collate_items([texts[i]])) for i in range(4)]
+    assert whole > 0 and [float(loss) for loss in single[1:]] == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(torch.stack(single).mean(), whole, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

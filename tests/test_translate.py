@@ -18,6 +18,7 @@ import peft_cast
 from peft_cast import CastLayer, Mixture, SelfWritten
 from peft_cast.diagnosis import diagnose
 from peft_cast.evaluation import drift
+from peft_cast.pair import open_pair, read_texts
 from peft_cast.text import TextSample
 
 
@@ -200,10 +201,21 @@ def test_anchors_hold_the_target_in_place(source_folder, lora_folder, target_fol
     for gamma in (0.0, 10.0):
         options = {**FAST, "text": written, "fit_text": TEXTS[24:], "beta": 0.0, "gamma": gamma}
         result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=30, **options)
-        assert result.metrics["text"]["anchors"] == (0 if gamma == 0 else len(TEXTS) - 24 - 24)
+        assert result.metrics["text"]["anchors"] == (0 if gamma == 0 else 4)  # one for every four of 16 texts
         assert ("kl_anchor" in result.history[0]) == (gamma > 0)
         drifts.append(drift(result.model, piece_tokenizer, TEXTS[-8:], max_length=64)["drift"])
     assert drifts[1] < 0.8 * drifts[0]
+
+
+def test_held_out_texts_are_read_by_nothing_else(source_folder, lora_folder, target_folder):
+    with open_pair(source_folder, lora_folder, target_folder) as pair:
+        counts = {"train": 20, "held_out": 6, "fit": 10, "anchors": 8, "max_length": 64}
+        same = read_texts(pair, TEXTS[:40], TEXTS[:40], **counts)
+        twice = read_texts(pair, [*TEXTS[:20], *TEXTS[:20]], TEXTS[40:], **counts)
+        untrained = read_texts(pair, TEXTS[:9], TEXTS[9:], **{**counts, "train": 0})
+    assert len(same.held_out) == 6 and not set(same.held_out) & {*same.train, *same.fit}
+    assert not set(twice.held_out) & set(twice.train) and len(twice.anchors) == -(-len(twice.train) // 4)
+    assert len(untrained.held_out) == 6  # all that were asked for: nothing is needed to train on
 
 
 def test_prompts_are_enough_text(source_folder, lora_folder, target_folder):

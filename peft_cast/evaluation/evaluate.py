@@ -6,17 +6,18 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..environment import environment
-from ..models import default_device, load_model, load_tokenizer, moved, unload_adapters, untouched
+from ..models import default_device, load_model, load_tokenizer, moved, read_adapter_config, unload_adapters, untouched
 from ..result import TranslationResult
 from ..text import read_corpus
 from .drift import drift
@@ -50,16 +51,18 @@ def evaluate(
         target: The model the adapters are for: hub id, path or loaded model (given back as it was).
         adapters: Name → adapter: hub id, folder, PeftModel or what `translate` returned; or a list of them, the runs of
             several seeds, shown as mean ± standard deviation.
-        tasks: `AnswerLikelihood`, `Classification`, `Generation`, `HarnessTask`, or anything with their three members.
+        tasks: `AnswerLikelihood`, `Classification`, `Generation`, `HarnessTask`, or anything that is a `Task`.
         retrained: Name of the retrained adapter, or a mapping from task name to it.
         drift_text: General text on which to measure how far each adapter moves the model from the untouched one (see
-            `drift`): anything `translate(text=...)` takes as a corpus. Not measured when `None`.
+            `drift`): anything `translate(text=...)` takes as a corpus, but none that the translation has read, such as
+            `Corpus("allenai/c4", name="en", split="validation")`. Not measured when `None`.
         drift_samples (`int`): How many documents of it.
         tokenizer: Needed only if it cannot be loaded from where the target comes from.
         device: Where to work: the accelerator when there is one, else the CPU.
         dtype: Precision of a model loaded here; bfloat16 where the hardware is fast at it, else float32.
         output: JSON file that every measurement is written to as soon as it is made. What it already holds, of the
-            same target, task and adapter file, is not measured again.
+            same target, task and adapter files, is not measured again; models, adapters and tasks in memory that have no
+            lasting identity always are.
         progress (`bool`): Show a progress bar.
 
     Returns:
@@ -75,6 +78,11 @@ def evaluate(
     model = load_model(target, "target", device, dtype=dtype)
     tokenizer = load_tokenizer(tokenizer, model, "target")
     texts = read_corpus(drift_text, drift_samples) if drift_text is not None else []
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "`target` carries an adapter already, so it cannot be measured untouched: pass its hub id or folder, or take the "
+            "adapter off first (`result.model.unload()`)."
+        )
     settings = {
         "target": str(model.name_or_path),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -86,23 +94,28 @@ def evaluate(
     measurements: list[Measurement] = []
     jobs = [(BASE, 0, None)] + [(name, i, a) for name, group in runs.items() for i, a in enumerate(group)]
     for name, run, adapter in tqdm(jobs, desc="evaluate", disable=not progress):
-        wanted = [(t.name, t.metric, t) for t in tasks]
-        wanted += [("drift", "drift", None)] if texts and adapter is not None else []
-        keys = [_key(settings, adapter, task, texts) for _, _, task in wanted]
-        missing = [known.get(key) is None for key in keys]
-        found = [known.get(key) for key in keys]
-        if any(missing):
-            with moved(model, device), _adapted(model, adapter) as adapted:
-                for i, (_, _, task) in enumerate(wanted):
-                    if missing[i]:
-                        found[i] = task.run(adapted, tokenizer) if task else Scores(drift(adapted, tokenizer, texts))
-                        known.add(keys[i], found[i])
-        measurements += [
-            Measurement(name, run, t, metric, scores.metrics, scores.samples)
-            for (t, metric, _), scores in zip(wanted, found)
-        ]
-        known.write(Evaluation(tuple(measurements), retrained, settings))
+        wanted: list[Task | None] = [*tasks, *([None] if texts and adapter is not None else [])]
+        keys = [_key(target, settings, adapter, task, texts) for task in wanted]
+        with ExitStack() as stack:
+            adapted = None
+            for task, key in zip(wanted, keys):
+                scores = known.get(key)
+                if scores is None:
+                    if adapted is None:  # loaded only if there is something left to measure
+                        stack.enter_context(moved(model, device))
+                        adapted = stack.enter_context(_adapted(model, adapter))
+                    scores = task.run(adapted, tokenizer) if task else Scores(drift(adapted, tokenizer, texts))
+                    known.add(key, scores)
+                measurements.append(_measurement(name, run, task, scores))
+                known.write(Evaluation(tuple(measurements), retrained, settings))
     return Evaluation(tuple(measurements), retrained, settings)
+
+
+def _measurement(adapter: str, run: int, task: Task | None, scores: Scores) -> Measurement:
+    if task is None:
+        return Measurement(adapter, run, "drift", "drift", False, scores.metrics)
+    better = getattr(task, "higher_is_better", True)
+    return Measurement(adapter, run, task.name, task.metric, better, scores.metrics, scores.samples)
 
 
 def _retrained(retrained, runs: Mapping[str, list], tasks: Sequence[Task]) -> dict[str, str]:
@@ -128,6 +141,15 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
     if isinstance(adapter, TranslationResult):
         adapter = adapter.model
     if isinstance(adapter, PeftModel):
+        own, wanted = adapter.get_base_model().config, model.config
+        if (own.model_type, own.get_text_config().hidden_size) != (
+            wanted.model_type,
+            wanted.get_text_config().hidden_size,
+        ):
+            raise ValueError(
+                f"A PeftModel among the adapters is on another model ('{adapter.get_base_model().name_or_path}') than the "
+                f"target, '{model.name_or_path}'."
+            )
         with untouched(adapter):
             yield adapter
         return
@@ -135,6 +157,11 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
         if adapter is None:
             yield model
             return
+        if getattr(read_adapter_config(adapter), "bias", "none") != "none":
+            raise ValueError(
+                f"The adapter '{adapter}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
+                "a copy of the target."
+            )
         try:
             try:
                 adapted = PeftModel.from_pretrained(model, str(adapter))
@@ -148,32 +175,46 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
 
 
 def _describe(task: Task) -> dict[str, Any]:
-    """The settings of a task, JSON-ready; rows in memory and functions by their fingerprint and name."""
+    """The settings of a task, JSON-ready; data and functions by their fingerprints."""
     described: dict[str, Any] = {"kind": type(task).__name__, "name": task.name, "metric": task.metric}
     for field in dataclasses.fields(task) if dataclasses.is_dataclass(task) else ():
         value = getattr(task, field.name)
-        if callable(value):
-            value = getattr(value, "__qualname__", str(value))
-        elif field.name == "data" and not isinstance(value, (str, Path)):
-            value = f"{len(value)} rows, sha1 {_sha1([dict(row) for row in value])}"
-        elif isinstance(value, Path):
-            value = value.name
-        described[field.name] = value
+        if field.name == "data":
+            value = _describe_data(value)
+        described[field.name] = json.loads(json.dumps(value, default=_fingerprint))
     return described
+
+
+def _describe_data(data: Any) -> str:
+    if isinstance(data, (str, Path)):
+        path = Path(data)
+        return f"{path.name}, sha1 {hashlib.sha1(path.read_bytes()).hexdigest()}" if path.is_file() else str(data)
+    return f"{len(data)} rows, sha1 {_sha1([dict(row) for row in data])}"
+
+
+def _fingerprint(value: Any) -> str:
+    """Functions by name and code, so that an edited one counts as another; everything else as text."""
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return str(value)
+    return f"{value.__qualname__} {hashlib.sha1(code.co_code + repr(code.co_consts).encode()).hexdigest()[:12]}"
 
 
 def _sha1(value: Any) -> str:
     return hashlib.sha1(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _key(settings, adapter: Adapter | None, task: Task | None, texts: list[str]) -> str | None:
-    """What makes a measurement the same as another; `None` for adapters in memory, which have no lasting identity."""
-    if isinstance(adapter, (PeftModel, TranslationResult)):
+def _key(target, settings, adapter: Adapter | None, task: Task | None, texts: list[str]) -> str | None:
+    """What makes a measurement the same as another; `None` for what has no lasting identity: models and adapters in
+    memory, tasks whose settings are not known."""
+    if not isinstance(target, (str, Path)) or isinstance(adapter, (PeftModel, TranslationResult)):
         return None
-    stamp = None
+    if task is not None and not dataclasses.is_dataclass(task):
+        return None
+    stamp: Any = None
     if adapter is not None:
-        weights = Path(adapter) / "adapter_model.safetensors"
-        stamp = hashlib.sha1(weights.read_bytes()).hexdigest() if weights.exists() else str(adapter)
+        files = sorted(Path(adapter).glob("adapter_*"))
+        stamp = [hashlib.sha1(file.read_bytes()).hexdigest() for file in files] or str(adapter)
     return _sha1([settings["target"], settings["dtype"], stamp, _describe(task) if task else texts])
 
 

@@ -24,6 +24,7 @@ class HarnessTask:
         num_fewshot (`int`, *optional*): Examples in the prompt; the task's own number when not given.
         limit (`int`, *optional*): The first rows alone.
         batch_size (`int`): Rows per pass.
+        higher_is_better (`bool`): The direction of the metric; `False` for perplexities.
         options (`dict`): Further arguments of `lm_eval.simple_evaluate`.
     """
 
@@ -32,6 +33,7 @@ class HarnessTask:
     num_fewshot: int | None = None
     limit: int | None = None
     batch_size: int = 16
+    higher_is_better: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property

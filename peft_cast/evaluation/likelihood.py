@@ -34,7 +34,7 @@ def answer_nats(
         for row, i in enumerate(chunk):
             answer = torch.tensor(tokens[i][1], device=logits.device)
             own = logits[row, keep - len(answer) :].float()
-            nats[i] = F.cross_entropy(own, answer, reduction="sum").double()
+            nats[i] = float(F.cross_entropy(own, answer, reduction="sum"))
     return nats
 
 
@@ -68,7 +68,7 @@ def choice_nats(
         inputs = left_padded([tokens[i] for i in chunk], model.device)
         read = model(**inputs, logits_to_keep=1, use_cache=True)
         first = read.logits[:, -1].float().log_softmax(-1)[:, padded[:, 0]]  # (prompts, choices)
-        total = -first.double()
+        total = -first.cpu().double()
         if width > 1:
             n = len(choices)
             read.past_key_values.batch_repeat_interleave(n)
@@ -86,8 +86,8 @@ def choice_nats(
             rest = F.cross_entropy(logits.flatten(0, 1), rows[0][:, 1:].flatten(), reduction="none").view(
                 -1, width - 1
             )
-            total = total + (rest * rows[1][:, 1:]).sum(1).double().view(len(chunk), n)
-        nats[chunk] = total.cpu()
+            total = total + (rest * rows[1][:, 1:]).sum(1).cpu().double().view(len(chunk), n)
+        nats[chunk] = total
     return nats
 
 

@@ -22,6 +22,7 @@ class Measurement:
         run (`int`): Which of the adapter's runs (seeds), counted from 0.
         task (`str`): Name of the task; `"drift"` for the distance from the untouched target.
         metric (`str`): The metric that recovered lift is taken of.
+        higher_is_better (`bool`): Its direction.
         metrics, samples: As in `Scores`.
     """
 
@@ -29,6 +30,7 @@ class Measurement:
     run: int
     task: str
     metric: str
+    higher_is_better: bool
     metrics: Mapping[str, float]
     samples: Sequence[Mapping[str, str]] = ()
 
@@ -74,12 +76,14 @@ class Evaluation:
         rows = []
         for (task, adapter), runs in groups.items():
             scores = tuple(m.metrics[m.metric] for m in runs)
-            rows.append(Row(adapter, task, runs[0].metric, scores, self._lift(task, scores)))
+            lift = self._lift(task, scores, runs[0].higher_is_better)
+            rows.append(Row(adapter, task, runs[0].metric, scores, lift))
         return rows
 
-    def _lift(self, task: str, scores: Sequence[float]) -> tuple[float, ...]:
+    def _lift(self, task: str, scores: Sequence[float], higher_is_better: bool) -> tuple[float, ...]:
         base, top = (self._score(task, name) for name in (BASE, self.retrained.get(task)))
-        if base is None or top is None or top == base:
+        # Without a gain there is nothing to recover, and the quotient would call a loss a success.
+        if base is None or top is None or not (top > base if higher_is_better else top < base):
             return ()
         return tuple((score - base) / (top - base) for score in scores)
 

@@ -35,10 +35,14 @@ class Scores:
 
 
 class Task(Protocol):
-    """What `evaluate` runs: a name, the metric that recovered lift is taken of, and a function of a model."""
+    """What `evaluate` runs: a name, the metric that recovered lift is taken of, its direction, and a function of a model.
+
+    A dataclass is also recognised when an evaluation is taken up again; other tasks are run again.
+    """
 
     name: str
     metric: str
+    higher_is_better: bool
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         """The scores of one model, `metric` among its metrics."""
@@ -68,6 +72,7 @@ class AnswerLikelihood:
     limit: int | None = None
     batch_size: int = 16
     metric: ClassVar[str] = "nats_per_character"
+    higher_is_better: ClassVar[bool] = False
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         items = [(_fill(self.prompt, row), _fill(self.answer, row)) for row in _rows(self)]
@@ -76,7 +81,9 @@ class AnswerLikelihood:
         characters = torch.tensor([len(answer) for _, answer in items], dtype=torch.float64)
         score = float(nats.sum() / characters.sum())
         # Standard error of a ratio of sums (delta method)
-        spread = (nats - score * characters).std() * len(items) ** 0.5 / characters.sum()
+        spread = (
+            (nats - score * characters).std(correction=min(1, len(items) - 1)) * len(items) ** 0.5 / characters.sum()
+        )
         return Scores({self.metric: score, "stderr": float(spread), "items": len(items)})
 
 
@@ -105,6 +112,7 @@ class Classification:
     limit: int | None = None
     batch_size: int = 16
     metric: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)
@@ -153,6 +161,13 @@ class Generation:
     limit: int | None = None
     batch_size: int = 64
     metric: str = "exact_match"
+    higher_is_better: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if re.compile(self.pattern).groups < 1:
+            raise ValueError(f"`pattern` needs a group in brackets, which is what must match, got {self.pattern!r}.")
+        if self.metric not in ("exact_match", "in_format"):
+            raise ValueError(f"`metric` must be 'exact_match' or 'in_format', got {self.metric!r}.")
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)
@@ -160,19 +175,19 @@ class Generation:
         gold = [_fill(self.answer, row) for row in rows]
         written = generate(model, tokenizer, prompts, self.max_new_tokens, self.batch_size)
         wanted, found = ([self._extract(text) for text in texts] for texts in (gold, written))
-        right = sum(w is not None and w == f for w, f in zip(wanted, found)) / len(rows)
         metrics = {
-            "exact_match": right,
-            "stderr": (right * (1 - right) / len(rows)) ** 0.5,
+            "exact_match": sum(w is not None and w == f for w, f in zip(wanted, found)) / len(rows),
             "in_format": sum(f is not None for f in found) / len(rows),
             "items": len(rows),
         }
+        share = metrics[self.metric]
+        metrics["stderr"] = (share * (1 - share) / len(rows)) ** 0.5
         samples = zip(prompts[:SHOWN], gold, written)
         return Scores(metrics, tuple({"prompt": p, "gold": g, "written": w} for p, g, w in samples))
 
     def _extract(self, text: str) -> str | None:
         match = re.search(self.pattern, text)
-        return match[1].replace(",", "").strip() if match else None
+        return match[1].replace(",", "").strip() if match and match[1] is not None else None
 
 
 @torch.no_grad()
@@ -212,7 +227,8 @@ def _rows(task) -> list[Mapping[str, Any]]:
     """
     if isinstance(task.data, (str, Path)):
         try:
-            lines = Path(task.data).read_text(encoding="utf-8").splitlines()
+            # Not splitlines: JSON strings may hold the line separators of Unicode.
+            lines = Path(task.data).read_text(encoding="utf-8").split("\n")
             data = [json.loads(line) for line in lines if line.strip()]
         except FileNotFoundError as error:
             raise OSError(f"The data of the task '{task.name}', '{task.data}', does not exist.") from error

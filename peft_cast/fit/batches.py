@@ -11,6 +11,9 @@ from torch.utils.data import Dataset
 from ..align import AlignedPair
 
 
+ANCHOR_EVERY = 4  # texts per anchor
+
+
 class TrainingTexts(Dataset):
     """What the refinement reads: texts to imitate the teacher on, and general text to stay as the target is on.
 
@@ -20,7 +23,9 @@ class TrainingTexts(Dataset):
         every (`int`): Texts per anchor.
     """
 
-    def __init__(self, pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] = (), every: int = 4) -> None:
+    def __init__(
+        self, pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] = (), every: int = ANCHOR_EVERY
+    ) -> None:
         self.pairs, self.anchors, self.every = pairs, anchors, every
 
     def __len__(self) -> int:

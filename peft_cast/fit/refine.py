@@ -172,7 +172,10 @@ class CastTrainer(Trainer):
         self.parts["kl"].append(float(kl.detach()))
         if len(divergence) > aligned:
             kl_anchor = divergence[aligned:].mean()
-            loss = loss + settings.gamma * kl_anchor
+            # Batches hold more anchors or fewer, small ones often none: each counts alike, gamma on average.
+            texts = len(inputs["source_input_ids"])
+            share = (len(inputs["target_input_ids"]) - texts) * self.train_dataset.every / texts
+            loss = loss + settings.gamma * share * kl_anchor
             self.parts["kl_anchor"].append(float(kl_anchor.detach()))
         if goal_states:
             mse = torch.stack([normalised_mse(states[path], goal) for path, goal in goal_states.items()]).mean()
