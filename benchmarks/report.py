@@ -1,0 +1,122 @@
+"""Put the committed measurements into README.md and docs/results.md, between their marks. Run after a benchmark or demo."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import experiments
+import setting
+
+import peft_cast
+
+
+ROOT = setting.HERE.parent
+TITLES = {
+    "smollm2-gemma3": "SmolLM2-135M-Instruct → Gemma-3-270m",
+    "gemma3-smollm2": "Gemma-3-270m → SmolLM2-135M-Instruct",
+    "same": "SmolLM2-135M-Instruct → itself",
+}
+TASKS = {"gsm8k": "GSM8K LoRA", "agnews": "AG News LoRA"}
+
+
+def tables() -> str:
+    """Every table with its plot and raw numbers."""
+    parts = []
+    for file in sorted(setting.FIGURES.glob("table_*.json")):
+        pair, task, *modules = file.stem.removeprefix("table_").split("_")
+        title = f"### {TITLES[pair]}, {TASKS[task]}" + (f" on {modules[0]}" if modules else "")
+        plot = f"![recovered lift](figures/{file.stem}.png)"
+        links = f"Raw: [figures/{file.name}](figures/{file.name})"
+        own = setting.FIGURES / file.name.replace("table", "source", 1)
+        if own.exists():
+            scores = peft_cast.Evaluation.load(own)
+            teacher = ", ".join(
+                f"{row.task} {row.scores[0]:.3f}" for row in scores.rows if row.adapter == "source LoRA"
+            )
+            links += f". The source with its own LoRA: {teacher} ([raw](figures/{own.name}))"
+        runs = sorted(setting.FIGURES.glob(f"run_{pair}_{task}_{modules[0] if modules else 'all'}_CAST_seed*.json"))
+        links += "".join(f". {cost(run)}" for run in runs)
+        parts.append(f"{title}\n\n{peft_cast.Evaluation.load(file)}\n\n{plot}\n\n{links}.")
+    return "\n\n".join(parts)
+
+
+def cost(run: Path) -> str:
+    """What a translation took, apart from writing its text."""
+    metrics = json.loads(run.read_text(encoding="utf-8"))["metrics"]
+    phases = ", ".join(f"{name} {phase['seconds']:.0f} s" for name, phase in metrics["phases"].items())
+    return f"{run.stem.rsplit('_', 1)[1].replace('seed', 'Seed ')}: {phases} ([raw](figures/{run.name}))"
+
+
+def sweeps() -> str:
+    """Every experiment of which all variants were run."""
+    if not experiments.RESULTS.exists():
+        return ""
+    runs = json.loads(experiments.RESULTS.read_text(encoding="utf-8"))["runs"]
+    parts = []
+    for name, variants in experiments.EXPERIMENTS.items():
+        keys = {v: json.dumps({**experiments.COMMON, **o}, sort_keys=True) for v, o in variants.items()}
+        done = {v: runs[key] for v, key in keys.items() if key in runs}
+        if len(done) < 2:
+            continue
+        lines = [f"### {name.replace('_', ' ').capitalize()}", ""]
+        lines += ["| | nats per character | recovered lift | drift | excitement |", "|---|---|---|---|---|"]
+        for variant, run in done.items():
+            scores = [run["scores"][key] for key in ("nats_per_character", "recovered_lift", "drift")]
+            lines.append(f"| {variant} | " + " | ".join(f"{s:.3f}" for s in [*scores, run["excitement"]]) + " |")
+        if (setting.FIGURES / f"experiment_{name}.png").exists():
+            lines += ["", f"![{name}](figures/experiment_{name}.png)"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def demo() -> str:
+    """The README's two tables."""
+    found = json.loads((setting.FIGURES / "demo.json").read_text(encoding="utf-8"))
+    settings, parameters = found["settings"], found["translation"]["parameters"]
+    names = {
+        "base": "Gemma-3-270m, untouched",
+        "translated": "Gemma-3-270m with the translated LoRA",
+        "retrained": "Gemma-3-270m with a LoRA retrained on it",
+    }
+    lines = [
+        f"Held-out GSM8K: the likelihood of {settings['problems']} gold answers (lower is better), and how many of "
+        f"{settings['generate']} generated",
+        "answers end in GSM8K's format (`#### number`). Recovered lift: 0 is the untouched model, 1 a LoRA trained on it with",
+        "the task's data. Drift: how far general text (C4) is from the untouched model, KL in nats per token. One run, seed "
+        f"{found['seed']}; raw",
+        "numbers in [docs/figures/demo.json](docs/figures/demo.json).",
+        "",
+        "| | nats per character | recovered lift | in GSM8K format | drift |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in names.items():
+        s = found["scores"][name]
+        cells = f"{s['nats_per_character']:.3f} | {s['recovered_lift']:.2f} | {s['in_format']:.0%} | {s.get('drift', 0.0):.3f}"
+        lines.append(f"| {title} | {cells} |")
+    lines += [
+        "",
+        f"{parameters['trained']:,} parameters were trained (the source LoRA has {parameters['source_lora']:,}). What it cost "
+        "on 2 CPU cores:",
+        "",
+        "| phase | seconds | peak memory (GiB) |",
+        "|---|---|---|",
+    ]
+    for name, phase in {**found["phases"], **found["translation"]["phases"]}.items():
+        lines.append(f"| `{name}` | {phase['seconds']:.0f} | {phase['peak_memory_mb'] / 1024:.1f} |")
+    lines += ["", "(`load` to `refine` are the parts of `translate`; `models` is the one-time conversion.)"]
+    return "\n".join(lines)
+
+
+def put(page: Path, mark: str, end: str, text: str) -> None:
+    old = page.read_text(encoding="utf-8")
+    new = re.sub(f"{mark}\n.*?{end}", lambda _: f"{mark}\n{text}\n{end}", old, flags=re.DOTALL)
+    page.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    results = ROOT / "docs" / "results.md"
+    put(results, "<!-- tables -->", "<!-- end tables -->", tables())
+    put(results, "<!-- experiments -->", "<!-- end experiments -->", sweeps())
+    put(ROOT / "README.md", "<!-- figures -->", "<!-- end -->", demo())
