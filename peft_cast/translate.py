@@ -75,7 +75,8 @@ def translate(
             `get_peft_model` does; `result.model.unload()` gives it back.
         text: What the refinement reads: `None` for C4 (`allenai/c4`, en, streamed), a hub dataset id, a local
             jsonl/txt/parquet file, an iterable of strings, a `datasets.Dataset`, a `Corpus`, `SelfWritten` (text that
-            the adapted source writes, which shows the adapter's effect best), or a `Mixture`.
+            the adapted source writes, which shows the adapter's effect best), a list of `TextSample` written earlier, or
+            a `Mixture`.
         fit_text: What the closed form and the anchors read, general text, likewise. When not given: C4 if the models
             write `text` themselves, else `text`, and there are no anchors.
         fit_samples (`int`): Texts for the closed form.
@@ -108,7 +109,7 @@ def translate(
         adapter_name (`str`): Name of the adapter on the target.
         device: Where to work: the accelerator when there is one, else the CPU. Loaded models return to where they were.
         dtype (`torch.dtype`, *optional*): Precision of models loaded here; bfloat16 where the hardware is fast at it
-            (GPU, CPU with AMX), else float32.
+            (GPU, CPU with AMX or AVX512-BF16), else float32.
         output_dir: Where Trainer writes checkpoints and the finished adapter is saved; nothing is written when `None`.
         training_args: Further `transformers.TrainingArguments`, which take precedence (gradient accumulation, bf16,
             logging, save_steps, ...).
