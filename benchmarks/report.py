@@ -93,7 +93,7 @@ def demo() -> str:
     ]
     for name, title in names.items():
         s = found["scores"][name]
-        cells = f"{s['nats_per_character']:.3f} | {s['recovered_lift']:.2f} | {s['in_format']:.0%} | {s.get('drift', 0.0):.3f}"
+        cells = f"{s['nats_per_character']:.3f} | {s['recovered_lift'] + 0:.2f} | {s['in_format']:.0%} | {s.get('drift', 0.0):.3f}"
         lines.append(f"| {title} | {cells} |")
     lines += [
         "",
@@ -105,7 +105,7 @@ def demo() -> str:
     ]
     for name, phase in {**found["phases"], **found["translation"]["phases"]}.items():
         lines.append(f"| `{name}` | {phase['seconds']:.0f} | {phase['peak_memory_mb'] / 1024:.1f} |")
-    lines += ["", "(`load` to `refine` are the parts of `translate`; `models` is the one-time conversion.)"]
+    lines += ["", "(`load` to `refine` are the parts of `translate`; `models` is the one-time conversion,\nabout a minute when it was not done before.)"]
     return "\n".join(lines)
 
 

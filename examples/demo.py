@@ -128,7 +128,7 @@ def table(scores: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
     lines = ["", f"Held-out GSM8K ({args.problems} answers scored, {args.generate} generated)", f"{'':<38}{head}"]
     for name, title in names.items():
         found = scores[name]
-        cells = f"{found['nats_per_character']:>20.3f}{found['recovered_lift']:>16.2f}{found['in_format']:>11.0%}"
+        cells = f"{found['nats_per_character']:>20.3f}{found['recovered_lift'] + 0:>16.2f}{found['in_format']:>11.0%}"
         lines.append(f"{title:<38}{cells}{found.get('drift', 0.0):>13.3f}")
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ def test_the_readmes_table_is_the_committed_measurement(name, adapter):
     scores = DEMO["scores"][adapter]
     assert row(name) == [
         f"{scores['nats_per_character']:.3f}",
-        f"{scores['recovered_lift']:.2f}",
+        f"{scores['recovered_lift'] + 0:.2f}",
         f"{scores['in_format']:.0%}",
         f"{scores.get('drift', 0.0):.3f}",
     ]
