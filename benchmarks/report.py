@@ -105,7 +105,10 @@ def demo() -> str:
     ]
     for name, phase in {**found["phases"], **found["translation"]["phases"]}.items():
         lines.append(f"| `{name}` | {phase['seconds']:.0f} | {phase['peak_memory_mb'] / 1024:.1f} |")
-    lines += ["", "(`load` to `refine` are the parts of `translate`; `models` is the one-time conversion,\nabout a minute when it was not done before.)"]
+    lines += [
+        "",
+        "(`load` to `refine` are the parts of `translate`; `models` is the one-time conversion,\nabout a minute when it was not done before.)",
+    ]
     return "\n".join(lines)
 
 
