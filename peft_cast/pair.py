@@ -210,17 +210,16 @@ def read_texts(
     if fit_text is None and is_written(text):
         fit_text = C4
     wanted = train if fit_text is not None else max(train, fit)
-    pairs = align(read_text(text, wanted + held_out, write))
-    if len(pairs) < (3 if train else 1):
+    # The same text twice says nothing new, and must not be trained on and measured with.
+    pairs = list(dict.fromkeys(align(read_text(text, wanted + held_out, write))))
+    if len(pairs) < 3:
         raise ValueError(
             f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
             "pass more or longer text."
         )
-    # Without training, and with a text of its own for the closed form, all of it can be measured on.
-    kept_out = held_out if fit_text is not None and not train else min(held_out, len(pairs) // 3 or 1)
-    evaluation = pairs[:kept_out]
+    kept_out = min(held_out, len(pairs) // 3 or 1)
+    evaluation, training = pairs[:kept_out], pairs[kept_out:]
     seen = set(evaluation)
-    training = [pair for pair in pairs[kept_out:] if pair not in seen]
     general = read_text(fit_text, fit + anchors + held_out, write) if fit_text is not None else []
     fitting = [pair for pair in align(general) if pair not in seen][:fit] if fit_text is not None else training[:fit]
     # Half the length: many short stretches of general text say more than a few long ones.
@@ -228,7 +227,8 @@ def read_texts(
     rest = align((general[fit:] or general)[:usable], max(max_length // 2, 16)) if usable else []
     if len(fitting) < 2:
         raise ValueError(
-            f"`fit_text` gives {len(fitting)} usable samples, at least 2 are needed: pass more or longer text."
+            f"`{'text' if fit_text is None else 'fit_text'}` gives {len(fitting)} usable samples for the closed form, at "
+            "least 2 are needed: pass more or longer text."
         )
     positions, tokens = sum(len(p.target_positions) for p in pairs), sum(len(p.target_ids) for p in pairs)
     metrics = {

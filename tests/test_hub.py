@@ -93,8 +93,8 @@ except ValueError as error:
 def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_path):
     lora, cast = tmp_path / "lora", tmp_path / "cast"
     result = peft_cast.translate(
-        source_folder, lora_folder, target_folder, text=["some text that is long enough for the reader to take it"] * 4,
-        steps=0, progress=False,
+        source_folder, lora_folder, target_folder, steps=0, progress=False,
+        text=[f"text number {i} that is long enough for the reader to take it" for i in range(4)],
     )  # fmt: skip
     result.save_pretrained(cast)
     for folder, original, base in ((lora, Path(lora_folder), "user/source"), (cast, cast, "user/target")):
