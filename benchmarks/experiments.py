@@ -16,17 +16,16 @@ from typing import Any
 
 import setting
 from matplotlib.figure import Figure
+from setting import score
 
 import peft_cast
 from peft_cast.environment import environment
-from peft_cast.text import read_corpus
 
 
 RESULTS = setting.FIGURES / "experiments.json"
 # Development problems: those that the table never scores.
 TASK = peft_cast.AnswerLikelihood(
-    "GSM8K likelihood", setting.EXAMPLES / "data" / "gsm8k_test_200.jsonl", "Question: {question}\nAnswer:", " {answer}",
-    start=100, limit=40,
+    "GSM8K likelihood", score.PROBLEMS, score.PROMPT, score.ANSWER, start=100, limit=40
 )  # fmt: skip
 COMMON: dict[str, Any] = {"steps": 50, "fit_samples": 40, "seed": 0, "progress": False}
 
@@ -38,7 +37,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"runs": {}}
     for name in args.experiments:
         for variant, options in EXPERIMENTS[name].items():
-            key = json.dumps({**COMMON, **options}, sort_keys=True)
+            key = key_of(options)
             if key not in results["runs"]:
                 print(f"{name}: {variant}", flush=True)
                 results["runs"][key] = run({**COMMON, **options})
@@ -47,8 +46,13 @@ def main() -> None:
             print(name, variant, results["runs"][key]["scores"], flush=True)
         draw(
             name,
-            {v: results["runs"][json.dumps({**COMMON, **o}, sort_keys=True)] for v, o in EXPERIMENTS[name].items()},
+            {v: results["runs"][key_of(o)] for v, o in EXPERIMENTS[name].items()},
         )
+
+
+def key_of(options: dict[str, Any]) -> str:
+    """What a run is found by: all its settings."""
+    return json.dumps({**COMMON, **options}, sort_keys=True)
 
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +117,7 @@ def _real_questions():
 
 
 def _c4() -> list[str]:
-    return read_corpus(setting.C4, 10**6)[: -setting.DRIFT_DOCUMENTS]
+    return setting.c4_documents()[0]
 
 
 TEXTS = {

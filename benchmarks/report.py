@@ -56,7 +56,7 @@ def sweeps() -> str:
     runs = json.loads(experiments.RESULTS.read_text(encoding="utf-8"))["runs"]
     parts = []
     for name, variants in experiments.EXPERIMENTS.items():
-        keys = {v: json.dumps({**experiments.COMMON, **o}, sort_keys=True) for v, o in variants.items()}
+        keys = {v: experiments.key_of(o) for v, o in variants.items()}
         done = {v: runs[key] for v, key in keys.items() if key in runs}
         if len(done) < 2:
             continue

@@ -15,6 +15,7 @@ EXAMPLES = HERE.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import models  # noqa: E402 (examples/models.py)
+import score  # noqa: E402 (examples/score.py)
 
 import peft_cast  # noqa: E402
 from peft_cast.pair import open_pair  # noqa: E402
@@ -79,7 +80,7 @@ def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 
     `$PEFT_CAST_BENCH_DATA` (`ag_news_test.jsonl`, one {"text", "label"} a line), `../shared/data` by default.
     """
     if task == "gsm8k":
-        data, prompt, answer = EXAMPLES / "data" / "gsm8k_test_200.jsonl", "Question: {question}\nAnswer:", " {answer}"
+        data, prompt, answer = score.PROBLEMS, score.PROMPT, score.ANSWER
         found = [peft_cast.AnswerLikelihood("GSM8K likelihood", data, prompt, answer, limit=likelihood)]
         if generate:
             found.append(
@@ -88,7 +89,7 @@ def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 
                     data,
                     prompt,
                     answer,
-                    r"#### *(-?[\d.,]*\d)",
+                    score.NUMBER,
                     limit=generate,
                     batch_size=48,
                     metric="in_format",  # models of this size are hardly ever right

@@ -58,7 +58,7 @@ def make(row: str, seed: int, source, target, args) -> Path | None:
     if (folder / "adapter_config.json").exists():
         return folder
     print(f"\n{row}, seed {seed}", flush=True)
-    # Reading and writing the folder in one go: a killed run leaves no half-made adapter behind.
+    # A rename in the end: a killed run leaves no half-made adapter behind.
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     paths = source.folder(), source.adapter(args.task, args.modules), target.folder()

@@ -6,7 +6,6 @@ python examples/score.py --model FOLDER --adapter translated=FOLDER --adapter re
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import peft_cast
@@ -14,6 +13,7 @@ import peft_cast
 
 HERE = Path(__file__).parent
 PROMPT, ANSWER = "Question: {question}\nAnswer:", " {answer}"
+PROBLEMS = HERE / "data" / "gsm8k_test_200.jsonl"
 NUMBER = r"#### *(-?[\d.,]*\d)"
 
 
@@ -28,18 +28,19 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="JSON file")
     args = parser.parse_args()
 
-    data = HERE / "data" / "gsm8k_test_200.jsonl"
-    tasks = [peft_cast.AnswerLikelihood("likelihood", data, PROMPT, ANSWER, limit=args.problems)]
+    tasks = [peft_cast.AnswerLikelihood("likelihood", PROBLEMS, PROMPT, ANSWER, limit=args.problems)]
     if args.generate:
         tasks.append(
-            peft_cast.Generation("generation", data, PROMPT, ANSWER, NUMBER, args.max_new_tokens, limit=args.generate)
+            peft_cast.Generation(
+                "generation", PROBLEMS, PROMPT, ANSWER, NUMBER, args.max_new_tokens, limit=args.generate
+            )
         )
     c4 = peft_cast.text.read_corpus(HERE / "data" / "c4_en_400.jsonl", 400)
     evaluation = peft_cast.evaluate(
         args.model, dict(adapter.split("=", 1) for adapter in args.adapter), tasks,
         retrained=args.retrained, drift_text=c4[-24:],
     )  # fmt: skip
-    Path(args.output).write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
+    evaluation.save(args.output)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .align import ModuleMap, map_layers, map_modules
+from .align import map_layers, map_modules
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
 from .models import (
     LoraKernel,
     adapted_source,
     default_device,
+    layer_count,
     load_model,
     load_source,
     read_kernels,
@@ -35,7 +36,7 @@ from .models import (
 from .pair import map_by_similarity, open_pair, read_texts
 from .phases import Phases
 from .result import TranslationResult
-from .translate import anchor_count, target_share
+from .translate import target_share
 
 
 def direct_copy(
@@ -60,10 +61,11 @@ def direct_copy(
         ValueError: If no module's shapes fit.
     """
     source, target, kernels = _load(source, adapter, target, device, dtype)
-    depth = min(_layers(source), _layers(target))
+    depth = min(layer_count(source), layer_count(target))
     modules = map_modules(kernels, target, {layer: layer for layer in range(depth)})
     factors = {}
-    for name, (kernel, *_) in _kernels_on(modules, kernels).items():
+    for name, sources in modules.kernels.items():
+        kernel = kernels[sources[0]]  # layers are mapped one to one
         if (kernel.B.shape[0], kernel.A.shape[1]) == _weight(target, name).shape:
             factors[name] = (kernel.A, kernel.scaling * kernel.B)
     if not factors:
@@ -105,7 +107,7 @@ def cross_lora(
     if depth_map == "similarity":
         raise ValueError("Cross-LoRA reads no text, so `depth_map='similarity'` is not possible: pass a mapping.")
     source, target, kernels = _load(source, adapter, target, device, dtype)
-    modules = map_modules(kernels, target, map_layers(_layers(source), _layers(target), depth_map), module_map)
+    modules = map_modules(kernels, target, map_layers(layer_count(source), layer_count(target), depth_map), module_map)
     factors = {}
     for name, sources in modules.kernels.items():
         U_T, V_T = _subspaces(_weight(target, name), rank)
@@ -170,7 +172,7 @@ def distill_lora(
         with phases.measure("text"):
             texts = read_texts(
                 pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
-                anchors=anchor_count(steps, batch_size, gamma), max_length=max_length, seed=seed, bar=bar,
+                anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar,
             )  # fmt: skip
         if pair_options.get("depth_map") == "similarity":
             pair = map_by_similarity(pair, texts.fit, pair_options.get("module_map"))
@@ -246,14 +248,6 @@ def _load(source, adapter, target, device, dtype) -> tuple[PreTrainedModel, PreT
     with untouched(source), adapted_source(source, adapter) as adapted:
         kernels = read_kernels(adapted)
     return source, target, kernels
-
-
-def _kernels_on(modules: ModuleMap, kernels: Mapping[str, LoraKernel]) -> dict[str, list[LoraKernel]]:
-    return {name: [kernels[source] for source in sources] for name, sources in modules.kernels.items()}
-
-
-def _layers(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().num_hidden_layers
 
 
 def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,6 +245,11 @@ def _first_line(error: Exception) -> str:
     return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
 
 
+def layer_count(model: PreTrainedModel) -> int:
+    """Number of decoder layers."""
+    return model.config.get_text_config().num_hidden_layers
+
+
 @contextmanager
 def untouched(*models: PreTrainedModel) -> Iterator[None]:
     """Freeze the models and put them in eval mode; afterwards restore every mode, requires_grad flag and setting."""
@@ -306,22 +311,18 @@ def shared_head(model: PreTrainedModel, token_ids: torch.Tensor) -> Iterator[Non
         model.set_output_embeddings(head)
 
 
-@contextmanager
-def contiguous_head(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def contiguous_head(model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:
     """Within the context the head reads contiguous hidden states.
 
     transformers gives it a slice (the last positions). `F.linear` on such a slice may fall back to a batched product that
     copies the whole head once per row: minutes instead of seconds for a large vocabulary on a CPU.
     """
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    try:
-        yield
-    finally:
-        handle.remove()
+    return _before_head(model, torch.Tensor.contiguous)
 
 
-@contextmanager
-def logits_at(model: PreTrainedModel | PeftModel, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[None]:
+def logits_at(
+    model: PreTrainedModel | PeftModel, rows: torch.Tensor, positions: torch.Tensor
+) -> AbstractContextManager[None]:
     """Within the context the model's logits are those of some positions alone, shape (m, vocabulary).
 
     The head costs as much as many layers and is not needed where nothing is compared (prompts, padding).
@@ -329,7 +330,13 @@ def logits_at(model: PreTrainedModel | PeftModel, rows: torch.Tensor, positions:
     Args:
         rows, positions (`torch.Tensor`): Index of the m positions in the batch, int64.
     """
-    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][rows, positions],))
+    return _before_head(model, lambda states: states[rows, positions])
+
+
+@contextmanager
+def _before_head(model: PreTrainedModel | PeftModel, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within the context the head reads `change(hidden states)`."""
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (change(args[0]),))
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ from .models import (
     LoraKernel,
     adapted_source,
     default_device,
+    layer_count,
     load_model,
     load_source,
     load_tokenizer,
@@ -122,8 +123,8 @@ def open_pair(
         adapted = stack.enter_context(adapted_source(source, adapter, adapter_revision))
         adapted.eval()
         kernels = read_kernels(adapted)
-        counts = [model.config.get_text_config().num_hidden_layers for model in (source, target)]
-        layers = map_layers(*counts, "proportional" if depth_map == "similarity" else depth_map)
+        proportional = "proportional" if depth_map == "similarity" else depth_map
+        layers = map_layers(layer_count(source), layer_count(target), proportional)
         modules = map_modules(kernels, target, layers, module_map)
         vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
         yield Pair(source, adapted, target, tokenizers, kernels, modules, vocabulary, device)
@@ -173,7 +174,7 @@ def read_texts(
     train: int,
     held_out: int,
     fit: int,
-    anchors: int = 0,
+    anchored: bool = False,
     max_length: int = 256,
     seed: int = 0,
     bar: Callable = lambda items, **_: items,
@@ -185,8 +186,9 @@ def read_texts(
         text: What is imitated on: anything `translate(text=...)` takes.
         fit_text: General text for the closed form and the anchors. When `None`: C4 if the models write `text` themselves,
             else `text` serves the closed form too and there are no anchors.
-        train, held_out, fit, anchors (`int`): The most texts of each kind. Anchors follow those of the closed form; if
-            the text ends before, they are the same.
+        train, held_out, fit (`int`): The most texts of each kind.
+        anchored (`bool`): Whether to read anchors: as many as the texts to train on can use, at most 512. They follow the
+            texts of the closed form; if the text ends before, they are the same.
         max_length (`int`): Most tokens per text and model.
         seed (`int`): Seed of what the models write.
         bar: Wrapper around batches that shows progress, e.g. `tqdm`.
@@ -220,6 +222,7 @@ def read_texts(
     kept_out = min(held_out, len(pairs) // 3 or 1)
     evaluation, training = pairs[:kept_out], pairs[kept_out:]
     seen = set(evaluation)
+    anchors = min(512, max(1, train // ANCHOR_EVERY)) if anchored else 0
     general = read_text(fit_text, fit + anchors + held_out, write) if fit_text is not None else []
     fitting = [pair for pair in align(general) if pair not in seen][:fit] if fit_text is not None else training[:fit]
     # Half the length: many short stretches of general text say more than a few long ones.

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import layer_pairs
 from .fit import ClosedForm, Teacher, TeacherSettings, TrainingTexts, fit_closed_form, imitate
-from .fit.batches import ANCHOR_EVERY
 from .models import shared_head, unload_adapters
 from .pair import Pair, map_by_similarity, open_pair, read_texts
 from .phases import Phases
@@ -148,7 +147,7 @@ def translate(
         with phases.measure("text"):
             texts = read_texts(
                 pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
-                anchors=anchor_count(steps, batch_size, gamma), max_length=max_length, seed=seed, bar=bar,
+                anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar,
             )  # fmt: skip
         if depth_map == "similarity":
             with phases.measure("closed_form"):
@@ -205,11 +204,6 @@ def translate(
     if output_dir is not None:
         result.save_pretrained(output_dir)
     return result
-
-
-def anchor_count(steps: int, batch_size: int, gamma: float) -> int:
-    """Anchors worth reading: as many as the steps can use, at most 512."""
-    return min(512, max(1, steps * batch_size // ANCHOR_EVERY)) if gamma else 0
 
 
 def target_share(teacher: str | float) -> float:

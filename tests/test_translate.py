@@ -209,7 +209,7 @@ def test_anchors_hold_the_target_in_place(source_folder, lora_folder, target_fol
 
 def test_held_out_texts_are_read_by_nothing_else(source_folder, lora_folder, target_folder):
     with open_pair(source_folder, lora_folder, target_folder) as pair:
-        counts = {"train": 20, "held_out": 6, "fit": 10, "anchors": 8, "max_length": 64}
+        counts = {"train": 20, "held_out": 6, "fit": 10, "anchored": True, "max_length": 64}
         same = read_texts(pair, TEXTS[:40], TEXTS[:40], **counts)
         twice = read_texts(pair, [*TEXTS[:20], *TEXTS[:20]], TEXTS[40:], **counts)
     assert len(same.held_out) == 6 and not set(same.held_out) & {*same.train, *same.fit}
