@@ -98,13 +98,19 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
 
 def unload_adapters(model: PreTrainedModel) -> None:
     """Put the plain modules of an injected model back, also when the injection stopped halfway."""
+    replaced: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
+        if name.startswith(replaced):
+            continue  # wrappers lie in wrappers (trained tokens, several parameters of one module)
         if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
+            plain = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save and trained token embeddings
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.original_module)
+            plain = module.original_module
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+        replaced += (f"{name}.",)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         model.__dict__.pop(attribute, None)
 

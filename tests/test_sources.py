@@ -103,6 +103,7 @@ EXACT = {
     "HRA": (peft.HRAConfig(r=4, target_modules=FEW), 4),
     "DeLoRA": (peft.DeloraConfig(r=4, target_modules=FEW), 4),
     "MiSS": (peft.MissConfig(r=4, target_modules=FEW), 4),
+    "VB-LoRA": (peft.VBLoRAConfig(r=4, num_vectors=16, vector_length=16, target_modules=FEW), 4),
     "TinyLoRA": (peft.TinyLoraConfig(r=4, target_modules=FEW), 4),
 }
 # Kinds whose weight change has full rank.
@@ -118,7 +119,6 @@ APPROXIMATED = {
     "HiRA": peft.HiraConfig(r=4, target_modules=FEW),
     "C3A": peft.C3AConfig(block_size=16, target_modules=FEW),
     "WaveFT": peft.WaveFTConfig(n_frequency=64, target_modules=FEW),
-    "VB-LoRA": peft.VBLoRAConfig(r=4, num_vectors=16, vector_length=16, target_modules=FEW),
 }
 # What no kernel holds: configuration and what is said of it.
 REPORTED = {
@@ -188,7 +188,7 @@ def kernels_alone(source, adapter, **options) -> torch.Tensor:
 @pytest.mark.parametrize("kind", [kind for kind in EXACT if kind != "layer_replication"])
 def test_exact_kinds_are_recovered_on_the_same_model(kind, source, byte_tokenizer, tmp_path):
     config, rank = EXACT[kind]
-    adapter = save_adapter(source, config, tmp_path)
+    adapter = save_adapter(source, config, tmp_path, size=0.4 if kind in ("AdaLoRA", "VeRA") else 0.1)
     expected, before = from_file(source, adapter), snapshot(source)
     assert (outputs(source) - expected).abs().max() > 0.1
     torch.testing.assert_close(kernels_alone(source, adapter), expected, rtol=1e-3, atol=1e-3)
@@ -285,10 +285,10 @@ def test_leading_directions_of_a_large_delta_are_those_of_the_full_decomposition
     spectrum = torch.linspace(0, -6, 900, dtype=torch.float64).exp()
     left, right = (torch.linalg.qr(torch.randn(n, 900, dtype=torch.float64)).Q for n in (1000, 900))
     delta = (left * spectrum) @ right.T
-    U, S, Vh = _leading(delta, 10)  # a tenth of the sides or less: by iteration
-    best = (left[:, :10] * spectrum[:10]) @ right[:, :10].T
+    U, S, Vh = _leading(delta, 64)  # few of many: by iteration
+    best = (left[:, :64] * spectrum[:64]) @ right[:, :64].T
     least = (delta - best).norm()
-    assert S.shape == (10,) and (delta - (U * S) @ Vh).norm() < 1.001 * least
+    assert S.shape == (64,) and (delta - (U * S) @ Vh).norm() < 1.001 * least
 
 
 @pytest.mark.parametrize("kind", REPORTED)

@@ -30,7 +30,7 @@ from ..models import LoraKernel
 # A measured delta whose rank is at most EXACT_UP_TO is kept whole, any other is cut to DEFAULT_RANK or twice the LoRA's.
 EXACT_UP_TO, DEFAULT_RANK = 64, 16
 # Relative error below which a cut loses nothing but rounding.
-_EXACT = 1e-6
+_EXACT = 1e-5
 
 
 @dataclass(frozen=True)
@@ -231,12 +231,13 @@ def _measure(
             f"The effect of the adapter on '{name}' ({type(module).__name__}) could not be measured, so it cannot be "
             f"translated: convert it to a LoRA first. ({str(error).splitlines()[0]})"
         ) from error
-    if off.norm() > 1e-3 * (x @ delta.T).norm():
+    noise = 1e-7 * weight.norm().double()  # some methods compute in float32
+    if off.norm() > 1e-3 * (x @ delta.T).norm() + noise * x.norm():
         raise ValueError(
             f"The effect of the adapter on '{name}' ({type(module).__name__}) is not linear in the module's input, so no "
             "fixed matrix expresses it and it cannot be translated."
         )
-    return delta, bias
+    return delta * (delta.norm() > noise), bias * (bias.norm() > noise)
 
 
 def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[LoraKernel, float]:
@@ -269,7 +270,7 @@ def _leading(delta: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torc
     """
     if count is None or 8 * count > min(delta.shape):
         return torch.linalg.svd(delta, full_matrices=False)
-    start = torch.randn(delta.shape[1], count + 8, dtype=delta.dtype, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(delta.shape[1], 2 * count, dtype=delta.dtype, generator=torch.Generator().manual_seed(0))
     Q = start.to(delta.device)
     for _ in range(8):
         Q = torch.linalg.qr(delta.T @ torch.linalg.qr(delta @ Q).Q).Q
