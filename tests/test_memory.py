@@ -112,12 +112,12 @@ def test_translations_share_a_cache(source_folder, lora_folder, target_folder, t
     folders = source_folder, lora_folder, target_folder
     alone = peft_cast.translate(*folders, **options, progress=False)
     peft_cast.translate(*folders, **options, cache_dir=tmp_path, progress=False)
-    monkeypatch.setattr(TeacherMemory, "_write", lambda *_: pytest.fail("a text was made again"))
-    monkeypatch.setattr("peft_cast.pair.fit_closed_form", lambda *_, **__: pytest.fail("fitted again"))
-    cached = peft_cast.translate(*folders, **options, cache_dir=tmp_path, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(TeacherMemory, "_write", lambda *_: pytest.fail("a text was made again"))
+        patch.setattr("peft_cast.pair.fit_closed_form", lambda *_, **__: pytest.fail("fitted again"))
+        cached = peft_cast.translate(*folders, **options, cache_dir=tmp_path, progress=False)
     assert cached.metrics["kl"]["translated"] == pytest.approx(alone.metrics["kl"]["translated"], rel=1e-4)
     assert cached.metrics["closed_form"] == alone.metrics["closed_form"]
-    monkeypatch.undo()
     for file in tmp_path.glob("closed_form_*"):
         file.write_bytes(b"broken")
     mended = peft_cast.translate(*folders, **options, cache_dir=tmp_path, progress=False)
