@@ -30,7 +30,7 @@ from .models import (
     unload_adapters,
     untouched,
 )
-from .pair import map_by_similarity, open_pair, read_texts
+from .pair import map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .result import TranslationResult
 from .source import adapted_source, load_source
@@ -141,6 +141,7 @@ def distill_lora(
     max_length: int = 256,
     gamma: float = 1.0,
     teacher: str | float = "source",
+    cache_dir: str | Path | None = None,
     seed: int = 0,
     output_dir: str | Path | None = None,
     training_args: Mapping[str, Any] | None = None,
@@ -153,8 +154,8 @@ def distill_lora(
 
     Args:
         source, adapter, target: As in `translate`.
-        text, fit_text, fit_samples, eval_samples, steps, batch_size, max_length, gamma, teacher, seed, output_dir,
-            training_args, progress: As in `translate`. `fit_text` gives the anchors, after its first `fit_samples`
+        text, fit_text, fit_samples, eval_samples, steps, batch_size, max_length, gamma, teacher, cache_dir, seed,
+            output_dir, training_args, progress: As in `translate`. `fit_text` gives the anchors, after its first `fit_samples`
             documents, so that both read the same.
         r (`int`, *optional*): Rank; by default that of the kernels which a translation would stack on one module.
         learning_rate (`float`): Peak learning rate of AdamW, an absolute one here.
@@ -180,14 +181,15 @@ def distill_lora(
         stacked = [sum(len(pair.kernels[s].A) for s in sources) for sources in pair.modules.kernels.values()]
         r = r or max(stacked)
         torch.manual_seed(seed)
+        memory = teacher_memory(pair, settings, cache_dir)
         config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(pair.modules.kernels), task_type="CAUSAL_LM")
         try:
             model = get_peft_model(pair.target, config).eval()
             ids = pair.vocabulary
             with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
                 kl, history = imitate(
-                    model, Teacher(pair.adapted, settings), TrainingTexts(texts.train, texts.anchors), texts.held_out,
-                    batch_size, phases, steps=steps, learning_rate=learning_rate, relative_steps=False, seed=seed,
+                    model, Teacher(pair.adapted, settings, memory=memory), TrainingTexts(texts.train, texts.anchors),
+                    texts.held_out, batch_size, phases, steps=steps, learning_rate=learning_rate, relative_steps=False, seed=seed,
                     output_dir=output_dir, training_args=training_args, progress=progress,
                 )  # fmt: skip
         except BaseException:

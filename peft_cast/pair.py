@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,16 @@ from .align import (
     monotone_map,
     shared_vocabulary,
 )
-from .fit import collate_pairs
+from .fit import (
+    ClosedForm,
+    TeacherMemory,
+    TeacherSettings,
+    collate_pairs,
+    fingerprint,
+    fit_closed_form,
+    load_closed_form,
+    save_closed_form,
+)
 from .fit.batches import ANCHOR_EVERY, side_of
 from .fit.capture import layer_outputs
 from .models import (
@@ -162,6 +172,48 @@ def map_by_similarity(
             states[side] = [outputs[path][rows, at].cpu() for path in layer_paths(model)]
     layers = monotone_map(linear_cka(states["source"], states["target"]))
     return replace(pair, modules=map_modules(pair.kernels, pair.target, layers, module_map))
+
+
+def fitted(
+    pair: Pair, texts: Sequence[AlignedPair], cache_dir: str | Path | None, *, progress: Callable, **options: Any
+) -> ClosedForm:
+    """The closed form of the pair on some texts: from the cache if it is there, else fitted and put there.
+
+    Args:
+        pair: The models; the source's adapter must be disabled.
+        texts: General texts.
+        cache_dir: The folder; nothing is kept when `None`.
+        progress, options: As in `fit_closed_form`.
+    """
+    file = None
+    if cache_dir is not None:
+        ids = (pair.vocabulary.source_ids, pair.vocabulary.target_ids)
+        key = f"{fingerprint(pair.adapted, pair.target, extra=ids)} {pair.modules.kernels} {texts} {options}"
+        file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        try:
+            return load_closed_form(file)
+        except (FileNotFoundError, ValueError):  # not there, or broken: fitted anew
+            pass
+    fit = fit_closed_form(
+        pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, progress=progress, **options
+    )
+    if file is not None:
+        save_closed_form(fit, file)
+    return fit
+
+
+def teacher_memory(pair: Pair, settings: TeacherSettings, folder: str | Path | None) -> TeacherMemory | None:
+    """Where the teacher's predictions are kept, between runs too if there is a folder; `None` if they are not kept.
+
+    To be made before the target gets its adapter: the files' names tell models, adapters and settings apart.
+    """
+    if not settings.top_k:
+        return None
+    identity = ""
+    if folder is not None:
+        ids = (pair.vocabulary.source_ids, pair.vocabulary.target_ids)
+        identity = f"{fingerprint(pair.adapted, pair.target, extra=ids)} {settings.target_share}"
+    return TeacherMemory(settings.top_k, settings.temperature, folder, identity)
 
 
 def _rows(model: PreTrainedModel) -> int:

@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import layer_pairs
-from .fit import ClosedForm, Teacher, TeacherSettings, TrainingTexts, fit_closed_form, imitate
+from .fit import ClosedForm, Teacher, TeacherSettings, TrainingTexts, imitate
 from .models import shared_head, unload_adapters
-from .pair import Pair, map_by_similarity, open_pair, read_texts
+from .pair import Pair, fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .result import TranslationResult
 from .tuner import CastConfig, KernelSpec
@@ -41,6 +41,8 @@ def translate(
     gamma: float = 1.0,
     temperature: float = 1.0,
     teacher: Literal["source", "delta"] | float = "source",
+    teacher_top_k: int | None = 128,
+    cache_dir: str | Path | None = None,
     depth_map: str | Mapping[int, int] = "proportional",
     module_map: Mapping[str, str] | None = None,
     projection_type: Literal["factored", "full"] = "factored",
@@ -96,6 +98,10 @@ def translate(
         temperature (`float`): Temperature of the KL divergence.
         teacher: `"source"` imitates the adapted source model; `"delta"` adds only what the LoRA changes to the
             target's own prediction; a number from 0 (`source`) to 1 (`delta`) mixes them.
+        teacher_top_k (`int`, *optional*): The teacher's predictions are made once per text and kept as so many likeliest
+            tokens and the mass of all others. `None` makes them anew in every epoch and compares the whole vocabulary.
+        cache_dir: Where the closed form and the teacher's predictions are kept for further runs on the same models,
+            adapter and text, e.g. with other steps or losses; nowhere when `None`.
         depth_map: `"proportional"`; `"similarity"`, the order-keeping map of the largest linear CKA between hidden states;
             or a mapping of source layers to target layers.
         module_map: Source module name → target module name (last parts, e.g. `{"fc1": "up_proj"}`) where names differ
@@ -128,7 +134,7 @@ def translate(
         OSError: If a model, adapter or corpus cannot be reached.
         FloatingPointError: If the loss becomes NaN or infinite.
     """
-    settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher))
+    settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher), teacher_top_k)
     check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
@@ -160,15 +166,16 @@ def translate(
             with phases.measure("closed_form"):
                 pair = map_by_similarity(pair, texts.fit, module_map)
         with phases.measure("closed_form"), pair.adapted.disable_adapter():
-            closed_form = fit_closed_form(
-                pair.source, pair.target, texts.fit, pair.vocabulary, pair.kernels, pair.modules,
-                batch_size=batch_size, ridge=ridge, hidden=beta > 0, progress=partial(bar, desc="closed form"),
+            closed_form = fitted(
+                pair, texts.fit, cache_dir, batch_size=batch_size, ridge=ridge, hidden=beta > 0,
+                progress=partial(bar, desc="closed form"),
             )  # fmt: skip
+        memory = teacher_memory(pair, settings, cache_dir)
         config = _config(pair, projection_type, projection_size, source_revision, adapter, adapter_revision)
         try:
             model = _install(pair, config, adapter_name, closed_form, gain, target_revision)
             hidden = {path: (layer_pairs(pair.modules)[path], m) for path, m in closed_form.hidden_maps.items()}
-            teacher_at_work = Teacher(pair.adapted, settings, hidden)
+            teacher_at_work = Teacher(pair.adapted, settings, hidden, memory)
             ids = pair.vocabulary
             with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
                 kl, history = imitate(

@@ -37,8 +37,14 @@ class TrainingTexts(Dataset):
 
 
 def collate_items(items: Sequence[tuple[AlignedPair, AlignedPair | None]]) -> dict[str, torch.Tensor]:
-    """Pad items of `TrainingTexts` to one batch."""
-    return collate_pairs([pair for pair, _ in items], [anchor for _, anchor in items if anchor is not None])
+    """Pad items of `TrainingTexts` to one batch; under `texts` lie the texts themselves, (pairs, anchors)."""
+    texts = [pair for pair, _ in items], [anchor for _, anchor in items if anchor is not None]
+    return {**collate_pairs(*texts), "texts": texts}
+
+
+def anchor_positions(anchor: AlignedPair) -> tuple[int, ...]:
+    """Where an anchor is compared: at every second position, because neighbours say much the same and the head is dear."""
+    return anchor.target_positions[::2]
 
 
 def collate_pairs(pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] = ()) -> dict[str, torch.Tensor]:
@@ -57,14 +63,18 @@ def collate_pairs(pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] =
     batch = {}
     for side, texts in (("source", pairs), ("target", [*pairs, *anchors])):
         ids = [torch.tensor(getattr(pair, f"{side}_ids")) for pair in texts]
-        batch[f"{side}_input_ids"] = pad_sequence(ids, batch_first=True)
-        batch[f"{side}_attention_mask"] = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+        batch[f"{side}_input_ids"] = _pad(ids)
+        batch[f"{side}_attention_mask"] = _pad([torch.ones_like(i) for i in ids])
         batch[f"{side}_positions"] = torch.tensor([p for pair in pairs for p in getattr(pair, f"{side}_positions")])
-    batch["rows"] = torch.tensor([row for row, pair in enumerate(pairs) for _ in pair.source_positions])
-    kept = [pair.target_positions[::2] for pair in anchors]  # neighbours say much the same, and the head is dear
+    batch["rows"] = torch.tensor([row for row, p in enumerate(pairs) for _ in p.source_positions], dtype=torch.long)
+    kept = [anchor_positions(anchor) for anchor in anchors]
     batch["anchor_rows"] = torch.tensor([len(pairs) + row for row, p in enumerate(kept) for _ in p], dtype=torch.long)
     batch["anchor_positions"] = torch.tensor([p for positions in kept for p in positions], dtype=torch.long)
     return batch
+
+
+def _pad(ids: Sequence[torch.Tensor]) -> torch.Tensor:
+    return pad_sequence(ids, batch_first=True) if ids else torch.zeros(0, 0, dtype=torch.long)
 
 
 def side_of(

@@ -15,10 +15,11 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from ..align import AlignedPair
 from ..models import logits_at
 from ..phases import Phases
-from .batches import TrainingTexts, anchors_of, collate_items, collate_pairs, side_of
+from .batches import TrainingTexts, anchor_positions, anchors_of, collate_items, collate_pairs, side_of
 from .capture import layer_outputs
 from .closed_form import with_bias
 from .losses import kl_divergence, mix_logits, normalised_mse
+from .memory import Likeliest, TeacherMemory
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class TeacherSettings:
         temperature (`float`): Temperature of the KL divergence.
         target_share (`float`): 0 is the `source` teacher (the source model with its LoRA), 1 the `delta` teacher (the
             target's own prediction changed by what the LoRA changes in the source); values between mix them.
+        top_k (`int`, *optional*): Predictions are made once per text and kept as their `top_k` likeliest tokens and the
+            mass of all others, 6 bytes a token. `None` makes them anew each time and compares the whole vocabulary, as
+            does the hidden-state loss.
     """
 
     alpha: float = 1.0
@@ -40,6 +44,7 @@ class TeacherSettings:
     gamma: float = 0.0
     temperature: float = 1.0
     target_share: float = 0.0
+    top_k: int | None = 128
 
 
 class Teacher:
@@ -49,6 +54,7 @@ class Teacher:
         source (`PeftModel`): The source model with its LoRA.
         settings (`TeacherSettings`): The losses.
         hidden_maps: Path of each target layer → (path of its source layer, map from source state and 1 to target state).
+        memory (`TeacherMemory`, *optional*): Where predictions are kept; one of its own when not given.
     """
 
     def __init__(
@@ -56,9 +62,13 @@ class Teacher:
         source: PeftModel,
         settings: TeacherSettings,
         hidden_maps: Mapping[str, tuple[str, torch.Tensor]] | None = None,
+        memory: TeacherMemory | None = None,
     ) -> None:
         self.source, self.settings = source, settings
         self.hidden_maps = dict(hidden_maps or {}) if settings.beta else {}
+        self.memory = None
+        if settings.top_k and not self.hidden_maps:  # hidden states are too large to keep
+            self.memory = memory or TeacherMemory(settings.top_k, settings.temperature)
         self.layers = {"source": {path for path, _ in self.hidden_maps.values()}, "target": set(self.hidden_maps)}
 
     def _run(self, model, base, batch: dict, side: str, anchors: bool = False) -> tuple[torch.Tensor, dict]:
@@ -86,6 +96,31 @@ class Teacher:
 
         At the anchors the untouched target is its own teacher.
         """
+        logits, states = self._imitated(target, batch)
+        if len(batch["anchor_rows"]):
+            logits = torch.cat([logits.float(), self._own_anchors(target, batch).float()])
+        return logits, states
+
+    def remembered(self, target: PeftModel, pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair]) -> Likeliest:
+        """The likeliest tokens of `goals` at the m + a positions, made once per text."""
+        counts = [len(pair.target_positions) for pair in pairs]
+        parts = [
+            self.memory.recall(
+                "teacher", pairs, counts, lambda absent: self._imitated(target, collate_pairs(absent))[0]
+            )
+        ]
+        if anchors:
+            counts = [len(anchor_positions(anchor)) for anchor in anchors]
+            parts.append(
+                self.memory.recall(
+                    "target", anchors, counts, lambda absent: self._own_anchors(target, collate_pairs([], absent))
+                )
+            )
+        return Likeliest.cat(parts).to(target.device)
+
+    @torch.no_grad()
+    def _imitated(self, target: PeftModel, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Teacher logits (m, vocabulary) and hidden states at the aligned positions."""
         share, device = self.settings.target_share, target.device
         source = (self.source, self.source.get_base_model(), batch, "source")
         adapted, adapted_states = self._run(*source)
@@ -94,12 +129,8 @@ class Teacher:
             with self.source.disable_adapter():
                 plain, plain_states = self._run(*source)
             with target.disable_adapter():
-                own, own_states = self.student(target, target, batch)
-            m = len(adapted)
-            logits = torch.cat([mix_logits(logits, plain.to(device), own[:m], share), own[m:].float()])
-        elif len(batch["anchor_rows"]):
-            with target.disable_adapter():
-                logits = torch.cat([logits, self._own_anchors(target, batch)])
+                own, own_states = self._run(target, target.get_base_model(), batch, "target")
+            logits = mix_logits(logits, plain.to(device), own, share)
         states = {}
         for path, (source_path, weight) in self.hidden_maps.items():
             weight = weight.to(device)
@@ -111,12 +142,13 @@ class Teacher:
         return logits, states
 
     @staticmethod
+    @torch.no_grad()
     def _own_anchors(target: PeftModel, batch: dict) -> torch.Tensor:
-        """Logits (a, vocabulary) of the target at the anchors, whose rows are the last ones."""
+        """Logits (a, vocabulary) of the untouched target at the anchors, whose rows are the last ones."""
         rows, positions = anchors_of(batch, target.device)
         first = int(rows[0])
         inputs = {name: batch[f"target_{name}"][first:].to(target.device) for name in ("input_ids", "attention_mask")}
-        with logits_at(target.get_base_model(), rows - first, positions):
+        with target.disable_adapter(), logits_at(target.get_base_model(), rows - first, positions):
             return target(**inputs, use_cache=False).logits
 
     @torch.no_grad()
@@ -163,9 +195,14 @@ class CastTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         settings = self.teacher.settings
         base = self.accelerator.unwrap_model(model)
-        goal, goal_states = self.teacher.goals(base, inputs)
-        logits, states = self.teacher.student(model, base, inputs)
-        divergence = kl_divergence(goal, logits, settings.temperature)
+        if self.teacher.memory is not None:
+            goal, goal_states = self.teacher.remembered(base, *inputs["texts"]), {}
+            logits, states = self.teacher.student(model, base, inputs)
+            divergence = goal.kl_divergence(logits, settings.temperature)
+        else:
+            goal, goal_states = self.teacher.goals(base, inputs)
+            logits, states = self.teacher.student(model, base, inputs)
+            divergence = kl_divergence(goal, logits, settings.temperature)
         aligned = len(inputs["rows"])
         kl = divergence[:aligned].mean()
         loss = settings.alpha * kl

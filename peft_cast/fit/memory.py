@@ -1,0 +1,166 @@
+"""What the teacher says, kept: the same text is read in every epoch, and in every run of a series."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..align import AlignedPair
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """Predictions at n positions, cut to the k likeliest tokens and the mass of all others.
+
+    Args:
+        tokens (`torch.Tensor`): Shape (n, k), int32.
+        log_p (`torch.Tensor`): Their log-probabilities and, last, that of all the other tokens together, shape (n, k + 1),
+            float16: 6 bytes a token in all.
+    """
+
+    tokens: torch.Tensor
+    log_p: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> Likeliest:
+        """The k likeliest of logits (n, vocabulary), at a temperature."""
+        log_p, tokens = (logits.float() / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+        rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-6).log()
+        return cls(tokens.to(torch.int32), torch.cat([log_p, rest], dim=-1).to(torch.float16))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Likeliest]) -> Likeliest:
+        return cls(torch.cat([p.tokens for p in parts]), torch.cat([p.log_p for p in parts]))
+
+    def split(self, sizes: Sequence[int]) -> list[Likeliest]:
+        # Clones: a slice would keep the whole batch alive.
+        return [Likeliest(t.clone(), p.clone()) for t, p in zip(self.tokens.split(sizes), self.log_p.split(sizes))]
+
+    def to(self, device: torch.device) -> Likeliest:
+        return Likeliest(self.tokens.to(device), self.log_p.to(device))
+
+    def kl_divergence(self, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """`T² KL(these ‖ softmax(student / T))` in nats at each position, all other tokens taken as one.
+
+        Never more than the KL over the whole vocabulary, and equal to it where the others are in the teacher's proportion.
+
+        Args:
+            student (`torch.Tensor`): Logits (n, vocabulary).
+            temperature (`float`): The temperature T at which the teacher was cut.
+
+        Returns:
+            `torch.Tensor`: Shape (n,).
+        """
+        student = student.float() / temperature
+        tokens, log_p = self.tokens.long(), self.log_p.float()
+        log_q = student.gather(-1, tokens)
+        rest = student.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
+        if tokens.shape[-1] == student.shape[-1]:  # no others: their mass is rounding
+            log_p, log_q = log_p[:, :-1], log_q.log_softmax(-1)
+        else:
+            log_q = torch.cat([log_q, rest], dim=-1)
+            log_q = log_q - log_q.logsumexp(-1, keepdim=True)
+        return (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
+
+
+class TeacherMemory:
+    """Predictions by text, made at first sight and kept.
+
+    Args:
+        k (`int`): How many of the likeliest tokens are kept at each position.
+        temperature (`float`): The temperature of the predictions.
+        folder: Where they are kept between runs too, one safetensors file per text; only in memory when `None`.
+        identity (`str`): What else decides the predictions (models, adapter, vocabulary); part of the files' names.
+        limit (`int`): The most bytes kept in memory; what does not fit is made anew (or read from `folder`) each time.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        temperature: float = 1.0,
+        folder: str | Path | None = None,
+        identity: str = "",
+        limit: int = 2**31,
+    ) -> None:
+        self.k, self.temperature, self.identity, self.limit = k, temperature, identity, limit
+        self.folder = Path(folder) if folder is not None else None
+        self.kept: dict[tuple[str, AlignedPair], Likeliest] = {}
+        self.bytes = 0
+
+    def recall(
+        self,
+        role: str,
+        pairs: Sequence[AlignedPair],
+        counts: Sequence[int],
+        make: Callable[[list[AlignedPair]], torch.Tensor],
+    ) -> Likeliest:
+        """The predictions for some texts one after another, those not seen before made by `make`.
+
+        Args:
+            role (`str`): Who predicts; texts are kept apart by it.
+            pairs: The texts.
+            counts: Positions of each.
+            make: Logits (positions, vocabulary) of some texts one after another.
+        """
+        sizes = dict(zip(pairs, counts))
+        found = {pair: self._find(role, pair) for pair in sizes}
+        absent = [pair for pair, known in found.items() if known is None]
+        if absent:
+            made = Likeliest.of(make(absent), self.k, self.temperature).to(torch.device("cpu"))
+            for pair, part in zip(absent, made.split([sizes[pair] for pair in absent])):
+                found[pair] = part
+                self._keep(role, pair, part)
+                if self.folder is not None:
+                    self._write(self._file(role, pair), part)
+        return Likeliest.cat([found[pair] for pair in pairs])
+
+    def _keep(self, role: str, pair: AlignedPair, part: Likeliest) -> None:
+        size = part.tokens.nbytes + part.log_p.nbytes
+        if self.bytes + size <= self.limit:
+            self.kept[role, pair] = part
+            self.bytes += size
+
+    def _find(self, role: str, pair: AlignedPair) -> Likeliest | None:
+        if (role, pair) in self.kept or self.folder is None:
+            return self.kept.get((role, pair))
+        try:
+            part = Likeliest(**load_file(self._file(role, pair)))
+        except (OSError, SafetensorError, TypeError):  # not there, or no file of ours: made anew
+            return None
+        self._keep(role, pair, part)
+        return part
+
+    def _file(self, role: str, pair: AlignedPair) -> Path:
+        key = f"{self.identity} {self.k} {self.temperature} {role} {pair}"
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+    @staticmethod
+    def _write(file: Path, part: Likeliest) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        save_file({"tokens": part.tokens, "log_p": part.log_p}, partial)
+        partial.replace(file)  # a killed run leaves whole files only
+
+
+def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:
+    """Tells models apart: a hash of the names and shapes of all parameters and the first 64 values of each.
+
+    Args:
+        models: The models, with the adapters that matter.
+        extra: Tensors that count in full.
+    """
+    digest = hashlib.sha256()
+    for model in models:
+        for name, parameter in model.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    for tensor in extra:
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
