@@ -187,8 +187,7 @@ def fitted(
     """
     file = None
     if cache_dir is not None:
-        ids = (pair.vocabulary.source_ids, pair.vocabulary.target_ids)
-        key = f"{fingerprint(pair.adapted, pair.target, extra=ids)} {pair.modules.kernels} {texts} {options}"
+        key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}"
         file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         try:
             return load_closed_form(file)
@@ -209,11 +208,14 @@ def teacher_memory(pair: Pair, settings: TeacherSettings, folder: str | Path | N
     """
     if not settings.top_k:
         return None
-    identity = ""
-    if folder is not None:
-        ids = (pair.vocabulary.source_ids, pair.vocabulary.target_ids)
-        identity = f"{fingerprint(pair.adapted, pair.target, extra=ids)} {settings.target_share}"
+    identity = f"{_identity(pair)} {settings.target_share}" if folder is not None else ""
     return TeacherMemory(settings.top_k, settings.temperature, folder, identity)
+
+
+def _identity(pair: Pair) -> str:
+    """Tells pairs apart: the models' weights, the shared vocabulary, the adapter's options and its kernels' ranks."""
+    ids = (pair.vocabulary.source_ids, pair.vocabulary.target_ids)
+    return f"{fingerprint(pair.adapted, pair.target, extra=ids)} {pair.adapter.identity}"
 
 
 def _rows(model: PreTrainedModel) -> int:

@@ -104,6 +104,7 @@ EXACT = {
     "DeLoRA": (peft.DeloraConfig(r=4, target_modules=FEW), 4),
     "MiSS": (peft.MissConfig(r=4, target_modules=FEW), 4),
     "VB-LoRA": (peft.VBLoRAConfig(r=4, num_vectors=16, vector_length=16, target_modules=FEW), 4),
+    "CAST": (peft_cast.CastConfig(r=4, target_modules=FEW, init_weights=False), 4),
     "TinyLoRA": (peft.TinyLoraConfig(r=4, target_modules=FEW), 4),
 }
 # Kinds whose weight change has full rank.
@@ -163,6 +164,8 @@ REFUSED = {
     "sequence classification": (lora(task_type="SEQ_CLS"), "task type SEQ_CLS"),
     "PiSSA by fast SVD": (lora(init_lora_weights="pissa_niter_4"), "initialisation \\(pissa_niter_4\\)"),
     "LoRA-GA": (lora(init_lora_weights="lora_ga"), "path_initial_model_for_weight_conversion"),
+    "CorDA": (lora(init_lora_weights="corda"), "initialisation \\(corda\\)"),
+    "LoftQ": (lora(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "pass the changed model as `source`"),
     "Lily": (peft.LilyConfig(r=4, target_modules=FEW), "not linear in the module's input"),
     "X-LoRA": (peft.XLoraConfig(hidden_size=32, adapters={}), "mixes other adapters token by token"),
     "Poly": (peft.PolyConfig(r=4, target_modules=FEW), "needs task ids"),
@@ -188,7 +191,7 @@ def kernels_alone(source, adapter, **options) -> torch.Tensor:
 @pytest.mark.parametrize("kind", [kind for kind in EXACT if kind != "layer_replication"])
 def test_exact_kinds_are_recovered_on_the_same_model(kind, source, byte_tokenizer, tmp_path):
     config, rank = EXACT[kind]
-    adapter = save_adapter(source, config, tmp_path, size=0.4 if kind in ("AdaLoRA", "VeRA") else 0.1)
+    adapter = save_adapter(source, config, tmp_path, size=0.4 if kind in ("AdaLoRA", "VeRA", "VB-LoRA") else 0.1)
     expected, before = from_file(source, adapter), snapshot(source)
     assert (outputs(source) - expected).abs().max() > 0.1
     torch.testing.assert_close(kernels_alone(source, adapter), expected, rtol=1e-3, atol=1e-3)
@@ -256,6 +259,19 @@ def test_the_teacher_of_an_approximated_kind_is_the_original(source, byte_tokeni
     assert fine.metrics["kl"]["closed_form"] < 0.01 * fine.metrics["kl"]["target"]
     assert coarse.metrics["kl"]["closed_form"] > 10 * fine.metrics["kl"]["closed_form"]
     json.dumps(account)
+
+
+def test_the_cache_tells_ranks_and_scalings_apart(source, byte_tokenizer, tmp_path):
+    adapter = save_adapter(source, lora(use_dora=True), tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    for alpha, rank in ((8, 2), (8, 6), (16, 6)):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": alpha}))
+        runs = [
+            closed_form(source, adapter, byte_tokenizer, source_rank=rank, cache_dir=folder).metrics
+            for folder in (tmp_path / "cache", None)
+        ]
+        assert runs[0]["kl"] == pytest.approx(runs[1]["kl"], rel=1e-3)
+    assert len(list((tmp_path / "cache").glob("closed_form_*"))) == 3
 
 
 def test_a_share_of_the_energy_chooses_the_rank_as_peft_does(source, tmp_path):
@@ -350,10 +366,10 @@ def test_the_adapted_head_speaks_in_the_teacher(kind, source, byte_tokenizer, tm
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_kinds_say_why(kind, source, byte_tokenizer, tmp_path):
     config, message = REFUSED[kind]
-    if kind in ("sequence classification", "LoRA-GA", "PiSSA by fast SVD"):
+    if kind in ("sequence classification", "LoRA-GA", "PiSSA by fast SVD", "CorDA", "LoftQ"):
         make_lora(source, tmp_path)
         saved = json.loads((tmp_path / "adapter_config.json").read_text())
-        saved |= {"task_type": config.task_type, "init_lora_weights": config.init_lora_weights}
+        saved |= {name: getattr(config, name) for name in ("task_type", "init_lora_weights", "loftq_config")}
         (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
     elif kind in ("prompt tuning", "prefix tuning", "X-LoRA", "Poly"):
         config.save_pretrained(tmp_path)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import ALoraLinearVariant
@@ -61,6 +62,14 @@ class SourceAdapter:
             "converted": dict(self.converted),
             "not_carried": [{"module": module, "what": what} for module, what in self.not_carried],
         }
+
+    @property
+    def identity(self) -> str:
+        """What makes two readings of the same weights differ: the adapter's options (scaling, tokens) and the ranks."""
+        options = self.model.active_peft_config.to_dict()
+        ranks = {name: len(kernel.A) for name, kernel in self.kernels.items()}
+        # Sets have no lasting order.
+        return json.dumps([options, ranks], sort_keys=True, default=lambda value: sorted(map(str, value)))
 
 
 def check_rank(rank: int | float | None) -> None:
@@ -150,11 +159,7 @@ def _kind(config: PeftConfig) -> str:
 
 def _default_rank(config: PeftConfig) -> int:
     """Room for a LoRA's own directions and as many of what its variant (DoRA, PiSSA) changes besides."""
-    return max(DEFAULT_RANK, 2 * config.r) if _is_lora(config) else DEFAULT_RANK
-
-
-def _is_lora(config: PeftConfig) -> bool:
-    return config.peft_type.value == "LORA"
+    return max(DEFAULT_RANK, 2 * config.r) if isinstance(config, LoraConfig) else DEFAULT_RANK
 
 
 def _replaced(config: PeftConfig, base: nn.Module, originals: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
@@ -266,7 +271,7 @@ def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[L
 def _leading(delta: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `count` leading singular triplets U (out, k), S (k,), Vh (k, in); all when `count` is `None`.
 
-    Where few of many are wanted, by subspace iteration: a full decomposition costs minutes per module of a 7B model.
+    Where few of many are wanted, by subspace iteration: the cost of a full decomposition grows with the cube of the width.
     """
     if count is None or 8 * count > min(delta.shape):
         return torch.linalg.svd(delta, full_matrices=False)
