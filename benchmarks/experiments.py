@@ -62,8 +62,9 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     source, target = setting.PAIRS["smollm2-gemma3"]
     general, unseen = setting.c4_documents()
     result = peft_cast.translate(
-        source.folder(), source.adapter("gsm8k"), target.folder(), text=text, fit_text=general, **options
-    )
+        source.folder(), source.adapter("gsm8k"), target.folder(), text=text, fit_text=general,
+        cache_dir=setting.OUTPUT / "cache", **options,
+    )  # fmt: skip
     retrained = target.adapter("gsm8k")
     found = peft_cast.evaluate(
         target.folder(), {"translated": result, "retrained": retrained}, [TASK], retrained="retrained",
@@ -130,9 +131,14 @@ TEXTS = {
     "half C4": lambda: peft_cast.Mixture((_written(), 1), (_c4(), 1)),
 }
 
+# Every target layer takes the kernels of one source layer, the others are dropped.
+ONE_TO_ONE = {round(target * 29 / 17): target for target in range(18)}
+SHARED = {"projection_type": "full", "projection_sharing": "layer"}
+
 EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "anchor": {f"gamma {gamma:g}": {"gamma": gamma} if gamma != 1 else {} for gamma in (0.0, 0.3, 1.0, 3.0)},
+    "learning_rate": {f"{rate:g}": {"learning_rate": rate} if rate != 0.1 else {} for rate in (0.03, 0.1, 0.2, 0.4)},
     "teacher": {"source": {}, "halfway": {"teacher": 0.5}, "delta": {"teacher": "delta"}},
-    "loss": {"KL": {}, "KL and MSE": {"beta": 0.1}, "MSE": {"alpha": 0.0, "beta": 0.1}},
     "projection_size": {
         "r/4": {"projection_size": 2},
         "r/2": {"projection_size": 4},
@@ -141,12 +147,22 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
         "4r": {"projection_size": 32},
         "full": {"projection_type": "full"},
     },
+    "loss": {"KL": {}, "KL and MSE": {"beta": 0.1}, "MSE": {"alpha": 0.0, "beta": 0.1}},
     "text": {name: {} if name == "prompts and more" else {"text": name} for name in TEXTS},
-    "depth_map": {"proportional": {}, "by similarity": {"depth_map": "similarity"}},
-    "anchor": {f"gamma {gamma:g}": {"gamma": gamma} if gamma != 1 else {} for gamma in (0.0, 0.3, 1.0, 3.0)},
-    "learning_rate": {f"{rate:g}": {"learning_rate": rate} for rate in (0.03, 0.1, 0.2)},
-    "steps": {str(steps): {"steps": steps} for steps in (0, 25, 50, 100, 200)},
-    "start": {"closed form": {}, "gain 1": {"gain": 1.0}, "weak (gain 0.1)": {"gain": 0.1}},
+    "sharing": {
+        "per module, thin": {},
+        "per module, full": {"projection_type": "full"},
+        "per layer, full": SHARED,
+        "one for all, full": {**SHARED, "projection_sharing": "all"},
+    },
+    "nonlinear": {"linear": {}, "with an MLP": {"projection_type": "mlp"}, "with a bias": {"projection_bias": True}},
+    "depth_map": {
+        "proportional": {},
+        "by similarity": {"depth_map": "similarity"},
+        "one to one": {"depth_map": ONE_TO_ONE},
+    },
+    "start": {"scaled by fit": {}, "gain 1": {"gain": 1.0}, "weak (gain 0.1)": {"gain": 0.1}},
+    "steps": {str(steps): {"steps": steps} if steps != 50 else {} for steps in (0, 25, 50, 100, 200)},
 }
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import models  # noqa: E402 (examples/models.py)
 import score  # noqa: E402 (examples/score.py)
+import wordnet  # noqa: E402 (benchmarks/wordnet.py)
 
 import peft_cast  # noqa: E402
 from peft_cast.pair import open_pair  # noqa: E402
@@ -51,11 +52,21 @@ PAIRS = {
 }
 
 
+# What every prompt of a task begins and ends with, and the file with our sixteen.
+PROMPTS = {
+    "gsm8k": ("Question: ", "\nAnswer:", EXAMPLES / "prompts.txt"),
+    "agnews": ("Article: ", "\nTopic:", HERE / "prompts_agnews.txt"),
+    "kinds": ("Definition: ", "\nKind:", HERE / "prompts_kinds.txt"),
+    "definitions": ("Word: ", "\nDefinition:", HERE / "prompts_definitions.txt"),
+}
+TASKS = tuple(PROMPTS)
+HELD_OUT = ("kinds", "definitions")  # tasks on which nothing was ever tried out
+
+
 def prompts(task: str) -> tuple[str, ...]:
     """Sixteen prompts of the task's kind, written by us: all that a translation knows of it."""
-    if task == "gsm8k":
-        return tuple(f"Question: {line}\nAnswer:" for line in _lines(EXAMPLES / "prompts.txt"))
-    return tuple(f"Article: {line}\nTopic:" for line in _lines(HERE / "prompts_agnews.txt"))
+    head, tail, file = PROMPTS[task]
+    return tuple(f"{head}{line}{tail}" for line in _lines(file))
 
 
 def _lines(path: Path) -> list[str]:
@@ -76,8 +87,9 @@ def news_prompt(row: dict) -> str:
 def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 500) -> list:
     """The tasks that adapters trained on `task` are judged by. Counts are of rows; 0 leaves a task out.
 
-    GSM8K (MIT) lies in examples/data. AG News is for research use and not ours to pass on: it is read from the folder
-    `$PEFT_CAST_BENCH_DATA` (`ag_news_test.jsonl`, one {"text", "label"} a line), `../shared/data` by default.
+    GSM8K (MIT) lies in examples/data, what is made of WordNet in benchmarks/data. AG News is for research use and not
+    ours to pass on: it is read from the folder `$PEFT_CAST_BENCH_DATA` (`ag_news_test.jsonl`, one {"text", "label"} a
+    line), `../shared/data` by default.
     """
     if task == "gsm8k":
         data, prompt, answer = score.PROBLEMS, score.PROMPT, score.ANSWER
@@ -96,6 +108,20 @@ def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 
                 )
             )
         return found
+    if task == "definitions":
+        data = HERE / "data" / "wordnet_definitions_test.jsonl"
+        return [
+            peft_cast.AnswerLikelihood(
+                "WordNet definitions", data, "Word: {word}\nDefinition:", " {definition}", limit=2 * likelihood
+            )
+        ]
+    if task == "kinds":
+        data, labels = HERE / "data" / "wordnet_kinds_test.jsonl", tuple(wordnet.KINDS.values())
+        return [
+            peft_cast.Classification(
+                "WordNet kinds", data, "Definition: {definition}\nKind:", labels, label="kind", limit=classify
+            )
+        ]
     folder = Path(os.environ.get("PEFT_CAST_BENCH_DATA", HERE.parent.parent / "shared" / "data"))
     labels = ("World", "Sports", "Business", "Technology")
     return [peft_cast.Classification("AG News", folder / "ag_news_test.jsonl", news_prompt, labels, limit=classify)]
@@ -109,7 +135,7 @@ def written(pair: str, task: str, modules: str, seed: int) -> list[TextSample]:
     file = OUTPUT / "text" / f"{pair}_{task}_{modules}_seed{seed}.json"
     if not file.exists():
         source, target = PAIRS[pair]
-        spec = SelfWritten(prompts=prompts(task), max_new_tokens=128 if task == "gsm8k" else 8, batch_size=96)
+        spec = SelfWritten(prompts=prompts(task), max_new_tokens=NEW_TOKENS[task], batch_size=96)
         phases = Phases()
         with (
             phases.measure("text"),
@@ -124,4 +150,5 @@ def written(pair: str, task: str, modules: str, seed: int) -> list[TextSample]:
     return [TextSample(**sample) for sample in json.loads(file.read_text(encoding="utf-8"))]
 
 
-SAMPLES = {"gsm8k": 416, "agnews": 656}
+NEW_TOKENS = {"gsm8k": 128, "agnews": 8, "kinds": 8, "definitions": 40}
+SAMPLES = {"gsm8k": 416, "agnews": 656, "kinds": 656, "definitions": 656}

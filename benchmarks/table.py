@@ -24,7 +24,7 @@ from peft_cast import baselines
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=setting.PAIRS, default="smollm2-gemma3")
-    parser.add_argument("--task", choices=["gsm8k", "agnews"], default="gsm8k")
+    parser.add_argument("--task", choices=setting.TASKS, default="gsm8k")
     parser.add_argument("--modules", choices=["all", "qv"], default="all", help="which modules the source LoRA adapts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the headline row")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
@@ -85,11 +85,13 @@ def make(row: str, seed: int, source, target, args) -> Path | None:
 def common(args, seed: int) -> dict:
     """What a translation and a distillation from scratch have in common."""
     text, task = setting.written(args.pair, args.task, args.modules, seed), args.task
-    return {"text": text, "fit_text": setting.c4_documents()[0], "seed": seed, **REFINEMENT[task]}
+    cache = setting.OUTPUT / "cache"
+    return {"text": text, "fit_text": setting.c4_documents()[0], "cache_dir": cache, "seed": seed, **REFINEMENT[task]}
 
 
 # Everything else is the default of `translate` and `distill_lora`.
-REFINEMENT = {"gsm8k": {"steps": 120}, "agnews": {"steps": 100, "batch_size": 12}}
+SHORT = {"steps": 100, "batch_size": 12}  # texts of short answers are short
+REFINEMENT = {"gsm8k": {"steps": 120}, "agnews": SHORT, "kinds": SHORT, "definitions": SHORT}
 
 
 def translated(source, adapter, target, args, seed: int):

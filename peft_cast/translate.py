@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -20,7 +21,7 @@ from .models import shared_head, unload_adapters
 from .pair import Pair, fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .result import TranslationResult
-from .tuner import CastConfig, KernelSpec
+from .tuner import CastConfig, KernelSpec, Projection
 
 
 def translate(
@@ -45,8 +46,10 @@ def translate(
     cache_dir: str | Path | None = None,
     depth_map: str | Mapping[int, int] = "proportional",
     module_map: Mapping[str, str] | None = None,
-    projection_type: Literal["factored", "full"] = "factored",
+    projection_type: Literal["factored", "full", "mlp"] = "factored",
     projection_size: int | None = None,
+    projection_bias: bool = False,
+    projection_sharing: Literal["layer", "all"] | None = None,
     ridge: float | None = None,
     gain: float | None = None,
     source_rank: int | float | None = None,
@@ -106,8 +109,10 @@ def translate(
             or a mapping of source layers to target layers.
         module_map: Source module name → target module name (last parts, e.g. `{"fc1": "up_proj"}`) where names differ
             and are not known.
-        projection_type: `"factored"` or `"full"` matrices, see `CastConfig`.
+        projection_type: `"factored"` or `"full"` matrices, or `"mlp"`, factored with a nonlinear part; see `CastConfig`.
         projection_size (`int`, *optional*): Inner size of factored projections; the LoRA's rank when not given.
+        projection_bias (`bool`): Whether projections have a bias; such an adapter cannot be merged or folded.
+        projection_sharing: `"layer"` or `"all"`: modules of a layer, or all, share the projections of equal shape.
         ridge (`float`, *optional*): Ridge strength of the closed form; chosen on held-out text when not given.
         gain (`float`, *optional*): Factor on the closed form's deltas. A regression that explains little shrinks; when
             not given, each kernel is scaled by 1/√R² of its output projection, at most 2.
@@ -171,7 +176,11 @@ def translate(
                 progress=partial(bar, desc="closed form"),
             )  # fmt: skip
         memory = teacher_memory(pair, settings, cache_dir)
-        config = _config(pair, projection_type, projection_size, source_revision, adapter, adapter_revision)
+        shape = {
+            "projection_type": projection_type, "projection_size": projection_size, "projection_bias": projection_bias,
+            "projection_sharing": projection_sharing,
+        }  # fmt: skip
+        config = _config(pair, shape, source_revision, adapter, adapter_revision)
         try:
             model = _install(pair, config, adapter_name, closed_form, gain, target_revision)
             hidden = {path: (layer_pairs(pair.modules)[path], m) for path, m in closed_form.hidden_maps.items()}
@@ -212,7 +221,7 @@ def translate(
         "settings": {
             "loss": dataclasses.asdict(settings), "steps": steps, "batch_size": batch_size,
             "learning_rate": learning_rate, "max_length": max_length, "gain": gain, "ridge": ridge, "seed": seed,
-            "projection_size": projection_size, "rank": config.r,
+            **shape, "rank": config.r,
         },
     }  # fmt: skip
     result = TranslationResult(model, metrics, history, pair.modules)
@@ -235,7 +244,7 @@ def check_positive(**values: int) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
-def _config(pair: Pair, projection_type, projection_size, source_revision, adapter, adapter_revision) -> CastConfig:
+def _config(pair: Pair, shape: dict[str, Any], source_revision, adapter, adapter_revision) -> CastConfig:
     specs = {
         name: [
             KernelSpec(*pair.kernels[s].A.shape, pair.kernels[s].B.shape[0], pair.kernels[s].scaling, source_module=s)
@@ -247,8 +256,7 @@ def _config(pair: Pair, projection_type, projection_size, source_revision, adapt
     return CastConfig(
         kernels=specs,
         r=max(spec.r for group in specs.values() for spec in group),
-        projection_type=projection_type,
-        projection_size=projection_size,
+        **shape,
         source_model_name_or_path=pair.source.name_or_path,
         source_model_revision=source_revision,
         source_adapter_name_or_path=name,
@@ -262,6 +270,9 @@ def _install(
 ) -> PeftModel:
     """Wrap the target and put kernels and fitted projections in place."""
     model = get_peft_model(pair.target, config, adapter_name=adapter_name, revision=revision)
+    # By projection, because kernels may share them.
+    into: dict[Projection, list[tuple]] = defaultdict(list)
+    out_of: dict[Projection, list[tuple]] = defaultdict(list)
     for name, fits in closed_form.kernels.items():
         layer = pair.target.get_submodule(name)
         for kernel, fit in zip(layer.peft_cast_kernels[adapter_name], fits):
@@ -269,5 +280,10 @@ def _install(
             kernel.B.copy_(pair.kernels[fit.source_module].B)
             factor = gain if gain is not None else min(2.0, max(fit.r2_out, 1e-6) ** -0.5)
             device = kernel.A.device
-            kernel.set_effective(fit.A_P_in.to(device), factor * fit.P_out_B.to(device))
+            into[kernel.P_in].append((kernel.A, fit.A_P_in.to(device)))
+            out_of[kernel.P_out].append((kernel.B, factor * fit.P_out_B.to(device)))
+    for projection, parts in into.items():
+        projection.set_after(*map(torch.cat, zip(*parts)))
+    for projection, parts in out_of.items():
+        projection.set_before(*(torch.cat(part, dim=1) for part in zip(*parts)))
     return model

@@ -21,9 +21,25 @@ def test_what_is_compared_is_in_the_repository():
     for model in (setting.SMOLLM2, setting.GEMMA3):
         for task in ("gsm8k", "agnews"):
             assert (model.adapter(task) / "adapter_model.safetensors").exists()
-    assert all(len(set(setting.prompts(task))) == 16 for task in ("gsm8k", "agnews"))
+    assert all(len(set(setting.prompts(task))) == 16 for task in setting.TASKS)
     read, unseen = setting.c4_documents()
     assert len(unseen) == setting.DRIFT_DOCUMENTS and not set(read) & set(unseen)
+
+
+@pytest.mark.parametrize("task", setting.HELD_OUT)
+def test_held_out_tasks_are_whole_and_read_nothing_they_train_on(task):
+    train, test = (
+        [json.loads(line) for line in (setting.HERE / "data" / f"wordnet_{task}_{part}.jsonl").open(encoding="utf-8")]
+        for part in ("train", "test")
+    )
+    assert not {row["definition"] for row in train} & {row["definition"] for row in test}
+    (judged,) = setting.tasks(task)
+    assert judged.limit <= len(test)
+    head, tail, _ = setting.PROMPTS[task]
+    assert judged.prompt.startswith(head) and judged.prompt.endswith(tail)
+    text = {value for row in train + test for value in row.values()}
+    bodies = {prompt[len(head) : -len(tail)] for prompt in setting.prompts(task)}
+    assert bodies and not (bodies & text if task == "kinds" else bodies & {row["word"] for row in test})
 
 
 def test_development_problems_are_not_the_tables():

@@ -12,8 +12,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import peft_cast
 from peft_cast import CastConfig, CastLayer, KernelSpec
+from peft_cast.tuner import Kernel, Projection
 
 
 INPUTS = torch.arange(3, 17).reshape(2, 7)
@@ -70,7 +70,7 @@ def test_fresh_adapter_is_a_no_op_that_can_learn():
 def test_fresh_adapter_where_the_target_is_wider_than_it_is_high():
     model = get_peft_model(tiny_model(), CastConfig(target_modules=["down_proj"], projection_type="full"))
     kernel = model.get_base_model().model.layers[0].mlp.down_proj.peft_cast_kernels["default"][0]
-    assert torch.equal(kernel.P_in, torch.eye(48)) and not kernel.P_out.any()
+    assert torch.equal(kernel.P_in.W, torch.eye(48)) and not kernel.P_out.W.any()
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_forward_equals_the_formula(projection):
     expected = x @ layer.base_layer.weight.T
     for kernel in layer.peft_cast_kernels["default"]:
         if projection.get("projection_type") == "full":
-            P_in, P_out = kernel.P_in, kernel.P_out
+            P_in, P_out = kernel.P_in.W, kernel.P_out.W
         else:
-            P_in, P_out = kernel.in_U @ kernel.in_V, kernel.out_U @ kernel.out_V
+            P_in, P_out = kernel.P_in.U @ kernel.P_in.V, kernel.P_out.U @ kernel.P_out.V
         assert P_in.shape == (24, 32) and P_out.shape == (32, 20)
         expected = expected + kernel.spec.scaling * (x @ P_in.T @ kernel.A.T @ kernel.B.T @ P_out.T)
     torch.testing.assert_close(layer(x), expected)
@@ -109,7 +109,9 @@ def test_merged_equals_unmerged(projection):
 
 def test_safe_merge_refuses_nan():
     model = random_cast(tiny_model())
-    model.get_base_model().model.layers[0].self_attn.q_proj.peft_cast_kernels["default"][0].in_V.data[0, 0] = torch.nan
+    model.get_base_model().model.layers[0].self_attn.q_proj.peft_cast_kernels["default"][0].P_in.V.data[0, 0] = (
+        torch.nan
+    )
     before = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.clone()
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
@@ -122,9 +124,18 @@ def test_unload_gives_the_base_model_back():
     assert torch.equal(logits(random_cast(model).unload()), before)
 
 
+def kernel_between(spec, size):
+    """A kernel on a target module of width 32 → 16."""
+    P_in, P_out = (
+        Projection(32, spec.in_features, size, CastConfig()),
+        Projection(spec.out_features, 16, size, CastConfig()),
+    )
+    return Kernel(spec, P_in, P_out)
+
+
 def test_exact_fold_for_every_inner_size_that_suffices():
     torch.manual_seed(0)
-    kernel = peft_cast.tuner.Kernel(KernelSpec(4, 24, 20, 2.0), 32, 16, 4)
+    kernel = kernel_between(KernelSpec(4, 24, 20, 2.0), size=4)
     kernel.reset_parameters()
     wanted_in, wanted_out = torch.randn(4, 32), torch.randn(16, 4)
     kernel.set_effective(wanted_in, wanted_out)
@@ -135,7 +146,7 @@ def test_exact_fold_for_every_inner_size_that_suffices():
 
 def test_too_small_inner_size_is_the_best_low_rank_fit():
     torch.manual_seed(0)
-    kernel = peft_cast.tuner.Kernel(KernelSpec(4, 24, 20), 32, 16, 2)
+    kernel = kernel_between(KernelSpec(4, 24, 20), size=2)
     kernel.reset_parameters()
     wanted = torch.randn(4, 32)
     kernel.set_effective(wanted, torch.randn(16, 4))
@@ -236,8 +247,8 @@ def test_gradients_only_in_projections(tmp_path):
     random_cast(tiny_model()).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny_model(), tmp_path, is_trainable=True)
     model(input_ids=INPUTS, labels=INPUTS).loss.backward()
-    with_gradient = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {"in_U", "in_V", "out_U", "out_V"}
+    with_gradient = {".".join(name.split(".")[-2:]) for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"P_in.U", "P_in.V", "P_out.U", "P_out.V"}
     assert all("peft_cast_" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
@@ -257,10 +268,10 @@ def test_cached_factors_follow_every_change():
     kernel = layer.peft_cast_kernels["default"][0]
     assert layer.get_factors("default")[0] is layer.get_factors("default")[0]
     with torch.no_grad():
-        kernel.out_U.mul_(2)
+        kernel.P_out.U.mul_(2)
     assert (logits(model) - before).abs().max() > 1e-3
     with torch.no_grad():
-        kernel.out_U.div_(2)
+        kernel.P_out.U.div_(2)
     torch.testing.assert_close(logits(model), before)
 
 
@@ -321,7 +332,7 @@ def test_incomplete_adapter_file_is_one_clear_error(tmp_path):
     ("options", "message"),
     [
         ({"r": 0}, "`r` must be a positive integer"),
-        ({"projection_type": "thin"}, "must be 'factored' or 'full'"),
+        ({"projection_type": "thin"}, "must be 'factored', 'full' or 'mlp'"),
         ({"projection_size": 0}, "`projection_size` must be a positive integer"),
         ({"projection_type": "full", "projection_size": 4}, "no meaning"),
         ({"kernels": {}}, "at least one target module"),

@@ -63,59 +63,73 @@ class ClosedForm:
 
 
 class _Regressions:
-    """Moments for all kernels of a model pair, created at the first batch, when the shared inputs are known."""
+    """Moments for all kernels of a model pair, created at the first batch, when the shared inputs are known.
 
-    def __init__(self, kernels: Mapping[str, LoraKernel], module_map: ModuleMap) -> None:
+    Without kernels the maps themselves are fitted: every `A` and `B` is the identity.
+    """
+
+    def __init__(self, kernels: Mapping[str, LoraKernel] | None, module_map: ModuleMap) -> None:
         self.kernels, self.module_map = kernels, module_map
         self.input_groups: list[list[str]] = []  # target modules that read the same tensor: q, k, v; gate, up
+        self.columns: list[list[str]] = []  # for each group the source modules whose inputs it explains
+        self.same_input: dict[str, str] = {}  # source module → the one that stands for it in `columns`
         self.inputs: list[Moments] = []
         self.outputs: dict[str, Moments] = {}
+        self.widths: dict[str, tuple[int, int]] = {}
 
-    def _start(self, target: Captured) -> None:
+    def _start(self, source: Captured, target: Captured, seen: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self.widths = {name: (x.shape[1], g.shape[1]) for name, (x, g) in seen.items()}
+        first: dict[int, str] = {}
+        for name in seen:
+            # Kernels differ where inputs do not; without them one map serves q, k and v.
+            pointer = source.inputs[name].data_ptr()
+            self.same_input[name] = name if self.kernels is not None else first.setdefault(pointer, name)
         groups: dict[int, list[str]] = {}
         for name in self.module_map.kernels:
             groups.setdefault(target.inputs[name].data_ptr(), []).append(name)
         self.input_groups = list(groups.values())
         for names in self.input_groups:
+            columns = [self.same_input[s] for name in names for s in self.module_map.kernels[name]]
+            self.columns.append(list(dict.fromkeys(columns)))
             x = target.inputs[names[0]]
-            self.inputs.append(Moments(x.shape[-1], sum(map(sum, map(self.ranks, names))), x.device))
-        for name in self.module_map.kernels:
+            self.inputs.append(Moments(x.shape[-1], sum(self.widths[s][0] for s in self.columns[-1]), x.device))
+        for name, sources in self.module_map.kernels.items():
             g = target.gradients[name]
-            self.outputs[name] = Moments(g.shape[-1], sum(self.ranks(name)), g.device)
+            self.outputs[name] = Moments(g.shape[-1], sum(self.widths[s][1] for s in sources), g.device)
 
-    def ranks(self, name: str) -> list[int]:
-        return [len(self.kernels[s].A) for s in self.module_map.kernels[name]]
+    def _seen(self, source: Captured, name: str, at: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """Kernel inputs A x_S (n, r) and kernel gradients Bᵀ g_S (n, r)."""
+        x, g = source.inputs[name][at].float(), source.gradients[name][at].float()
+        return (x, g) if self.kernels is None else (x @ self.kernels[name].A.T, g @ self.kernels[name].B)
 
     def update(self, source: Captured, target: Captured, at_source: tuple, at_target: tuple, held_out: bool) -> None:
+        seen = {name: self._seen(source, name, at_source) for name in source.inputs}
         if not self.inputs:
-            self._start(target)
-        # Kernel inputs A x_S (n, r) and kernel gradients Bᵀ g_S (n, r)
-        seen = {
-            name: (source.inputs[name][at_source].float() @ k.A.T, source.gradients[name][at_source].float() @ k.B)
-            for name, k in self.kernels.items()
-            if name in source.inputs
-        }
-        for names, moments in zip(self.input_groups, self.inputs):
-            y = torch.cat([seen[s][0] for name in names for s in self.module_map.kernels[name]], dim=1)
+            self._start(source, target, seen)
+        for names, columns, moments in zip(self.input_groups, self.columns, self.inputs):
+            y = torch.cat([seen[s][0] for s in columns], dim=1)
             moments.update(target.inputs[names[0]][at_target], y, held_out)
         for name, moments in self.outputs.items():
             y = torch.cat([seen[s][1] for s in self.module_map.kernels[name]], dim=1)
             moments.update(target.gradients[name][at_target], y, held_out)
 
     def solve(self, ridge: float | None) -> dict[str, list[KernelFit]]:
-        into: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for names, moments in zip(self.input_groups, self.inputs):
-            blocks = [r for name in names for r in self.ranks(name)]
+        into: dict[tuple[str, str], tuple[torch.Tensor, float]] = {}
+        for names, columns, moments in zip(self.input_groups, self.columns, self.inputs):
+            blocks = [self.widths[s][0] for s in columns]
             fit = moments.solve(blocks, ridge)
-            keys = [(name, s) for name in names for s in self.module_map.kernels[name]]
-            into.update(zip(keys, zip(fit.weight.split(blocks), fit.r2)))
+            found = dict(zip(columns, zip((w.cpu() for w in fit.weight.split(blocks)), fit.r2.tolist())))
+            for name in names:
+                into.update({(name, s): found[self.same_input[s]] for s in self.module_map.kernels[name]})
         fits: dict[str, list[KernelFit]] = {}
         for name, moments in self.outputs.items():
+            sources = self.module_map.kernels[name]
+            blocks = [self.widths[s][1] for s in sources]
             # Gradients are noisy and heavy-tailed, activations are not: their strengths differ by orders of magnitude.
-            fit = moments.solve(self.ranks(name), ridge, start=1.0)
+            fit = moments.solve(blocks, ridge, start=1.0)
             fits[name] = [
-                KernelFit(s, into[name, s][0].cpu(), weight.T.contiguous().cpu(), float(into[name, s][1]), float(r2))
-                for s, weight, r2 in zip(self.module_map.kernels[name], fit.weight.split(self.ranks(name)), fit.r2)
+                KernelFit(s, into[name, s][0], weight.T.contiguous().cpu(), into[name, s][1], r2)
+                for s, weight, r2 in zip(sources, fit.weight.split(blocks), fit.r2.tolist())
             ]
         return fits
 
@@ -125,7 +139,7 @@ def fit_closed_form(
     target: PreTrainedModel,
     pairs: Sequence[AlignedPair],
     vocabulary: SharedVocabulary,
-    kernels: Mapping[str, LoraKernel],
+    kernels: Mapping[str, LoraKernel] | None,
     module_map: ModuleMap,
     *,
     batch_size: int = 8,
@@ -143,7 +157,7 @@ def fit_closed_form(
         target: The target model, likewise.
         pairs: Aligned texts.
         vocabulary: The shared vocabulary, on which both losses are taken.
-        kernels: The LoRA of each adapted source module.
+        kernels: The LoRA of each adapted source module. `None` fits the maps themselves, as if A and B were identities.
         module_map: Where they land.
         batch_size (`int`): Texts per pass.
         ridge (`float`, *optional*): Fixed ridge strength relative to the mean eigenvalue, instead of the held-out choice.
@@ -154,11 +168,12 @@ def fit_closed_form(
         ValueError: If there are fewer than two texts.
     """
     sources = {s for names in module_map.kernels.values() for s in names}
-    kernels = {
-        name: LoraKernel(k.A.to(source.device), k.B.to(source.device), k.scaling)
-        for name, k in kernels.items()
-        if name in sources
-    }
+    if kernels is not None:
+        kernels = {
+            name: LoraKernel(k.A.to(source.device), k.B.to(source.device), k.scaling)
+            for name, k in kernels.items()
+            if name in sources
+        }
     regressions = _Regressions(kernels, module_map)
     hidden_moments: dict[str, Moments] = {}
     pairs_of_layers = layer_pairs(module_map) if hidden else {}

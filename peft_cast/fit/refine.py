@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from ..align import AlignedPair
@@ -161,6 +162,13 @@ class Teacher:
         return kl_divergence(adapted, plain)
 
 
+def _sizes(module: nn.Module) -> list[tuple[nn.Parameter, float]]:
+    """The module's own trainable parameters and their root mean squares; what starts at zero takes the first's."""
+    own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+    sizes = [float(p.detach().square().mean().sqrt()) for p in own]
+    return [(p, size or sizes[0]) for p, size in zip(own, sizes)]
+
+
 class CastTrainer(Trainer):
     """`transformers.Trainer` with the loss `alpha T² KL(teacher ‖ student) + beta MSE(hidden) + gamma KL(target ‖ student)`.
 
@@ -184,9 +192,9 @@ class CastTrainer(Trainer):
         # and Adam's steps do not know: each tensor's step is in proportion to its root mean square at the start.
         if self.optimizer is None and self.relative_steps:
             groups = [
-                {"params": [p], "lr": self.args.learning_rate * max(float(p.detach().square().mean().sqrt()), 1e-4)}
-                for p in self.model.parameters()
-                if p.requires_grad
+                {"params": [parameter], "lr": self.args.learning_rate * max(size, 1e-4)}
+                for module in self.model.modules()
+                for parameter, size in _sizes(module)
             ]
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_cls(groups, **kwargs)

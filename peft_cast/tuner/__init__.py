@@ -4,7 +4,7 @@ from aenum import extend_enum
 from peft.utils import PeftType, register_peft_method
 
 from .config import CastConfig, KernelSpec
-from .layer import CastLayer, Kernel, Linear
+from .layer import CastLayer, Kernel, Linear, Projection
 
 
 if "CAST" not in PeftType.__members__:
@@ -13,6 +13,6 @@ if "CAST" not in PeftType.__members__:
 from .model import PREFIX, CastModel
 
 
-__all__ = ["CastConfig", "CastLayer", "CastModel", "Kernel", "KernelSpec", "Linear"]
+__all__ = ["CastConfig", "CastLayer", "CastModel", "Kernel", "KernelSpec", "Linear", "Projection"]
 
 register_peft_method(name="cast", config_cls=CastConfig, model_cls=CastModel, prefix=PREFIX, is_mixed_compatible=False)

@@ -52,11 +52,17 @@ class CastConfig(PeftConfig):
             The names of the modules of the target model to adapt: a list of names or suffixes, a regex, or
             `"all-linear"`. Defaults to the names in `kernels`, else to PEFT's LoRA default for the architecture.
         projection_type (`str`):
-            `"factored"` (default) trains `P_in = in_U in_V` and `P_out = out_U out_V` with an inner size of
-            `projection_size`; `"full"` trains the matrices themselves, `in_S * in_T + out_T * out_S` parameters each.
+            `"factored"` (default) trains each projection as `U V` with an inner size of `projection_size`; `"full"` trains
+            the matrices themselves, `in_S * in_T + out_T * out_S` parameters; `"mlp"` adds a nonlinear part to factored
+            ones, `U V x + mlp_U gelu(mlp_V x)`: such an adapter cannot be merged or converted to a LoRA.
         projection_size (`int`, *optional*):
-            Inner size of factored projections. Defaults to the kernel's rank, the smallest size that can express every
-            full matrix, because only `A P_in` and `P_out B` matter.
+            Inner size of factored projections, and of the MLP. Defaults to the kernel's rank, the smallest size that can
+            express every full matrix, because only `A P_in` and `P_out B` matter.
+        projection_bias (`bool`):
+            Whether projections have a bias. Such an adapter cannot be merged or converted to a LoRA either.
+        projection_sharing (`str`, *optional*):
+            `"layer"`: modules of a layer share the projections of equal shape; `"all"`: all modules do. They do not by
+            default. Shared factored projections need a larger `projection_size`.
         kernels (`dict[str, list[KernelSpec]]`, *optional*):
             For each target module (full name) the kernels that land on it; their deltas are summed. Filled in by
             `peft_cast.translate`. When omitted, every target module gets one random kernel of rank `r`.
@@ -79,11 +85,16 @@ class CastConfig(PeftConfig):
         default=None,
         metadata={"help": "Names, suffixes or regex of the target model's modules to adapt, or 'all-linear'."},
     )
-    projection_type: Literal["factored", "full"] = field(
-        default="factored", metadata={"help": "Whether projections are products of two thin factors or full matrices."}
+    projection_type: Literal["factored", "full", "mlp"] = field(
+        default="factored",
+        metadata={"help": "Products of two thin factors, full matrices, or thin factors and a nonlinear part."},
     )
     projection_size: int | None = field(
         default=None, metadata={"help": "Inner size of factored projections; defaults to the kernel's rank."}
+    )
+    projection_bias: bool = field(default=False, metadata={"help": "Whether projections have a bias."})
+    projection_sharing: Literal["layer", "all"] | None = field(
+        default=None, metadata={"help": "Who shares projections of equal shape: the modules of a layer, or all."}
     )
     kernels: dict[str, list[KernelSpec]] | None = field(
         default=None, metadata={"help": "The kernels that land on each target module (full module name)."}
@@ -112,12 +123,19 @@ class CastConfig(PeftConfig):
         self.peft_type = PeftType.CAST
         if self.r < 1:
             raise ValueError(f"`r` must be a positive integer, got {self.r!r}.")
-        if self.projection_type not in ("factored", "full"):
-            raise ValueError(f"`projection_type` must be 'factored' or 'full', got {self.projection_type!r}.")
+        if self.projection_type not in ("factored", "full", "mlp"):
+            raise ValueError(f"`projection_type` must be 'factored', 'full' or 'mlp', got {self.projection_type!r}.")
+        if self.projection_sharing not in (None, "layer", "all"):
+            raise ValueError(f"`projection_sharing` must be None, 'layer' or 'all', got {self.projection_sharing!r}.")
         if self.projection_size is not None and self.projection_size < 1:
             raise ValueError(f"`projection_size` must be a positive integer, got {self.projection_size!r}.")
         if self.projection_size is not None and self.projection_type == "full":
             raise ValueError("`projection_size` has no meaning with `projection_type='full'`: leave it out.")
+        if self.projection_sharing and self.projection_type != "full" and self.projection_size is None:
+            raise ValueError(
+                "Shared projections serve many kernels, so the rank of one is no sensible inner size: pass "
+                "`projection_size`, or `projection_type='full'`."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.kernels is not None:

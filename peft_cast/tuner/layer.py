@@ -15,97 +15,153 @@ from transformers.pytorch_utils import Conv1D
 from .config import CastConfig, KernelSpec
 
 
-class Kernel(nn.Module):
-    """One source module's LoRA between its two projections: `delta(x) = scaling * P_out B A P_in x`.
+class Projection(nn.Module):
+    """A trainable map P between a model's space and the other's, in_features → out_features.
 
-    `A` and `B` are buffers, so no flag or optimizer can train them. With *factored* projections
-    `P_in = in_U in_V` and `P_out = out_U out_V`.
+    Forward: `P x = U V x` (*factored*), `W x` (*full*) or `U V x + mlp_U gelu(mlp_V x)` (*mlp*, nonlinear), plus `bias` if
+    there is one. It is never run as it stands: only products with a thin frozen kernel matter, see `Kernel`.
+
+    Args:
+        in_features (`int`): Width of x.
+        out_features (`int`): Width of P x.
+        size (`int`): Inner size k, also of the MLP.
+        config (`CastConfig`): For the type of the projection and whether it has a bias.
+
+    Shapes:
+        U, mlp_U (out_features, k); V, mlp_V (k, in_features); W (out_features, in_features); bias (out_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int, size: int, config: CastConfig) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.full, self.nonlinear = config.projection_type == "full", config.projection_type == "mlp"
+        if self.full:
+            self.W = nn.Parameter(torch.empty(out_features, in_features))
+        else:
+            self.U = nn.Parameter(torch.empty(out_features, size))
+            self.V = nn.Parameter(torch.empty(size, in_features))
+        if self.nonlinear:
+            self.mlp_U = nn.Parameter(torch.zeros(out_features, size))
+            self.mlp_V = nn.Parameter(torch.empty(size, in_features))
+            nn.init.normal_(self.mlp_V, std=in_features**-0.5)
+        if config.projection_bias:
+            self.bias = nn.Parameter(torch.zeros(out_features))
+        else:
+            self.register_parameter("bias", None)
+
+    def after(self, A: torch.Tensor) -> torch.Tensor:
+        """The linear part of `A P`: A (r, out_features) → (r, in_features)."""
+        return A @ self.W if self.full else (A @ self.U) @ self.V
+
+    def before(self, B: torch.Tensor) -> torch.Tensor:
+        """The linear part of `P B`: B (in_features, r) → (out_features, r)."""
+        return self.W @ B if self.full else self.U @ (self.V @ B)
+
+    @torch.no_grad()
+    def set_after(self, A: torch.Tensor, A_P: torch.Tensor) -> None:
+        """Choose the linear part so that `A P` becomes the given matrix.
+
+        Exact when the inner size is at least the rank of A, whose rows must then be independent; else the best of that
+        size (truncated SVD), or by least squares.
+
+        Args:
+            A (`torch.Tensor`): Shape (r, out_features).
+            A_P (`torch.Tensor`): Shape (r, in_features).
+        """
+        A_inverse = _right_inverse(A)
+        if self.full:
+            self.W.copy_(A_inverse @ A_P.double())
+        else:
+            X, Y = _split(A_P, self.V.shape[0])
+            self.U.copy_(A_inverse @ X)
+            self.V.copy_(Y)
+
+    @torch.no_grad()
+    def set_before(self, B: torch.Tensor, P_B: torch.Tensor) -> None:
+        """Likewise so that `P B` becomes the given matrix: B (in_features, r), P B (out_features, r)."""
+        B_inverse = _right_inverse(B.T).T
+        if self.full:
+            self.W.copy_(P_B.double() @ B_inverse)
+        else:
+            X, Y = _split(P_B.T, self.V.shape[0])
+            self.V.copy_(X.T @ B_inverse)
+            self.U.copy_(Y.T)
+
+
+class Kernel(nn.Module):
+    """One source module's LoRA between its two projections: `delta(x) = scaling * P_out(B A P_in(x))`.
+
+    `A` and `B` are buffers, so no flag or optimizer can train them.
 
     Args:
         spec (`KernelSpec`): Shapes and scaling of the kernel (r, in_S, out_S below).
-        in_features (`int`): Input width of the target module (in_T).
-        out_features (`int`): Output width of the target module (out_T).
-        projection_size (`int`, *optional*): Inner size k of factored projections; `None` trains full matrices.
+        P_in (`Projection`): in_T → in_S. It may be shared with other kernels.
+        P_out (`Projection`): out_S → out_T, likewise.
 
     Shapes:
-        A (r, in_S), B (out_S, r); factored: in_U (in_S, k), in_V (k, in_T), out_U (out_T, k), out_V (k, out_S);
-        full: P_in (in_S, in_T), P_out (out_T, out_S).
+        A (r, in_S), B (out_S, r).
     """
 
-    def __init__(self, spec: KernelSpec, in_features: int, out_features: int, projection_size: int | None) -> None:
+    def __init__(self, spec: KernelSpec, P_in: Projection, P_out: Projection) -> None:
         super().__init__()
         self.spec = spec
-        self.projection_size = projection_size
         self.register_buffer("A", torch.empty(spec.r, spec.in_features))
         self.register_buffer("B", torch.empty(spec.out_features, spec.r))
-        if projection_size is None:
-            self.P_in = nn.Parameter(torch.empty(spec.in_features, in_features))
-            self.P_out = nn.Parameter(torch.empty(out_features, spec.out_features))
-        else:
-            self.in_U = nn.Parameter(torch.empty(spec.in_features, projection_size))
-            self.in_V = nn.Parameter(torch.empty(projection_size, in_features))
-            self.out_U = nn.Parameter(torch.empty(out_features, projection_size))
-            self.out_V = nn.Parameter(torch.empty(projection_size, spec.out_features))
+        self.P_in, self.P_out = P_in, P_out
+
+    @property
+    def foldable(self) -> bool:
+        """Whether this is a plain LoRA on the target."""
+        return not any(P.nonlinear or P.bias is not None for P in (self.P_in, self.P_out))
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The LoRA that this kernel is on the target: `A' = A P_in` (r, in_T) and `B' = scaling P_out B` (out_T, r).
 
         Only products with a side of length r are formed, so the cost does not depend on the number of tokens.
         """
-        if self.projection_size is None:
-            return self.A @ self.P_in, self.spec.scaling * (self.P_out @ self.B)
-        return (self.A @ self.in_U) @ self.in_V, self.spec.scaling * (self.out_U @ (self.out_V @ self.B))
+        return self.P_in.after(self.A), self.spec.scaling * self.P_out.before(self.B)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The delta: (..., in_T) → (..., out_T)."""
+        P_in, P_out = self.P_in, self.P_out
+        a = F.linear(x, P_in.after(self.A))
+        if P_in.nonlinear:
+            a = a + F.linear(F.gelu(F.linear(x, P_in.mlp_V)), self.A @ P_in.mlp_U)
+        if P_in.bias is not None:
+            a = a + self.A @ P_in.bias
+        delta = F.linear(a, P_out.before(self.B))
+        if P_out.nonlinear:
+            delta = delta + F.linear(F.gelu(F.linear(a, P_out.mlp_V @ self.B)), P_out.mlp_U)
+        if P_out.bias is not None:
+            delta = delta + P_out.bias
+        return self.spec.scaling * delta
 
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool = True) -> None:
         """Random kernel, identity-like `P_in`, zero `P_out`: a no-op that can learn."""
         nn.init.normal_(self.A, std=self.spec.in_features**-0.5)
         nn.init.normal_(self.B, std=self.spec.r**-0.5)
-        parameters = list(self.parameters())
-        if parameters[0].device.type == "meta":
+        P_in, P_out = self.P_in, self.P_out
+        if next(P_in.parameters()).device.type == "meta":
             return
-        in_features, out_features = self._target_features()
-        eye = torch.eye(self.spec.in_features, in_features, device=self.A.device)
-        P_out = torch.zeros(out_features, self.spec.out_features, device=self.A.device)
+        eye = torch.eye(P_in.out_features, P_in.in_features, device=self.A.device)
+        W = torch.zeros(P_out.out_features, P_out.in_features, device=self.A.device)
         if not init_weights:
-            nn.init.normal_(P_out, std=self.spec.out_features**-0.5)
-        if self.projection_size is None:
-            self.P_in.copy_(eye)
-            self.P_out.copy_(P_out)
+            nn.init.normal_(W, std=P_out.in_features**-0.5)
+        if P_in.full:
+            P_in.W.copy_(eye)
+            P_out.W.copy_(W)
         else:
-            self.set_effective(self.A.float() @ eye, P_out @ self.B.float())
+            self.set_effective(self.A.float() @ eye, W @ self.B.float())
 
-    @torch.no_grad()
     def set_effective(self, A_P_in: torch.Tensor, P_out_B: torch.Tensor) -> None:
-        """Choose the projections so that `A P_in` and `P_out B` become the given matrices.
-
-        Exact when the inner size is at least the rank, else the best approximation of that size (truncated SVD).
-
-        Args:
-            A_P_in (`torch.Tensor`): Shape (r, in_T).
-            P_out_B (`torch.Tensor`): Shape (out_T, r).
-        """
-        A_inverse = _right_inverse(self.A)
-        B_inverse = _right_inverse(self.B.T).T
-        if self.projection_size is None:
-            self.P_in.copy_(A_inverse @ A_P_in.double())
-            self.P_out.copy_(P_out_B.double() @ B_inverse)
-            return
-        X, Y = _split(A_P_in, self.projection_size)
-        self.in_U.copy_(A_inverse @ X)
-        self.in_V.copy_(Y)
-        X, Y = _split(P_out_B.T, self.projection_size)
-        self.out_V.copy_(X.T @ B_inverse)
-        self.out_U.copy_(Y.T)
-
-    def _target_features(self) -> tuple[int, int]:
-        if self.projection_size is None:
-            return self.P_in.shape[1], self.P_out.shape[0]
-        return self.in_V.shape[1], self.out_U.shape[0]
+        """Choose the linear parts of the projections so that `A P_in` (r, in_T) and `P_out B` (out_T, r) are as given."""
+        self.P_in.set_after(self.A, A_P_in)
+        self.P_out.set_before(self.B, P_out_B)
 
 
 def _right_inverse(M: torch.Tensor) -> torch.Tensor:
-    """Pseudo-inverse (n, r) of a wide matrix (r, n) by its small Gram matrix, in float64."""
+    """Pseudo-inverse (n, r) of a matrix (r, n) by its Gram matrix (r, r), in float64."""
     M = M.double()
     return M.T @ torch.linalg.pinv(M @ M.T, hermitian=True)
 
@@ -139,18 +195,35 @@ class CastLayer(BaseTunerLayer):
         self.merged_adapters = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
-    def update_layer(self, adapter_name: str, specs: list[KernelSpec], config: CastConfig) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        specs: list[KernelSpec],
+        config: CastConfig,
+        shared: dict[tuple, Projection] | None = None,
+    ) -> None:
         """Add the kernels of one adapter to this module.
 
         Args:
             adapter_name (`str`): The name of the adapter.
             specs (`list[KernelSpec]`): One or more kernels; their deltas are summed.
             config (`CastConfig`): The configuration of the adapter.
+            shared (`dict`, *optional*): The projections that modules share, by side and shape; new ones are added.
         """
         kernels = nn.ModuleList()
         for spec in specs:
-            size = None if config.projection_type == "full" else (config.projection_size or spec.r)
-            kernel = Kernel(spec, self.in_features, self.out_features, size)
+            projections = []
+            for side, shape in (
+                ("in", (self.in_features, spec.in_features)),
+                ("out", (spec.out_features, self.out_features)),
+            ):
+                projection = (shared or {}).get((side, shape))
+                if projection is None:
+                    projection = Projection(*shape, config.projection_size or spec.r, config)
+                    if shared is not None:
+                        shared[side, shape] = projection
+                projections.append(projection)
+            kernel = Kernel(spec, *projections)
             kernel.reset_parameters(config.init_weights)
             kernels.append(kernel)
         self.peft_cast_kernels[adapter_name] = kernels
@@ -179,8 +252,12 @@ class CastLayer(BaseTunerLayer):
         self._factor_cache.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
+    def is_foldable(self, adapter_name: str) -> bool:
+        """Whether the adapter is a plain LoRA on this module: linear projections without biases."""
+        return all(kernel.foldable for kernel in self.peft_cast_kernels[adapter_name])
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return self.is_foldable(adapter_name)
 
 
 def _stack_factors(kernels: nn.ModuleList) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,20 +272,35 @@ class Linear(nn.Module, CastLayer):
     """
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, specs: list[KernelSpec], config: CastConfig, **kwargs
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        specs: list[KernelSpec],
+        config: CastConfig,
+        shared: dict[tuple, Projection] | None = None,
+        **kwargs,
     ) -> None:
         super().__init__()
         CastLayer.__init__(self, base_layer, **kwargs)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, specs, config)
+        self.update_layer(adapter_name, specs, config, shared)
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The weight change of the given adapter, shaped as the base layer's weight.
 
         Args:
             adapter (`str`): The name of the adapter for which the delta weight should be computed.
+
+        Raises:
+            ValueError: If the adapter has nonlinear projections or biases, and so no delta weight.
         """
+        if not self.is_foldable(adapter):
+            raise ValueError(
+                f"The CAST adapter '{adapter}' has nonlinear projections or biases, so it is no change of the weights and "
+                "cannot be merged or converted to a LoRA: use it unmerged, or translate again with "
+                "`projection_type='factored'` and no `projection_bias`."
+            )
         A, B = self.get_factors(adapter)
         return transpose(B.float() @ A.float(), self.fan_in_fan_out)
 
@@ -258,9 +350,14 @@ class Linear(nn.Module, CastLayer):
         for active_adapter in self.active_adapters:
             if active_adapter not in self.peft_cast_kernels:
                 continue
-            A, B = self.get_factors(active_adapter)
-            h = self._cast_input_dtype(x, A.dtype)
-            result = result + F.linear(F.linear(h, A), B).to(result.dtype)
+            kernels = self.peft_cast_kernels[active_adapter]
+            h = self._cast_input_dtype(x, kernels[0].A.dtype)
+            if self.is_foldable(active_adapter):
+                A, B = self.get_factors(active_adapter)
+                delta = F.linear(F.linear(h, A), B)
+            else:
+                delta = sum(kernel(h) for kernel in kernels)
+            result = result + delta.to(result.dtype)
         return result
 
     def __repr__(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -10,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import CastConfig, KernelSpec
-from .layer import CastLayer, Linear
+from .layer import CastLayer, Linear, Projection
 
 
 # PEFT finds adapter weights by this prefix in some paths. A bare "cast_" would also match "forecast_head".
@@ -68,13 +70,25 @@ class CastModel(BaseTuner):
         if current_key is None:
             raise ValueError("Current Key shouldn't be `None`")
         specs = self._kernel_specs(cast_config, target, current_key)
+        shared = self._shared_projections(cast_config, current_key)
         if isinstance(target, CastLayer):
-            target.update_layer(adapter_name, specs, cast_config)
+            target.update_layer(adapter_name, specs, cast_config, shared)
             return
-        new_module = self._create_new_module(cast_config, adapter_name, target, specs)
+        new_module = self._create_new_module(cast_config, adapter_name, target, specs, shared)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def inject_adapter(self, *args, **kwargs) -> None:
+        self._shared: dict[str, dict[tuple, Projection]] = {}  # of the adapter that is being added
+        super().inject_adapter(*args, **kwargs)
+
+    def _shared_projections(self, config: CastConfig, key: str) -> dict[tuple, Projection] | None:
+        """The projections made so far that the module may share; `None` if modules do not share."""
+        if config.projection_sharing is None:
+            return None
+        layer = re.match(r"(.*?\.\d+)\.", key) if config.projection_sharing == "layer" else None
+        return self._shared.setdefault(layer[1] if layer else "", {})
 
     @staticmethod
     def _kernel_specs(config: CastConfig, target: nn.Module, key: str) -> list[KernelSpec]:
@@ -96,11 +110,11 @@ class CastModel(BaseTuner):
 
     @staticmethod
     def _create_new_module(
-        config: CastConfig, adapter_name: str, target: nn.Module, specs: list[KernelSpec]
+        config: CastConfig, adapter_name: str, target: nn.Module, specs: list[KernelSpec], shared: dict | None
     ) -> nn.Module:
         target_base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(target_base_layer, (nn.Linear, Conv1D)):
-            return Linear(target, adapter_name, specs, config)
+            return Linear(target, adapter_name, specs, config, shared)
         raise ValueError(f"CAST does not support target modules of type {type(target_base_layer)} yet.")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
