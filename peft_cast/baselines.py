@@ -23,12 +23,9 @@ from .align import map_layers, map_modules
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
 from .models import (
     LoraKernel,
-    adapted_source,
     default_device,
     layer_count,
     load_model,
-    load_source,
-    read_kernels,
     shared_head,
     unload_adapters,
     untouched,
@@ -36,6 +33,7 @@ from .models import (
 from .pair import map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .result import TranslationResult
+from .source import adapted_source, load_source
 from .translate import target_share
 
 
@@ -44,6 +42,7 @@ def direct_copy(
     adapter: str | Path | PeftModel,
     target: str | Path | PreTrainedModel,
     *,
+    source_rank: int | float | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> PeftModel:
@@ -52,7 +51,7 @@ def direct_copy(
     The baseline for related models of equal shape, where it can beat learned transfer.
 
     Args:
-        source, adapter, target, device, dtype: As in `translate`.
+        source, adapter, target, source_rank, device, dtype: As in `translate`.
 
     Returns:
         `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place.
@@ -60,7 +59,7 @@ def direct_copy(
     Raises:
         ValueError: If no module's shapes fit.
     """
-    source, target, kernels = _load(source, adapter, target, device, dtype)
+    source, target, kernels = _load(source, adapter, target, source_rank, device, dtype)
     depth = min(layer_count(source), layer_count(target))
     modules = map_modules(kernels, target, {layer: layer for layer in range(depth)})
     factors = {}
@@ -81,6 +80,7 @@ def cross_lora(
     rank: int = 320,
     depth_map: str | Mapping[int, int] = "proportional",
     module_map: Mapping[str, str] | None = None,
+    source_rank: int | float | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> PeftModel:
@@ -94,7 +94,7 @@ def cross_lora(
     which is kept factored. Data-free. Signs of singular vectors are arbitrary, in the paper's method as here.
 
     Args:
-        source, adapter, target, device, dtype: As in `translate`.
+        source, adapter, target, source_rank, device, dtype: As in `translate`.
         rank (`int`): Size of the subspaces, at most the smallest side of a weight.
         depth_map: `"proportional"` or a mapping; by similarity would need text.
         module_map: As in `translate`. Kernels that share a target module add up.
@@ -106,7 +106,7 @@ def cross_lora(
         raise ValueError(f"`rank` must be at least 1, got {rank}.")
     if depth_map == "similarity":
         raise ValueError("Cross-LoRA reads no text, so `depth_map='similarity'` is not possible: pass a mapping.")
-    source, target, kernels = _load(source, adapter, target, device, dtype)
+    source, target, kernels = _load(source, adapter, target, source_rank, device, dtype)
     modules = map_modules(kernels, target, map_layers(layer_count(source), layer_count(target), depth_map), module_map)
     factors = {}
     for name, sources in modules.kernels.items():
@@ -159,7 +159,8 @@ def distill_lora(
             documents, so that both read the same.
         r (`int`, *optional*): Rank; by default that of the kernels which a translation would stack on one module.
         learning_rate (`float`): Peak learning rate of AdamW, an absolute one here.
-        pair_options: `depth_map`, `module_map`, tokenizers, revisions, `device` and `dtype`, as in `translate`.
+        pair_options: `depth_map`, `module_map`, `source_rank`, tokenizers, revisions, `device` and `dtype`, as in
+            `translate`.
 
     Returns:
         `TranslationResult`: With a plain LoRA as its adapter.
@@ -243,12 +244,23 @@ def lora_from_factors(
     return model.eval()
 
 
-def _load(source, adapter, target, device, dtype) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
+def _load(
+    source, adapter, target, source_rank, device, dtype
+) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
     device = torch.device(device) if device is not None else default_device()
     source = load_source(source, adapter, device, dtype=dtype)
     target = load_model(target, "target", device, dtype=dtype)
-    with untouched(source), adapted_source(source, adapter) as adapted:
-        kernels = read_kernels(adapted)
+    layers = layer_count(source)
+    with (
+        untouched(adapter if isinstance(adapter, PeftModel) else source),
+        adapted_source(source, adapter, source_rank=source_rank) as on_source,
+    ):
+        if layer_count(source) != layers:
+            raise ValueError(
+                "The adapter replicates layers of the source, which this baseline does not follow: load it yourself and pass "
+                "the PeftModel."
+            )
+        kernels = on_source.kernels
     return source, target, kernels
 
 

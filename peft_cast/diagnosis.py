@@ -26,8 +26,20 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
             "per position), so there is little to learn from: pass `text=SelfWritten(prompts=[...])` with a dozen prompts "
             "of the kind it answers."
         )
+    source = metrics.get("source", {})
+    if source.get("not_carried"):
+        found.append(
+            f"No kernel expresses these parts of the adapter: {list_not_carried(source['not_carried'])}. The teacher has them, "
+            "so that the refinement imitates them as far as the other parts' kernels can: judge the result on your task."
+        )
     if covered >= 0.9:
         return found
+    errors_of_kernels = source.get("converted", {}).values()
+    if errors_of_kernels and sum(errors_of_kernels) / len(errors_of_kernels) > 0.3:
+        found.append(
+            f"Kernels of rank {source['rank']} approximate the adapter's weight changes badly (mean relative error "
+            f"{sum(errors_of_kernels) / len(errors_of_kernels):.2f}): pass a larger `source_rank`."
+        )
     if settings["steps"] == 0:
         found.append("Only the closed form was fitted, which moves little across model families: pass `steps`.")
     # At another temperature the logged KL is in other units than the one on held-out text.
@@ -67,6 +79,15 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
     if unmapped:
         found.append(f"{len(unmapped)} adapted modules of the source found no place on the target: pass `module_map`.")
     return found
+
+
+def list_not_carried(parts: Sequence[Mapping[str, str]]) -> str:
+    """`"trained bias (model.layers.0.q_proj and 5 more), ..."`"""
+    by_kind: dict[str, list[str]] = {}
+    for part in parts:
+        by_kind.setdefault(part["what"], []).append(part["module"])
+    more = {what: f" and {len(names) - 1} more" if len(names) > 1 else "" for what, names in by_kind.items()}
+    return ", ".join(f"{what} ({names[0]}{more[what]})" for what, names in by_kind.items())
 
 
 def _weak_inputs(metrics: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Loading models, tokenizers and LoRAs, and giving models back exactly as they were."""
+"""Loading models and tokenizers, and giving models back exactly as they were."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, load_peft_weights
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,151 +96,23 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
         ) from error
 
 
-def load_source(
-    source: str | Path | PreTrainedModel | None,
-    adapter: str | Path | PeftModel,
-    device: torch.device,
-    revision: str | None = None,
-    adapter_revision: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> PreTrainedModel:
-    """The source model: the given one, the base of an adapter that is a PeftModel, or the one the adapter names.
-
-    Raises:
-        ValueError: If `adapter` is a PeftModel on another model than `source`, or its configuration cannot be read.
-        OSError: If the model cannot be found.
-    """
-    if isinstance(adapter, PeftModel):
-        model = adapter.get_base_model()
-        if isinstance(source, torch.nn.Module) and source is not model:
-            raise ValueError("`adapter` is a PeftModel on another model object than `source`: pass `source=None`.")
-        return model
-    if source is None:
-        source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
-    return load_model(source, "source", device, revision, dtype)
-
-
-@contextmanager
-def adapted_source(
-    source: PreTrainedModel, adapter: str | Path | PeftModel, revision: str | None = None
-) -> Iterator[PeftModel]:
-    """The source model with its LoRA active; a loaded `source` gets its plain modules back afterwards.
-
-    Raises:
-        ValueError: If the adapter is no LoRA, uses a feature that cannot be translated yet, or does not fit the model.
-    """
-    if isinstance(adapter, PeftModel):
-        _check_lora(adapter.active_peft_config, "The adapter")
-        yield adapter
-        return
-    config = read_adapter_config(adapter, revision)
-    _check_lora(config, f"The adapter '{adapter}'")
-    try:
-        try:
-            model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_SOURCE_ADAPTER, revision=revision)
-            _check_embeddings(model)
-            _check_same_keys(model, adapter, revision)
-        except SafetensorError as error:
-            raise ValueError(
-                f"The weights of the adapter '{adapter}' could not be read ({error}): the file is corrupt, get it again."
-            ) from error
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(
-                f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; it was trained on "
-                f"'{config.base_model_name_or_path}'. ({_first_line(error)})"
-            ) from error
-        yield model
-    finally:
-        unload_adapters(source)
-
-
-_SOURCE_ADAPTER = "peft_cast_source"
-
-
 def unload_adapters(model: PreTrainedModel) -> None:
     """Put the plain modules of an injected model back, also when the injection stopped halfway."""
+    replaced: tuple[str, ...] = ()
     for name, module in list(model.named_modules()):
+        if name.startswith(replaced):
+            continue  # wrappers lie in wrappers (trained tokens, several parameters of one module)
         if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
+            plain = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save and trained token embeddings
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.original_module)
+            plain = module.original_module
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+        replaced += (f"{name}.",)
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         model.__dict__.pop(attribute, None)
-
-
-def read_kernels(model: PeftModel) -> dict[str, LoraKernel]:
-    """The active LoRA of `model` per module name of its base model.
-
-    Raises:
-        ValueError: If a layer is of a kind that cannot be translated yet (embedding, convolution), or not exactly one
-            adapter is active.
-    """
-    if len(model.active_adapters) != 1:
-        raise ValueError(f"Exactly one adapter of the source must be active, not {model.active_adapters}.")
-    (adapter,) = model.active_adapters
-    _check_embeddings(model)
-    kernels = {}
-    for name, module in model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        if adapter not in module.lora_A:
-            continue
-        A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
-        if A.ndim != 2:
-            raise ValueError(f"The adapter has a LoRA on '{name}', a convolution, which cannot be translated.")
-        kernels[name] = LoraKernel(A.detach().float(), B.detach().float(), float(module.scaling[adapter]))
-    return kernels
-
-
-def _check_lora(config: PeftConfig, name: str) -> None:
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{name} is of type {config.peft_type}; only LoRA adapters can be translated.")
-    unsupported = [
-        feature
-        for feature, used in {
-            "DoRA": config.use_dora,
-            "trained biases": config.bias != "none" or config.lora_bias,
-            "modules_to_save": bool(config.modules_to_save),
-            "target_parameters": bool(config.target_parameters),
-            "trainable_token_indices": bool(config.trainable_token_indices),
-            "layer_replication": bool(config.layer_replication),
-        }.items()
-        if used
-    ]
-    if unsupported:
-        raise ValueError(f"{name} uses {' and '.join(unsupported)}, which cannot be translated yet.")
-
-
-def _check_embeddings(model: PeftModel) -> None:
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer) and len(module.lora_embedding_A):
-            raise ValueError(f"The adapter has a LoRA on the embedding '{name}', which cannot be translated yet.")
-
-
-def _check_same_keys(model: PeftModel, adapter: str | Path, revision: str | None) -> None:
-    """PEFT ignores weights in the file that the model has no place for; here they mean the wrong model."""
-    kwargs = {"revision": revision} if revision else {}
-    in_file = {
-        key.removeprefix("base_model.model.") for key in load_peft_weights(str(adapter), device="cpu", **kwargs)
-    }
-    in_model = {
-        key.removeprefix("base_model.model.")
-        for key in get_peft_model_state_dict(model, adapter_name=_SOURCE_ADAPTER, save_embedding_layers=False)
-    }
-    if in_file != in_model:
-        odd = sorted(in_file ^ in_model)
-        where = "file, not in the model" if odd[0] in in_file else "model, not in the file"
-        raise ValueError(f"'{odd[0]}' is in the {where}; {len(odd)} such tensors")
-
-
-def _first_line(error: Exception) -> str:
-    """PEFT lists every mismatched tensor; one is enough."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
 
 
 def layer_count(model: PreTrainedModel) -> int:
@@ -296,19 +166,39 @@ def shared_head(model: PreTrainedModel, token_ids: torch.Tensor) -> Iterator[Non
     """Within the context the model's logits cover only `token_ids`, in this order; the old head is put back after.
 
     Swapping the head, not multiplying outside, keeps what architectures do around it (soft-capping, scaling), and
-    never builds the logits of the whole vocabulary.
+    never builds the logits of the whole vocabulary. A head with an adapter on it is the exception: its logits are built
+    and the wanted ones are taken, so that the adapter can still be switched off.
     """
     head = model.get_output_embeddings()
-    weight = head.weight.detach()[token_ids.to(head.weight.device)]
-    small = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    small.weight = nn.Parameter(weight, requires_grad=False)
-    if getattr(head, "bias", None) is not None:
-        small.bias = nn.Parameter(head.bias.detach()[token_ids.to(head.bias.device)], requires_grad=False)
+    if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        small: nn.Module = _SomeLogits(head, token_ids)
+    else:
+        small = _rows_of(head, token_ids)
     model.set_output_embeddings(small)
     try:
         yield
     finally:
         model.set_output_embeddings(head)
+
+
+class _SomeLogits(nn.Module):
+    """A head whose logits are those of another for some tokens."""
+
+    def __init__(self, head: nn.Module, token_ids: torch.Tensor) -> None:
+        super().__init__()
+        self.head, self.token_ids = head, token_ids
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.head(states)[..., self.token_ids.to(states.device)]
+
+
+def _rows_of(head: nn.Module, token_ids: torch.Tensor) -> nn.Linear:
+    weight = head.weight.detach()[token_ids.to(head.weight.device)]
+    small = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    small.weight = nn.Parameter(weight, requires_grad=False)
+    if getattr(head, "bias", None) is not None:
+        small.bias = nn.Parameter(head.bias.detach()[token_ids.to(head.bias.device)], requires_grad=False)
+    return small
 
 
 def contiguous_head(model: PreTrainedModel | PeftModel) -> AbstractContextManager[None]:

@@ -40,17 +40,15 @@ from .fit.batches import ANCHOR_EVERY, side_of
 from .fit.capture import layer_outputs
 from .models import (
     LoraKernel,
-    adapted_source,
     default_device,
     layer_count,
     load_model,
-    load_source,
     load_tokenizer,
     logits_at,
     moved,
-    read_kernels,
     untouched,
 )
+from .source import SourceAdapter, adapted_source, load_source
 from .text import C4, SelfWritten, is_written, read_text, write_texts
 
 
@@ -60,23 +58,31 @@ class Pair:
 
     Args:
         source: The model the LoRA was trained on, frozen.
-        adapted: The source with its LoRA active: the teacher. Its adapter can be disabled.
+        adapter: The adapter on the source, with its kernels.
         target: The model it shall work on, frozen.
         tokenizers: Those of source and target.
-        kernels: The LoRA of each adapted source module.
-        modules: Where they land.
+        modules: Where the kernels land.
         vocabulary: Tokens that both tokenizers have.
         device: Where training happens.
     """
 
     source: PreTrainedModel
-    adapted: PeftModel
+    adapter: SourceAdapter
     target: PreTrainedModel
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
-    kernels: Mapping[str, LoraKernel]
     modules: ModuleMap
     vocabulary: SharedVocabulary
     device: torch.device
+
+    @property
+    def adapted(self) -> PeftModel:
+        """The source with its adapter active: the teacher. Its adapter can be disabled."""
+        return self.adapter.model
+
+    @property
+    def kernels(self) -> Mapping[str, LoraKernel]:
+        """The kernel of each source module that can be carried over."""
+        return self.adapter.kernels
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,7 @@ def open_pair(
     source_revision: str | None = None,
     adapter_revision: str | None = None,
     target_revision: str | None = None,
+    source_rank: int | float | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Pair]:
@@ -130,14 +137,12 @@ def open_pair(
         stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
         stack.enter_context(moved(source, device))
         stack.enter_context(moved(target, device))
-        adapted = stack.enter_context(adapted_source(source, adapter, adapter_revision))
-        adapted.eval()
-        kernels = read_kernels(adapted)
+        on_source = stack.enter_context(adapted_source(source, adapter, adapter_revision, source_rank))
         proportional = "proportional" if depth_map == "similarity" else depth_map
         layers = map_layers(layer_count(source), layer_count(target), proportional)
-        modules = map_modules(kernels, target, layers, module_map)
+        modules = map_modules(on_source.kernels, target, layers, module_map)
         vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
-        yield Pair(source, adapted, target, tokenizers, kernels, modules, vocabulary, device)
+        yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device)
 
 
 @torch.no_grad()
@@ -182,8 +187,7 @@ def fitted(
     """
     file = None
     if cache_dir is not None:
-        ids = (pair.vocabulary.source_ids, pair.vocabulary.target_ids)
-        key = f"{fingerprint(pair.adapted, pair.target, extra=ids)} {pair.modules.kernels} {texts} {options}"
+        key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}"
         file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         try:
             return load_closed_form(file)
@@ -204,11 +208,14 @@ def teacher_memory(pair: Pair, settings: TeacherSettings, folder: str | Path | N
     """
     if not settings.top_k:
         return None
-    identity = ""
-    if folder is not None:
-        ids = (pair.vocabulary.source_ids, pair.vocabulary.target_ids)
-        identity = f"{fingerprint(pair.adapted, pair.target, extra=ids)} {settings.target_share}"
+    identity = f"{_identity(pair)} {settings.target_share}" if folder is not None else ""
     return TeacherMemory(settings.top_k, settings.temperature, folder, identity)
+
+
+def _identity(pair: Pair) -> str:
+    """Tells pairs apart: the models' weights, the shared vocabulary, the adapter's options and its kernels' ranks."""
+    ids = (pair.vocabulary.source_ids, pair.vocabulary.target_ids)
+    return f"{fingerprint(pair.adapted, pair.target, extra=ids)} {pair.adapter.identity}"
 
 
 def _rows(model: PreTrainedModel) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 
 from .align import ModuleMap
-from .diagnosis import diagnose
+from .diagnosis import diagnose, list_not_carried
 from .tuner import CastConfig
 
 
@@ -42,7 +42,9 @@ class TranslationResult:
         model ([`~peft.PeftModel`]): The target model with the translated adapter, ready to generate or save.
         metrics (`dict`): The measurements of the run, JSON-ready. `kl`: nats per aligned position between the teacher
             and the untouched target, the closed form and the final adapter on held-out texts; `excitement`: nats by
-            which the LoRA changes the source's predictions there; `closed_form`: held-out R² per target module; `phases`:
+            which the LoRA changes the source's predictions there; `source`: the adapter's `type`, the largest `rank` of its
+            kernels, `converted` (relative error of each module's kernel that approximates another kind of adapter) and
+            `not_carried` (what of the adapter no kernel expresses, by module); `closed_form`: held-out R² per target module; `phases`:
             seconds and peak memory; `parameters`; `alignment`; `text`; `settings`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
@@ -87,6 +89,8 @@ class TranslationResult:
         lines.append(
             f"The LoRA changes the source's predictions there by {self.metrics['excitement']:.4f} nats per position"
         )
+        if "source" in self.metrics:
+            lines.append(_describe_source(self.metrics["source"]))
         by_role: dict[str, list[dict]] = defaultdict(list)
         for name, fits in self.metrics.get("closed_form", {}).get("modules", {}).items():
             by_role[name.rsplit(".", 1)[-1]] += fits
@@ -107,3 +111,14 @@ class TranslationResult:
 
     def __str__(self) -> str:
         return self.summary()
+
+
+def _describe_source(source: dict[str, Any]) -> str:
+    """One line on the source's adapter: type, rank, how well kernels express it and what they do not."""
+    line = f"Source adapter {source['type']}, kernels of rank {source['rank']}"
+    if source["converted"]:
+        errors = source["converted"].values()
+        line += f"; {len(errors)} weight changes approximated, mean relative error {sum(errors) / len(errors):.2g}"
+    if source["not_carried"]:
+        line += f"; not carried over: {list_not_carried(source['not_carried'])}"
+    return line

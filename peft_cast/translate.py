@@ -52,6 +52,7 @@ def translate(
     projection_sharing: Literal["layer", "all"] | None = None,
     ridge: float | None = None,
     gain: float | None = None,
+    source_rank: int | float | None = None,
     seed: int = 0,
     source_tokenizer: PreTrainedTokenizerBase | str | None = None,
     target_tokenizer: PreTrainedTokenizerBase | str | None = None,
@@ -65,7 +66,7 @@ def translate(
     training_args: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> TranslationResult:
-    """Translate a LoRA trained on `source` so that it works on `target`.
+    """Translate a LoRA, or another adapter that changes linear layers, from `source` so that it works on `target`.
 
     The two models are aligned (tokens, vocabulary, depth, modules), the projections around the frozen LoRA are fitted
     in closed form and then refined with `alpha T² KL + beta MSE` against the adapted source model, and `gamma KL` that
@@ -74,7 +75,9 @@ def translate(
 
     Args:
         source: The model the LoRA was trained on: hub id, path or loaded model. `None` takes it from the adapter.
-        adapter: The LoRA: hub id, path, or a PeftModel, whose base then is the source.
+        adapter: The LoRA: hub id, path, or a PeftModel, whose base then is the source. DoRA, LoHa, IA³ and other adapters
+            that are no plain LoRA are approximated by one (`source_rank`); what no LoRA on a linear layer expresses is
+            listed in `metrics["source"]` and imitated by the refinement alone. See docs/sources.md.
         target: The model it shall work on: hub id, path or loaded model. A loaded one is wrapped in place, as
             `get_peft_model` does; `result.model.unload()` gives it back.
         text: What the refinement reads: `None` for C4 (`allenai/c4`, en, streamed), a hub dataset id, a local
@@ -113,6 +116,9 @@ def translate(
         ridge (`float`, *optional*): Ridge strength of the closed form; chosen on held-out text when not given.
         gain (`float`, *optional*): Factor on the closed form's deltas. A regression that explains little shrinks; when
             not given, each kernel is scaled by 1/√R² of its output projection, at most 2.
+        source_rank (`int` or `float`, *optional*): Rank to which the weight changes of an adapter that is no plain LoRA are
+            cut, or the share of their squared singular values to keep (between 0 and 1, as in `peft.convert_to_lora`).
+            When not given: the exact rank where it is at most 64, else 16 or twice the rank of the LoRA, whichever is more.
         seed (`int`): Seed of the sampled text and the training order.
         source_tokenizer, target_tokenizer: Needed only if they cannot be loaded from where the models come from.
         source_revision, adapter_revision, target_revision (`str`, *optional*): Hub revisions.
@@ -151,6 +157,7 @@ def translate(
                     source_revision=source_revision,
                     adapter_revision=adapter_revision,
                     target_revision=target_revision,
+                    source_rank=source_rank,
                     device=device,
                     dtype=dtype,
                 )  # fmt: skip
@@ -194,6 +201,7 @@ def translate(
     metrics = {
         "kl": {"target": kl["target"], "closed_form": kl["start"], "translated": kl["end"]},
         "excitement": kl["excitement"],
+        "source": pair.adapter.metrics,
         "parameters": {
             "trained": trained, "source_lora": sum(k.A.numel() + k.B.numel() for k in pair.kernels.values()),
         },

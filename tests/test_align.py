@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ALL_LINEAR, tiny_model
-from transformers import PreTrainedTokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizer
 
 from peft_cast.align import align_texts, linear_cka, map_layers, map_modules, monotone_map, shared_vocabulary
 
@@ -169,6 +169,16 @@ def test_same_role_under_another_name():
     assert set(mapped.kernels) == {
         f"model.decoder.layers.{i}.{m}" for i in range(3) for m in ("self_attn.out_proj", "fc1")
     }
+
+
+def test_one_name_with_two_roles():
+    gpt2 = [f"transformer.h.0.{module}" for module in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    mapped = map_modules(gpt2, tiny_model(), {0: 0})
+    places = ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    assert mapped.kernels == {f"model.layers.0.{place}": [name] for place, name in zip(places, gpt2)}
+    target = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_embd=8, n_layer=1, n_head=2))
+    assert map_modules(gpt2, target, {0: 0}).kernels == {name: [name] for name in gpt2}
+    assert map_modules(["model.layers.0.mlp.down_proj"], target, {0: 0}).kernels.keys() == {gpt2[2]}
 
 
 def test_modules_without_a_place_are_reported_by_name():

@@ -82,11 +82,12 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("user/tar
 auto = AutoPeftModelForCausalLM.from_pretrained("user/cast")
 ids = torch.arange(5, 25)[None]
 assert torch.equal(model(input_ids=ids).logits, auto(input_ids=ids).logits)
-try:
-    peft_cast.translate(None, "user/absent", "user/target", text=CORPUS)
-except ValueError as error:
-    assert "'user/absent' could not be read" in str(error)
-    print("worked")
+for adapter, message in (("user/pickled", "(adapter_model.bin) are not read"), ("user/absent", "could not be read")):
+    try:
+        peft_cast.translate(None, adapter, "user/target", text=CORPUS)
+    except ValueError as error:
+        assert f"The adapter '{adapter}'" in str(error) and message in str(error), error
+        print("worked")
 """
 
 
@@ -102,7 +103,12 @@ def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_
         config = json.loads((original / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
         (folder / "adapter_model.safetensors").write_bytes((original / "adapter_model.safetensors").read_bytes())
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "adapter_config.json").write_bytes((lora / "adapter_config.json").read_bytes())
+    (pickled / "adapter_model.bin").write_bytes(b"")
     Hub.repos = {
+        "user/pickled": str(pickled),
         "user/source": source_folder,
         "user/target": target_folder,
         "user/lora": str(lora),
@@ -118,4 +124,4 @@ def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_
         text=True,
         env=environment,
     )
-    assert done.stdout.strip().endswith("worked"), done.stderr[-3000:]
+    assert done.stdout.count("worked") == 2, done.stderr[-3000:]

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from conftest import c4_texts, make_lora, tiny_model
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -325,20 +325,6 @@ def test_bad_models_and_adapters_are_one_clear_error(source_folder, lora_folder,
     refused("`target` is a PeftModel", source_folder, lora_folder, peft_model)
     nameless = tiny_model("llama", 300)
     refused("pass `target_tokenizer=`", source_folder, lora_folder, nameless)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "only LoRA adapters"),
-        (LoraConfig(use_dora=True, target_modules=["q_proj"]), "uses DoRA"),
-        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "uses modules_to_save"),
-        (LoraConfig(target_modules=["q_proj", "embed_tokens"]), "embedding 'model.embed_tokens'"),
-    ],
-)
-def test_adapters_that_cannot_be_translated_yet(config, message, source_folder, target_folder, tmp_path):
-    get_peft_model(load(source_folder), config).save_pretrained(tmp_path)
-    refused(message, source_folder, str(tmp_path), target_folder)
 
 
 def test_corrupt_adapter_files(source_folder, lora_folder, target_folder, tmp_path):

@@ -10,15 +10,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
-# Names that the same projection has in different architectures.
+# Names that the same projection has in different architectures; with its parent's where one name serves two (GPT-2).
 ROLES = {
     "q": ("q_proj", "query", "q"),
     "k": ("k_proj", "key", "k"),
     "v": ("v_proj", "value", "v"),
-    "o": ("o_proj", "out_proj"),
+    "o": ("o_proj", "out_proj", "attn.c_proj"),
     "gate": ("gate_proj", "w1"),
     "up": ("up_proj", "w3", "fc1", "dense_h_to_4h", "c_fc"),
-    "down": ("down_proj", "w2", "fc2", "dense_4h_to_h"),
+    "down": ("down_proj", "w2", "fc2", "dense_4h_to_h", "mlp.c_proj"),
 }
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<index>\d+)\.(?P<rest>.+)$")
@@ -64,8 +64,8 @@ def map_modules(
         if parts and isinstance(module, (nn.Linear, Conv1D)):
             layer, last = parts
             places.setdefault((layer, last), name)
-            if last in _ROLE_OF:
-                places.setdefault((layer, f"role:{_ROLE_OF[last]}"), name)
+            places.setdefault((layer, _with_parent(name)), name)
+            places.setdefault((layer, f"role:{_role(name)}"), name)
     kernels: dict[str, list[str]] = {}
     unmapped = []
     for name in source_modules:
@@ -73,8 +73,9 @@ def map_modules(
         place = None
         if parts and parts[0] in layers:
             layer, last = layers[parts[0]], parts[1]
-            wanted = module_map.get(last, last)
-            place = places.get((layer, wanted)) or places.get((layer, f"role:{_ROLE_OF.get(wanted)}"))
+            wanted = module_map.get(last, _with_parent(name))
+            keys = [wanted, wanted.rsplit(".", 1)[-1], f"role:{_role(wanted)}"]
+            place = next((places[layer, key] for key in keys if (layer, key) in places), None)
         if place is None:
             unmapped.append(name)
         else:
@@ -86,6 +87,16 @@ def map_modules(
         )
     order = {name: i for i, (name, _) in enumerate(target.named_modules())}
     return ModuleMap({name: kernels[name] for name in sorted(kernels, key=order.get)}, dict(layers), tuple(unmapped))
+
+
+def _with_parent(name: str) -> str:
+    """`"model.layers.3.self_attn.q_proj"` → `"self_attn.q_proj"`"""
+    return ".".join(name.split(".")[-2:])
+
+
+def _role(name: str) -> str:
+    """The role of a projection, or its own name, which no other role has."""
+    return _ROLE_OF.get(_with_parent(name)) or _ROLE_OF.get(name.rsplit(".", 1)[-1]) or name
 
 
 def layer_pairs(module_map: ModuleMap) -> dict[str, str]:

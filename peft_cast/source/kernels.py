@@ -1,0 +1,283 @@
+"""Read an adapter as low-rank kernels: a plain LoRA exactly, everything else by what its modules do.
+
+A LoRA's A and B are taken as they are. Any other module is *measured*: what it adds to its untouched base layer for
+every unit input is its delta weight, one definition for all of PEFT's methods. (PEFT's own `get_delta_weight` leaves out
+DoRA's magnitudes and returns rotations or nothing at all for others.) The delta is then cut to a low rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.variants import ALoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..align.modules import split_name
+from ..models import LoraKernel
+
+
+# A measured delta whose rank is at most EXACT_UP_TO is kept whole, any other is cut to DEFAULT_RANK or twice the LoRA's.
+EXACT_UP_TO, DEFAULT_RANK = 64, 16
+# Relative error below which a cut loses nothing but rounding.
+_EXACT = 1e-5
+
+
+@dataclass(frozen=True)
+class SourceAdapter:
+    """An adapter on its model, and what of it kernels can express.
+
+    Args:
+        model ([`~peft.PeftModel`]): The source with the original adapter active, in eval mode: the teacher.
+        kind (`str`): The adapter's type with the options that make it more than a LoRA.
+        kernels (`dict[str, LoraKernel]`): For each module of the base model that can be carried over.
+        converted (`dict[str, float]`): For each module whose kernel was measured, not read: the error of its kernel,
+            `‖ΔW − s B A‖ / ‖ΔW‖` in the Frobenius norm.
+        not_carried (`tuple[tuple[str, str], ...]`): Module name and what of it no kernel expresses. The teacher has it.
+    """
+
+    model: PeftModel
+    kind: str
+    kernels: dict[str, LoraKernel]
+    converted: dict[str, float]
+    not_carried: tuple[tuple[str, str], ...]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The account of it in `TranslationResult.metrics`, JSON-ready; `rank` is the largest of the kernels."""
+        return {
+            "type": self.kind,
+            "rank": max(len(kernel.A) for kernel in self.kernels.values()),
+            "converted": dict(self.converted),
+            "not_carried": [{"module": module, "what": what} for module, what in self.not_carried],
+        }
+
+    @property
+    def identity(self) -> str:
+        """What makes two readings of the same weights differ: the adapter's options (scaling, tokens) and the ranks."""
+        options = self.model.active_peft_config.to_dict()
+        ranks = {name: len(kernel.A) for name, kernel in self.kernels.items()}
+        # Sets have no lasting order.
+        return json.dumps([options, ranks], sort_keys=True, default=lambda value: sorted(map(str, value)))
+
+
+def check_rank(rank: int | float | None) -> None:
+    if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
+        return
+    if not isinstance(rank, float) or not 0 < rank <= 1:
+        raise ValueError(
+            f"`source_rank` must be a whole number from 1 or a share of the energy from 0 to 1 (such as 0.9), got {rank!r}."
+        )
+
+
+@torch.no_grad()
+def read_adapter(
+    model: PeftModel, originals: Mapping[str, torch.Tensor], rank: int | float | None = None
+) -> SourceAdapter:
+    """Read the active adapter of `model`.
+
+    Args:
+        model: The source with its adapter.
+        originals: Base parameters that the adapter replaces: name in the base model → value before.
+        rank: How far measured deltas are cut, `source_rank` in `translate`.
+
+    Raises:
+        ValueError: If not exactly one adapter is active, a module's effect is no fixed matrix, or nothing can be carried.
+    """
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"Exactly one adapter of the source must be active, not {model.active_adapters}.")
+    (adapter,) = model.active_adapters
+    config, base = model.active_peft_config, model.get_base_model()
+    head = base.get_output_embeddings()
+    kernels: dict[str, LoraKernel] = {}
+    errors: dict[str, float] = {}
+    rest: dict[tuple[str, str], None] = dict.fromkeys(_replaced(config, base, originals))
+    wrappers: tuple[str, ...] = ()
+    for name, module in base.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrappers += (f"{name}.",)
+            tokens = isinstance(module, TrainableTokensWrapper)
+            rest[name, "trained tokens" if tokens else "module trained in full (modules_to_save)"] = None
+        if not isinstance(module, BaseTunerLayer) or name.startswith(wrappers):
+            continue
+        if adapter not in module._get_available_adapters():
+            continue
+        layer, plain_name = module.get_base_layer(), name.replace(".base_layer", "")
+        if module is head:
+            rest[name, "adapter on the output head"] = None
+        elif _is_plain(module, adapter, name, originals) and split_name(name):
+            kernels[name] = _read(module, adapter)
+            bias = module.lora_B[adapter].bias
+            if bias is not None and bias.any():
+                rest[name, "trained bias"] = None
+        elif isinstance(module, ParamWrapper) and not isinstance(layer, (nn.Linear, Conv1D)):
+            rest[plain_name, f"adapter on the parameter '{module.parameter_name}' (target_parameters)"] = None
+        elif not isinstance(layer, (nn.Linear, Conv1D)):
+            rest[plain_name, f"adapter on a {type(layer).__name__}"] = None
+        elif not split_name(name):
+            rest[name, "adapter outside the layers"] = None
+        else:
+            delta, bias = _measure(name, module, originals)
+            if bias.any():
+                rest[name, "trained bias"] = None
+            if delta.any():
+                kernels[name], errors[name] = _cut(delta, rank, _default_rank(config))
+    if getattr(config, "alora_invocation_tokens", None) and kernels:
+        rest["every adapted module", "activation after the invocation tokens only (aLoRA)"] = None
+    kind = _kind(config)
+    if not kernels:
+        found = ", ".join(f"{module}: {what}" for module, what in list(rest)[:4]) or "it changes no module"
+        raise ValueError(
+            f"Nothing of the {kind} adapter can be carried over ({found}): a translation needs at least one adapter that "
+            "changes a linear layer."
+        )
+    return SourceAdapter(model, kind, kernels, errors, tuple(rest))
+
+
+def _kind(config: PeftConfig) -> str:
+    """`"LORA"`, or `"LORA (use_dora)"` with the options PEFT marks as variants and the initialisation, if any is named."""
+    options = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+    ]
+    start = getattr(config, "init_lora_weights", None)
+    options += [str(start)] if isinstance(start, str) else []
+    return config.peft_type.value + (f" ({', '.join(options)})" if options else "")
+
+
+def _default_rank(config: PeftConfig) -> int:
+    """Room for a LoRA's own directions and as many of what its variant (DoRA, PiSSA) changes besides."""
+    return max(DEFAULT_RANK, 2 * config.r) if isinstance(config, LoraConfig) else DEFAULT_RANK
+
+
+def _replaced(config: PeftConfig, base: nn.Module, originals: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
+    """Parameters of the base model itself that the adapter has trained or brings along."""
+    parts = []
+    for name in originals:
+        module, _, parameter = name.rpartition(".")
+        if parameter == "bias":
+            parts.append((module, "trained bias"))
+        elif not split_name(name):
+            parts.append((module, "weights of the base model in the adapter's file"))
+    trained = getattr(config, "bias", "none")
+    if trained != "none" and not originals:  # a PeftModel in memory: what was trained is known, what was before is not
+        for name, module in base.named_modules():
+            adapted = isinstance(module, BaseTunerLayer)
+            own = module.get_base_layer() if adapted else module
+            if (adapted or trained == "all") and isinstance(getattr(own, "bias", None), nn.Parameter):
+                parts.append((name.removesuffix(".base_layer"), "trained bias"))
+    return parts
+
+
+def _is_plain(module: BaseTunerLayer, adapter: str, name: str, originals: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the module is `W x + scaling B A x` on the W of the untouched model (aLoRA: from some token on)."""
+    return (
+        isinstance(module, LoraLayer)
+        and not isinstance(module, ParamWrapper)
+        and f"{name}.weight" not in originals
+        and type(module.lora_variant.get(adapter)) in (type(None), ALoraLinearVariant)
+        and adapter in module.lora_A
+        and isinstance(module.lora_A[adapter], nn.Linear)
+    )
+
+
+def _read(module: LoraLayer, adapter: str) -> LoraKernel:
+    A, B = module.lora_A[adapter].weight, module.lora_B[adapter].weight
+    return LoraKernel(A.detach().float(), B.detach().float(), float(module.scaling[adapter]))
+
+
+def _measure(
+    name: str, module: BaseTunerLayer, originals: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The delta weight (out, in) and bias (out,) that an adapted linear layer adds to the untouched one, float64.
+
+    In float64 because the difference of two outputs loses the digits that they share.
+    """
+    weight = module.get_base_layer().weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"The adapter on '{name}' is no plain LoRA and its base layer is quantised, so its effect cannot be measured: "
+            "load the source model unquantised."
+        )
+    if module.merged:
+        raise ValueError("The source's adapter is merged into the model: call `unmerge_adapter()` first.")
+    adapted = copy.deepcopy(module).to(torch.float64).eval()
+    untouched = copy.deepcopy(adapted.get_base_layer())
+    for kind, parameter in untouched.named_parameters():
+        if f"{name}.{kind}" in originals:
+            parameter.copy_(originals[f"{name}.{kind}"])
+    width = weight.shape[0] if isinstance(untouched, Conv1D) else weight.shape[1]
+    like = {"dtype": torch.float64, "device": weight.device}
+
+    def added(x: torch.Tensor) -> torch.Tensor:
+        return (adapted(x[None]) - untouched(x[None]))[0]
+
+    try:
+        bias = added(torch.zeros(1, width, **like))[0]
+        delta = (added(torch.eye(width, **like)) - bias).T
+        x = torch.randn(8, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(weight.device)
+        off = added(x) - bias - x @ delta.T
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"The effect of the adapter on '{name}' ({type(module).__name__}) could not be measured, so it cannot be "
+            f"translated: convert it to a LoRA first. ({str(error).splitlines()[0]})"
+        ) from error
+    noise = 1e-7 * weight.norm().double()  # some methods compute in float32
+    if off.norm() > 1e-3 * (x @ delta.T).norm() + noise * x.norm():
+        raise ValueError(
+            f"The effect of the adapter on '{name}' ({type(module).__name__}) is not linear in the module's input, so no "
+            "fixed matrix expresses it and it cannot be translated."
+        )
+    return delta * (delta.norm() > noise), bias * (bias.norm() > noise)
+
+
+def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[LoraKernel, float]:
+    """The best kernel of a rank for `delta` (out, in), float64, and its relative Frobenius error (Eckart-Young).
+
+    A whole `rank` is that rank, or less if less is exact; a share is the least rank that keeps this share of the squared
+    singular values (as in `peft.convert_to_lora`); `None` is the exact rank up to `EXACT_UP_TO`, else `default`.
+    """
+    most = None if isinstance(rank, float) else max(rank or 0, default, EXACT_UP_TO)
+    U, S, Vh = _leading(delta, most)
+    energy, total = S.square().cumsum(0), delta.square().sum()
+    exact = int((energy < (1 - _EXACT**2) * total).sum()) + 1
+    if isinstance(rank, float):
+        k = int((energy < rank * total).sum()) + 1
+    elif rank is None:
+        k = exact if exact <= max(EXACT_UP_TO, default) else default
+    else:
+        k = rank
+    k = min(k, exact, len(S))
+    root = S[:k].sqrt()
+    A, B = (root[:, None] * Vh[:k]).float().contiguous(), (U[:, :k] * root).float().contiguous()
+    error = (delta - B.double() @ A.double()).norm() / delta.norm()
+    return LoraKernel(A, B, 1.0), float(error)
+
+
+def _leading(delta: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `count` leading singular triplets U (out, k), S (k,), Vh (k, in); all when `count` is `None`.
+
+    Where few of many are wanted, by subspace iteration: the cost of a full decomposition grows with the cube of the width.
+    """
+    if count is None or 8 * count > min(delta.shape):
+        return torch.linalg.svd(delta, full_matrices=False)
+    start = torch.randn(delta.shape[1], 2 * count, dtype=delta.dtype, generator=torch.Generator().manual_seed(0))
+    Q = start.to(delta.device)
+    for _ in range(8):
+        Q = torch.linalg.qr(delta.T @ torch.linalg.qr(delta @ Q).Q).Q
+    U, S, Wh = torch.linalg.svd(delta @ Q, full_matrices=False)
+    return U[:, :count], S[:count], (Wh @ Q.T)[:count]
