@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -11,17 +10,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import layer_pairs
-from .fit import ClosedForm, Teacher, TeacherSettings, TrainingTexts, imitate
+from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
+from .install import adapter_name_of, cast_config, install
 from .models import shared_head, unload_adapters
-from .pair import Pair, fitted, map_by_similarity, open_pair, read_texts, teacher_memory
+from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .result import TranslationResult
-from .tuner import CastConfig, KernelSpec, Projection
 
 
 def translate(
@@ -180,9 +179,16 @@ def translate(
             "projection_type": projection_type, "projection_size": projection_size, "projection_bias": projection_bias,
             "projection_sharing": projection_sharing,
         }  # fmt: skip
-        config = _config(pair, shape, source_revision, adapter, adapter_revision)
+        config = cast_config(
+            pair.kernels, pair.modules, **shape,
+            source_model_name_or_path=pair.source.name_or_path, source_model_revision=source_revision,
+            source_adapter_name_or_path=adapter_name_of(adapter), source_adapter_revision=adapter_revision,
+        )  # fmt: skip
         try:
-            model = _install(pair, config, adapter_name, closed_form, gain, target_revision)
+            model = install(
+                pair.target, config, pair.kernels, closed_form,
+                gain=gain, adapter_name=adapter_name, revision=target_revision,
+            )  # fmt: skip
             hidden = {path: (layer_pairs(pair.modules)[path], m) for path, m in closed_form.hidden_maps.items()}
             teacher_at_work = Teacher(pair.adapted, settings, hidden, memory)
             ids = pair.vocabulary
@@ -242,48 +248,3 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-
-
-def _config(pair: Pair, shape: dict[str, Any], source_revision, adapter, adapter_revision) -> CastConfig:
-    specs = {
-        name: [
-            KernelSpec(*pair.kernels[s].A.shape, pair.kernels[s].B.shape[0], pair.kernels[s].scaling, source_module=s)
-            for s in sources
-        ]
-        for name, sources in pair.modules.kernels.items()
-    }
-    name = adapter.active_peft_config.base_model_name_or_path if isinstance(adapter, PeftModel) else str(adapter)
-    return CastConfig(
-        kernels=specs,
-        r=max(spec.r for group in specs.values() for spec in group),
-        **shape,
-        source_model_name_or_path=pair.source.name_or_path,
-        source_model_revision=source_revision,
-        source_adapter_name_or_path=name,
-        source_adapter_revision=adapter_revision,
-        task_type="CAUSAL_LM",
-    )
-
-
-def _install(
-    pair: Pair, config: CastConfig, adapter_name: str, closed_form: ClosedForm, gain: float | None, revision
-) -> PeftModel:
-    """Wrap the target and put kernels and fitted projections in place."""
-    model = get_peft_model(pair.target, config, adapter_name=adapter_name, revision=revision)
-    # By projection, because kernels may share them.
-    into: dict[Projection, list[tuple]] = defaultdict(list)
-    out_of: dict[Projection, list[tuple]] = defaultdict(list)
-    for name, fits in closed_form.kernels.items():
-        layer = pair.target.get_submodule(name)
-        for kernel, fit in zip(layer.peft_cast_kernels[adapter_name], fits):
-            kernel.A.copy_(pair.kernels[fit.source_module].A)
-            kernel.B.copy_(pair.kernels[fit.source_module].B)
-            factor = gain if gain is not None else min(2.0, max(fit.r2_out, 1e-6) ** -0.5)
-            device = kernel.A.device
-            into[kernel.P_in].append((kernel.A, fit.A_P_in.to(device)))
-            out_of[kernel.P_out].append((kernel.B, factor * fit.P_out_B.to(device)))
-    for projection, parts in into.items():
-        projection.set_after(*map(torch.cat, zip(*parts)))
-    for projection, parts in out_of.items():
-        projection.set_before(*(torch.cat(part, dim=1) for part in zip(*parts)))
-    return model

@@ -1,0 +1,77 @@
+"""Put kernels and their fitted projections on a target model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from .align import ModuleMap
+from .fit import ClosedForm
+from .models import LoraKernel
+from .tuner import CastConfig, KernelSpec, Projection
+
+
+def cast_config(kernels: Mapping[str, LoraKernel], modules: ModuleMap, **options: Any) -> CastConfig:
+    """The configuration of an adapter that carries `kernels` where `modules` says; `options` as in `CastConfig`."""
+    specs = {
+        name: [
+            KernelSpec(*kernels[s].A.shape, kernels[s].B.shape[0], kernels[s].scaling, source_module=s)
+            for s in sources
+        ]
+        for name, sources in modules.kernels.items()
+    }
+    r = max(spec.r for group in specs.values() for spec in group)
+    return CastConfig(kernels=specs, r=r, task_type="CAUSAL_LM", **options)
+
+
+def adapter_name_of(adapter: Any) -> str:
+    """What a configuration says of the source adapter: its hub id or path, for a PeftModel that of its base."""
+    return adapter.active_peft_config.base_model_name_or_path if isinstance(adapter, PeftModel) else str(adapter)
+
+
+@torch.no_grad()
+def install(
+    target: PreTrainedModel,
+    config: CastConfig,
+    kernels: Mapping[str, LoraKernel],
+    closed_form: ClosedForm,
+    *,
+    gain: float | None = None,
+    adapter_name: str = "default",
+    revision: str | None = None,
+) -> PeftModel:
+    """Wrap the target, with the kernels and the fitted projections in place.
+
+    Args:
+        target: The model. On the meta device (no weights) the adapter itself is made on the CPU.
+        config: What lands where, see `cast_config`.
+        kernels: By source module.
+        closed_form: The fitted projections.
+        gain: Factor on all deltas; 1/√R² of the output projection, at most 2, when `None`.
+        adapter_name, revision: As in `get_peft_model`.
+    """
+    model = get_peft_model(target, config, adapter_name=adapter_name, revision=revision)
+    # By projection, because kernels may share them.
+    into: dict[Projection, list[tuple]] = defaultdict(list)
+    out_of: dict[Projection, list[tuple]] = defaultdict(list)
+    for name, fits in closed_form.kernels.items():
+        placed = target.get_submodule(name).peft_cast_kernels[adapter_name]
+        if placed[0].A.is_meta:
+            placed.to_empty(device="cpu")
+        for kernel, fit in zip(placed, fits):
+            kernel.A.copy_(kernels[fit.source_module].A)
+            kernel.B.copy_(kernels[fit.source_module].B)
+            factor = gain if gain is not None else min(2.0, max(fit.r2_out, 1e-6) ** -0.5)
+            device = kernel.A.device
+            into[kernel.P_in].append((kernel.A, fit.A_P_in.to(device)))
+            out_of[kernel.P_out].append((kernel.B, factor * fit.P_out_B.to(device)))
+    for projection, parts in into.items():
+        projection.set_after(*map(torch.cat, zip(*parts)))
+    for projection, parts in out_of.items():
+        projection.set_before(*(torch.cat(part, dim=1) for part in zip(*parts)))
+    return model
