@@ -1,6 +1,7 @@
 """Translate LoRA adapters from one language model to another. Importing the package registers CAST with PEFT."""
 
 from . import baselines
+from .bridge import Bridge, fit_bridge
 from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
 from .result import TranslationResult
 from .text import Corpus, Mixture, SelfWritten
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnswerLikelihood",
+    "Bridge",
     "CastConfig",
     "CastLayer",
     "CastModel",
@@ -27,5 +29,6 @@ __all__ = [
     "TranslationResult",
     "baselines",
     "evaluate",
+    "fit_bridge",
     "translate",
 ]

@@ -1,7 +1,7 @@
 """How two models are aligned: token positions, vocabulary, depth, modules."""
 
 from .depth import map_layers
-from .modules import ModuleMap, layer_pairs, layer_paths, map_modules
+from .modules import ModuleMap, layer_pairs, layer_paths, linear_layers, map_modules
 from .similarity import linear_cka, monotone_map
 from .tokens import AlignedPair, align_texts
 from .vocab import SharedVocabulary, shared_vocabulary
@@ -15,6 +15,7 @@ __all__ = [
     "layer_pairs",
     "layer_paths",
     "linear_cka",
+    "linear_layers",
     "map_layers",
     "map_modules",
     "monotone_map",

@@ -89,6 +89,13 @@ def map_modules(
     return ModuleMap({name: kernels[name] for name in sorted(kernels, key=order.get)}, dict(layers), tuple(unmapped))
 
 
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers within the decoder layers."""
+    return [
+        name for name, module in model.named_modules() if split_name(name) and isinstance(module, (nn.Linear, Conv1D))
+    ]
+
+
 def _with_parent(name: str) -> str:
     """`"model.layers.3.self_attn.q_proj"` → `"self_attn.q_proj"`"""
     return ".".join(name.split(".")[-2:])

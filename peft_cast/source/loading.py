@@ -10,7 +10,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -108,6 +112,12 @@ def _load(
 ) -> PeftModel:
     try:
         model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_NAME, revision=revision)
+        if source.device.type == "meta":  # a skeleton without weights, which took the adapter's away too
+            weights = load_peft_weights(str(adapter), device="cpu", **({"revision": revision} if revision else {}))
+            state = type(model.base_model)._remap_adapter_state_dict_for_load(
+                model=model, config=config, adapter_name=_NAME, state_dict=weights
+            )
+            model.load_state_dict(state, strict=False, assign=True)
         _check_same_keys(model, own, shapes)
     except torch.OutOfMemoryError:
         raise
