@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin, hf_hub_download
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -197,27 +197,24 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         token=None,
         **_,
     ) -> Bridge:
-        folder = Path(model_id)
-        if not folder.is_dir():
-            folder = Path(
-                snapshot_download(
-                    model_id,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                    allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
-                )  # fmt: skip
+        options = {
+            "revision": revision, "cache_dir": cache_dir, "force_download": force_download,
+            "local_files_only": local_files_only, "token": token,
+        }  # fmt: skip
+
+        def file(name: str) -> Path:
+            return (
+                Path(model_id, name) if Path(model_id).is_dir() else Path(hf_hub_download(model_id, name, **options))
             )
+
         try:
-            config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+            config = json.loads(file(CONFIG_NAME).read_text(encoding="utf-8"))
             source, target = Side(**config["source"]), Side(**config["target"])
             layers = {int(s): t for s, t in config["layers"].items()}
             unmapped, metrics = tuple(config["unmapped"]), config["metrics"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{model_id}' holds no bridge ({CONFIG_NAME} is missing or broken): {error}") from error
-        maps = load_closed_form(folder / WEIGHTS_NAME)
+        maps = load_closed_form(file(WEIGHTS_NAME))
         kernels = {name: [fit.source_module for fit in fits] for name, fits in maps.kernels.items()}
         return cls(maps, ModuleMap(kernels, layers, unmapped), source, target, metrics)
 
