@@ -3,6 +3,7 @@
 from . import baselines
 from .bridge import Bridge, fit_bridge
 from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
+from .fold import FoldedLora, to_lora
 from .result import TranslationResult
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
@@ -20,6 +21,7 @@ __all__ = [
     "Classification",
     "Corpus",
     "Evaluation",
+    "FoldedLora",
     "Generation",
     "HarnessTask",
     "KernelSpec",
@@ -30,5 +32,6 @@ __all__ = [
     "baselines",
     "evaluate",
     "fit_bridge",
+    "to_lora",
     "translate",
 ]

@@ -14,12 +14,12 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import ModuleMap, align_texts
 from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
-from .models import LoraKernel, default_device, load_model
+from .models import LoraKernel, default_device, load_model, skeleton
 from .pair import open_pair
 from .source import adapted_source, load_source
 from .text import read_corpus
@@ -48,9 +48,7 @@ class Side:
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights, on the meta device."""
-        config = AutoConfig.for_model(**self.config)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = skeleton(AutoConfig.for_model(**self.config))
         model.name_or_path = self.name
         return model
 

@@ -13,13 +13,12 @@ from peft import PeftConfig, PeftModel
 from peft.utils import (
     SAFETENSORS_WEIGHTS_NAME,
     get_peft_model_state_dict,
-    load_peft_weights,
 )
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import load_model, read_adapter_config, unload_adapters
+from ..models import load_model, load_on_skeleton, read_adapter_config, unload_adapters
 from .kernels import SourceAdapter, check_rank, read_adapter
 
 
@@ -111,13 +110,10 @@ def _load(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> PeftModel:
     try:
-        model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_NAME, revision=revision)
-        if source.device.type == "meta":  # a skeleton without weights, which took the adapter's away too
-            weights = load_peft_weights(str(adapter), device="cpu", **({"revision": revision} if revision else {}))
-            state = type(model.base_model)._remap_adapter_state_dict_for_load(
-                model=model, config=config, adapter_name=_NAME, state_dict=weights
-            )
-            model.load_state_dict(state, strict=False, assign=True)
+        if source.device.type == "meta":
+            model = load_on_skeleton(source, adapter, _NAME, revision)
+        else:
+            model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_NAME, revision=revision)
         _check_same_keys(model, own, shapes)
     except torch.OutOfMemoryError:
         raise
