@@ -5,7 +5,7 @@ from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation
 from .result import TranslationResult
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
-from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear
+from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear, Rows
 
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "KernelSpec",
     "Linear",
     "Mixture",
+    "Rows",
     "SelfWritten",
     "TranslationResult",
     "baselines",

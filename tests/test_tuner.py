@@ -130,7 +130,7 @@ def kernel_between(spec, size):
         Projection(32, spec.in_features, size, CastConfig()),
         Projection(spec.out_features, 16, size, CastConfig()),
     )
-    return Kernel(spec, P_in, P_out)
+    return Kernel(spec, P_in, P_out, 16)
 
 
 def test_exact_fold_for_every_inner_size_that_suffices():
