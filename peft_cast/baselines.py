@@ -243,6 +243,12 @@ def lora_from_factors(
     with torch.no_grad():
         for name, (A, B) in factors.items():
             layer = target.get_submodule(name)
+            if not hasattr(layer, "lora_A"):
+                unload_adapters(target)
+                raise ValueError(
+                    f"PEFT puts a LoRA for '{name}' on the experts of {type(target).__name__} instead, so this baseline is not "
+                    "possible there: pass an adapter, or a `module_map`, that leaves its MLPs out."
+                )
             layer.lora_A[adapter_name].weight.copy_(A)
             layer.lora_B[adapter_name].weight.copy_(B)
     return model.eval()

@@ -35,7 +35,7 @@ ARCHITECTURES = {
     "qwen3": ("Qwen3Config", {}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
-        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
     ),
     "gemma2": ("Gemma2Config", {}),
     "gemma3": ("Gemma3TextConfig", {}),
@@ -45,7 +45,10 @@ ARCHITECTURES = {
     "opt": ("OPTConfig", {"ffn_dim": 48}),
     "falcon": ("FalconConfig", {"new_decoder_architecture": True}),
     "falcon_mq": ("FalconConfig", {"multi_query": True}),
-    "falcon_rw": ("FalconConfig", {"num_kv_heads": None, "multi_query": False, "alibi": True, "parallel_attn": False, "bias": True}),
+    "falcon_rw": (
+        "FalconConfig",
+        {"num_kv_heads": None, "multi_query": False, "alibi": True, "parallel_attn": False, "bias": True},
+    ),
     "gpt_oss": ("GptOssConfig", {**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     "bloom": ("BloomConfig", {}),
 }
