@@ -1,7 +1,9 @@
 """Translate LoRA adapters from one language model to another. Importing the package registers CAST with PEFT."""
 
 from . import baselines
+from .bridge import Bridge, fit_bridge
 from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
+from .fold import FoldedLora, to_lora
 from .result import TranslationResult
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
@@ -12,12 +14,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnswerLikelihood",
+    "Bridge",
     "CastConfig",
     "CastLayer",
     "CastModel",
     "Classification",
     "Corpus",
     "Evaluation",
+    "FoldedLora",
     "Generation",
     "HarnessTask",
     "KernelSpec",
@@ -28,5 +32,7 @@ __all__ = [
     "TranslationResult",
     "baselines",
     "evaluate",
+    "fit_bridge",
+    "to_lora",
     "translate",
 ]

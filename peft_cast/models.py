@@ -10,9 +10,16 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .align import layer_paths
 
@@ -96,6 +103,26 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
         raise ValueError(
             f"The adapter '{adapter}' could not be read: {error} Pass a hub id or a folder with adapter_config.json."
         ) from error
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration without weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_on_skeleton(
+    model: PreTrainedModel, adapter: str | Path, adapter_name: str, revision: str | None = None
+) -> PeftModel:
+    """An adapter on a model without weights; the adapter itself has its own, on the CPU."""
+    peft_model = PeftModel.from_pretrained(model, str(adapter), adapter_name=adapter_name, revision=revision)
+    # PEFT put the adapter where its base is, on the meta device.
+    weights = load_peft_weights(str(adapter), device="cpu", **({"revision": revision} if revision else {}))
+    state = type(peft_model.base_model)._remap_adapter_state_dict_for_load(
+        model=peft_model, config=peft_model.peft_config[adapter_name], adapter_name=adapter_name, state_dict=weights
+    )
+    peft_model.load_state_dict(state, strict=False, assign=True)
+    return peft_model
 
 
 def unload_adapters(model: PreTrainedModel) -> None:

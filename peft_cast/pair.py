@@ -21,6 +21,7 @@ from .align import (
     align_texts,
     layer_paths,
     linear_cka,
+    linear_layers,
     map_layers,
     map_modules,
     monotone_map,
@@ -58,7 +59,7 @@ class Pair:
 
     Args:
         source: The model the LoRA was trained on, frozen.
-        adapter: The adapter on the source, with its kernels.
+        adapter: The adapter on the source, with its kernels; `None` when only the models matter (bridges).
         target: The model it shall work on, frozen.
         tokenizers: Those of source and target.
         modules: Where the kernels land.
@@ -67,7 +68,7 @@ class Pair:
     """
 
     source: PreTrainedModel
-    adapter: SourceAdapter
+    adapter: SourceAdapter | None
     target: PreTrainedModel
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
     modules: ModuleMap
@@ -108,7 +109,7 @@ class PairTexts:
 @contextmanager
 def open_pair(
     source: str | Path | PreTrainedModel | None,
-    adapter: str | Path | PeftModel,
+    adapter: str | Path | PeftModel | None,
     target: str | Path | PreTrainedModel,
     *,
     depth_map: str | Mapping[int, int] = "proportional",
@@ -122,10 +123,16 @@ def open_pair(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[Pair]:
-    """Load and align a pair; afterwards both models are as they were. Arguments and errors as in `translate`."""
+    """Load and align a pair; afterwards both models are as they were. Arguments and errors as in `translate`.
+
+    Without an `adapter` (`None`) every linear layer of the source is mapped.
+    """
     device = torch.device(device) if device is not None else default_device()
     with ExitStack() as stack:
-        source = load_source(source, adapter, device, source_revision, adapter_revision, dtype)
+        if adapter is None:
+            source = load_model(source, "source", device, source_revision, dtype)
+        else:
+            source = load_source(source, adapter, device, source_revision, adapter_revision, dtype)
         target = load_model(target, "target", device, target_revision, dtype)
         if source is target:
             raise ValueError("`source` and `target` are the same object: load the model twice.")
@@ -137,10 +144,13 @@ def open_pair(
         stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
         stack.enter_context(moved(source, device))
         stack.enter_context(moved(target, device))
-        on_source = stack.enter_context(adapted_source(source, adapter, adapter_revision, source_rank))
+        on_source = None
+        if adapter is not None:
+            on_source = stack.enter_context(adapted_source(source, adapter, adapter_revision, source_rank))
         proportional = "proportional" if depth_map == "similarity" else depth_map
         layers = map_layers(layer_count(source), layer_count(target), proportional)
-        modules = map_modules(on_source.kernels, target, layers, module_map, source)
+        adapted = on_source.kernels if on_source else linear_layers(source)
+        modules = map_modules(adapted, target, layers, module_map, source)
         vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
         yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device)
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import layer_pairs
+from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
 from .install import adapter_name_of, cast_config, install
 from .models import count_parameters, shared_head, unload_adapters
@@ -52,6 +53,7 @@ def translate(
     ridge: float | None = None,
     gain: float | None = None,
     source_rank: int | float | None = None,
+    bridge: Bridge | str | Path | None = None,
     seed: int = 0,
     source_tokenizer: PreTrainedTokenizerBase | str | None = None,
     target_tokenizer: PreTrainedTokenizerBase | str | None = None,
@@ -119,6 +121,8 @@ def translate(
         source_rank (`int` or `float`, *optional*): Rank to which the weight changes of an adapter that is no plain LoRA are
             cut, or the share of their squared singular values to keep (between 0 and 1, as in `peft.convert_to_lora`).
             When not given: the exact rank where it is at most 64, else 16 or twice the rank of the LoRA, whichever is more.
+        bridge: Maps between the two models that were fitted before, instead of a closed form of this adapter's own: a
+            `Bridge`, or the folder or hub id of one. It brings its depth and module map along.
         seed (`int`): Seed of the sampled text and the training order.
         source_tokenizer, target_tokenizer: Needed only if they cannot be loaded from where the models come from.
         source_revision, adapter_revision, target_revision (`str`, *optional*): Hub revisions.
@@ -141,6 +145,11 @@ def translate(
     """
     settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher), teacher_top_k)
     check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
+    if bridge is not None and beta > 0:
+        raise ValueError(
+            "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
+        )
+    bridge = Bridge.from_pretrained(bridge) if isinstance(bridge, (str, Path)) else bridge
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
     with ExitStack() as stack:
@@ -167,14 +176,17 @@ def translate(
                 pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
                 anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar,
             )  # fmt: skip
-        if depth_map == "similarity":
-            with phases.measure("closed_form"):
-                pair = map_by_similarity(pair, texts.fit, module_map)
         with phases.measure("closed_form"), pair.adapted.disable_adapter():
-            closed_form = fitted(
-                pair, texts.fit, cache_dir, batch_size=batch_size, ridge=ridge, hidden=beta > 0,
-                progress=partial(bar, desc="closed form"),
-            )  # fmt: skip
+            if bridge is not None:
+                closed_form, modules = bridge.closed_form(pair.kernels)
+                pair = dataclasses.replace(pair, modules=modules)
+            else:
+                if depth_map == "similarity":
+                    pair = map_by_similarity(pair, texts.fit, module_map)
+                closed_form = fitted(
+                    pair, texts.fit, cache_dir, batch_size=batch_size, ridge=ridge, hidden=beta > 0,
+                    progress=partial(bar, desc="closed form"),
+                )  # fmt: skip
         memory = teacher_memory(pair, settings, cache_dir)
         shape = {
             "projection_type": projection_type, "projection_size": projection_size, "projection_bias": projection_bias,

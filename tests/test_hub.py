@@ -1,5 +1,6 @@
 """Hub ids: the real huggingface_hub client against a small hub on loopback."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -82,6 +83,17 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("user/tar
 auto = AutoPeftModelForCausalLM.from_pretrained("user/cast")
 ids = torch.arange(5, 25)[None]
 assert torch.equal(model(input_ids=ids).logits, auto(input_ids=ids).logits)
+bridge = peft_cast.Bridge.from_pretrained("user/bridge", revision="main")
+bridge.cast_file("user/lora", FOLDER)
+carried = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("user/target"), FOLDER)
+with carried.disable_adapter():
+    plain = carried(input_ids=ids).logits
+assert not torch.equal(carried(input_ids=ids).logits, plain)
+try:
+    peft_cast.Bridge.from_pretrained("user/lora")
+except ValueError as error:
+    assert "holds no bridge" in str(error), error
+    print("worked")
 for adapter, message in (("user/pickled", "(adapter_model.bin) are not read"), ("user/absent", "could not be read")):
     try:
         peft_cast.translate(None, adapter, "user/target", text=CORPUS)
@@ -93,6 +105,7 @@ for adapter, message in (("user/pickled", "(adapter_model.bin) are not read"), (
 
 def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_path):
     lora, cast = tmp_path / "lora", tmp_path / "cast"
+    corpus = Path(__file__).parent.parent / "examples" / "data" / "c4_en_400.jsonl"
     result = peft_cast.translate(
         source_folder, lora_folder, target_folder, steps=0, progress=False,
         text=[f"text number {i} that is long enough for the reader to take it" for i in range(4)],
@@ -107,7 +120,14 @@ def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_
     pickled.mkdir()
     (pickled / "adapter_config.json").write_bytes((lora / "adapter_config.json").read_bytes())
     (pickled / "adapter_model.bin").write_bytes(b"")
+    bridge = peft_cast.fit_bridge(
+        source_folder, target_folder, text=str(corpus), samples=8, max_length=32, progress=False
+    )
+    bridge.source = dataclasses.replace(bridge.source, name="user/source")
+    bridge.target = dataclasses.replace(bridge.target, name="user/target")
+    bridge.save_pretrained(tmp_path / "bridge")
     Hub.repos = {
+        "user/bridge": str(tmp_path / "bridge"),
         "user/pickled": str(pickled),
         "user/source": source_folder,
         "user/target": target_folder,
@@ -117,11 +137,14 @@ def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_
     environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
     environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    corpus = Path(__file__).parent.parent / "examples" / "data" / "c4_en_400.jsonl"
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("CORPUS", repr(str(corpus)))],
+        [
+            sys.executable,
+            "-c",
+            SCRIPT.replace("CORPUS", repr(str(corpus))).replace("FOLDER", repr(str(tmp_path / "carried"))),
+        ],
         capture_output=True,
         text=True,
         env=environment,
     )
-    assert done.stdout.count("worked") == 2, done.stderr[-3000:]
+    assert done.stdout.count("worked") == 3, done.stderr[-3000:]

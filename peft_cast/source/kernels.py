@@ -221,6 +221,11 @@ def _measure(
     In float64 because the difference of two outputs loses the digits that they share.
     """
     weight = module.get_base_layer().weight
+    if weight.is_meta:
+        raise ValueError(
+            f"The adapter on '{name}' is no plain LoRA, so its effect must be measured on the source model's weights: pass "
+            "`source`."
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"The adapter on '{name}' is no plain LoRA and its base layer is quantised, so its effect cannot be measured: "

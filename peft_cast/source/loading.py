@@ -10,12 +10,15 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from peft.utils import (
+    SAFETENSORS_WEIGHTS_NAME,
+    get_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import load_model, read_adapter_config, unload_adapters
+from ..models import load_model, load_on_skeleton, read_adapter_config, unload_adapters
 from .kernels import SourceAdapter, check_rank, read_adapter
 
 
@@ -107,7 +110,10 @@ def _load(
     shapes: Mapping[str, tuple[int, ...]],
 ) -> PeftModel:
     try:
-        model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_NAME, revision=revision)
+        if source.device.type == "meta":
+            model = load_on_skeleton(source, adapter, _NAME, revision)
+        else:
+            model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_NAME, revision=revision)
         _check_same_keys(model, own, shapes)
     except torch.OutOfMemoryError:
         raise

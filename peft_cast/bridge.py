@@ -1,0 +1,305 @@
+"""Bridges: the part of a translation that does not depend on the adapter, fitted once per pair of models and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .align import ModuleMap, align_texts
+from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
+from .install import adapter_name_of, cast_config, install
+from .models import LoraKernel, default_device, load_model, skeleton
+from .pair import open_pair
+from .source import adapted_source, load_source
+from .text import read_corpus
+
+
+CONFIG_NAME, WEIGHTS_NAME = "bridge_config.json", "bridge_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models of a bridge.
+
+    Args:
+        name (`str`): Hub id or path.
+        revision (`str`, *optional*): Its revision.
+        config (`dict`): The model's configuration, with its `model_type`: enough for a skeleton without weights.
+    """
+
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, revision: str | None) -> Side:
+        return cls(model.name_or_path, revision, json.loads(model.config.to_json_string(use_diff=False)))
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, on the meta device."""
+        model = skeleton(AutoConfig.for_model(**self.config))
+        model.name_or_path = self.name
+        return model
+
+
+class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
+    """The maps between two models, which carry any LoRA of the one over to the other: `A' = A P_in`, `B' = P_out B`.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of `huggingface_hub.ModelHubMixin`.
+
+    Args:
+        maps (`ClosedForm`): For every target module and source module that lands on it `P_in` (in_S, in_T) as `A_P_in`
+            and `P_out` (out_T, out_S) as `P_out_B`, with their held-out R².
+        modules (`ModuleMap`): Where every linear layer of the source lands.
+        source, target (`Side`): The models.
+        metrics (`dict`): Texts, positions, settings; JSON-ready.
+    """
+
+    def __new__(cls, *args, **kwargs) -> Bridge:
+        return object.__new__(cls)  # the mixin would write the arguments, tensors included, to a config.json
+
+    def __init__(
+        self, maps: ClosedForm, modules: ModuleMap, source: Side, target: Side, metrics: Mapping[str, Any]
+    ) -> None:
+        self.maps, self.modules, self.source, self.target = maps, modules, source, target
+        self.metrics = dict(metrics)
+
+    def closed_form(self, kernels: Mapping[str, LoraKernel]) -> tuple[ClosedForm, ModuleMap]:
+        """The projections of some kernels, and where they land.
+
+        Args:
+            kernels: By source module: A (r, in_S), B (out_S, r).
+
+        Raises:
+            ValueError: If no kernel has a place, or one does not have the source model's shapes.
+        """
+        fits = {}
+        for name, maps in self.maps.kernels.items():
+            found = [_applied(kernels[m.source_module], m) for m in maps if m.source_module in kernels]
+            if found:
+                fits[name] = found
+        landed = {fit.source_module for found in fits.values() for fit in found}
+        if not fits:
+            raise ValueError(
+                f"None of the adapter's modules ('{next(iter(kernels))}', ...) is on this bridge, which leads from "
+                f"'{self.source.name}' to '{self.target.name}': fit a bridge for the adapter's own model."
+            )
+        modules = ModuleMap(
+            {name: [fit.source_module for fit in found] for name, found in fits.items()},
+            self.modules.layers,
+            tuple(name for name in kernels if name not in landed),
+        )
+        return replace(self.maps, kernels=fits), modules
+
+    def cast(
+        self,
+        adapter: str | Path | PeftModel,
+        target: str | Path | PreTrainedModel | None = None,
+        *,
+        source: str | Path | PreTrainedModel | None = None,
+        gain: float | None = None,
+        source_rank: int | float | None = None,
+        adapter_name: str = "default",
+        adapter_revision: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PeftModel:
+        """Carry one adapter over, with no text and no training.
+
+        Args:
+            adapter: The LoRA: hub id, path, or a PeftModel on the source.
+            target: The model it shall work on; the one the bridge leads to is loaded when not given.
+            source: Needed only for adapters that are no plain LoRA, whose weight changes are measured on the model.
+            gain, source_rank, adapter_name, adapter_revision, device, dtype: As in `translate`.
+
+        Returns:
+            [`~peft.PeftModel`]: The target with the adapter.
+
+        Raises:
+            ValueError: If the adapter or the target does not fit the bridge.
+        """
+        device = torch.device(device) if device is not None else default_device()
+        target = load_model(target or self.target.name, "target", device, self.target.revision, dtype)
+        return self._cast(adapter, target, source, gain, source_rank, adapter_name, adapter_revision).eval()
+
+    def cast_file(
+        self,
+        adapter: str | Path,
+        folder: str | Path,
+        *,
+        gain: float | None = None,
+        adapter_revision: str | None = None,
+    ) -> None:
+        """Carry a plain LoRA over from file to file: neither model is loaded.
+
+        Args:
+            adapter: The LoRA: hub id or path.
+            folder: Where the CAST adapter is saved.
+            gain, adapter_revision: As in `translate`.
+
+        Raises:
+            ValueError: As `cast`; also for adapters that are no plain LoRA.
+        """
+        self._cast(adapter, self.target.skeleton(), None, gain, None, "default", adapter_revision).save_pretrained(
+            folder
+        )
+
+    def _cast(self, adapter, target, source, gain, source_rank, adapter_name, adapter_revision) -> PeftModel:
+        if source is None and not isinstance(adapter, PeftModel):
+            on = self.source.skeleton()
+        else:
+            on = load_source(source, adapter, target.device)
+        with adapted_source(on, adapter, adapter_revision, source_rank) as read:
+            closed_form, modules = self.closed_form(read.kernels)
+            config = cast_config(
+                read.kernels, modules,
+                source_model_name_or_path=self.source.name, source_model_revision=self.source.revision,
+                source_adapter_name_or_path=adapter_name_of(adapter), source_adapter_revision=adapter_revision,
+            )  # fmt: skip
+            model = install(
+                target, config, read.kernels, closed_form,
+                gain=gain, adapter_name=adapter_name, revision=self.target.revision,
+            )  # fmt: skip
+        model.requires_grad_(False)
+        config.inference_mode = True
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        config = {
+            "source": vars(self.source), "target": vars(self.target), "layers": self.modules.layers,
+            "unmapped": self.modules.unmapped, "metrics": self.metrics,
+        }  # fmt: skip
+        save_closed_form(self.maps, save_directory / WEIGHTS_NAME)
+        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision=None,
+        cache_dir=None,
+        force_download=False,
+        local_files_only=False,
+        token=None,
+        **_,
+    ) -> Bridge:
+        options = {
+            "revision": revision, "cache_dir": cache_dir, "force_download": force_download,
+            "local_files_only": local_files_only, "token": token,
+        }  # fmt: skip
+
+        def file(name: str) -> Path:
+            return (
+                Path(model_id, name) if Path(model_id).is_dir() else Path(hf_hub_download(model_id, name, **options))
+            )
+
+        try:
+            config = json.loads(file(CONFIG_NAME).read_text(encoding="utf-8"))
+            source, target = Side(**config["source"]), Side(**config["target"])
+            layers = {int(s): t for s, t in config["layers"].items()}
+            unmapped, metrics = tuple(config["unmapped"]), config["metrics"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"'{model_id}' holds no bridge ({CONFIG_NAME} is missing or broken): {error}") from error
+        maps = load_closed_form(file(WEIGHTS_NAME))
+        kernels = {name: [fit.source_module for fit in fits] for name, fits in maps.kernels.items()}
+        return cls(maps, ModuleMap(kernels, layers, unmapped), source, target, metrics)
+
+
+def _applied(kernel: LoraKernel, maps):
+    A, B = kernel.A.float().cpu(), kernel.B.float().cpu()
+    if A.shape[1] != maps.A_P_in.shape[0] or B.shape[0] != maps.P_out_B.shape[1]:
+        raise ValueError(
+            f"The adapter's kernel on '{maps.source_module}' is {A.shape[1]} → {B.shape[0]}, the bridge's source model has "
+            f"{maps.A_P_in.shape[0]} → {maps.P_out_B.shape[1]} there: the adapter belongs to another model."
+        )
+    return replace(maps, A_P_in=A @ maps.A_P_in.float(), P_out_B=maps.P_out_B.float() @ B)
+
+
+def fit_bridge(
+    source: str | Path | PreTrainedModel,
+    target: str | Path | PreTrainedModel,
+    *,
+    text: Any = None,
+    samples: int = 64,
+    batch_size: int = 8,
+    max_length: int = 256,
+    depth_map: str | Mapping[int, int] = "proportional",
+    module_map: Mapping[str, str] | None = None,
+    ridge: float | None = None,
+    source_tokenizer: PreTrainedTokenizerBase | str | None = None,
+    target_tokenizer: PreTrainedTokenizerBase | str | None = None,
+    source_revision: str | None = None,
+    target_revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Bridge:
+    """Fit the maps between two models, for every linear layer, from one pass of general text.
+
+    Args:
+        source, target: The models: hub ids, paths or loaded models.
+        text: General text, anything `translate(text=...)` takes as a corpus; C4 when `None`.
+        samples (`int`): How many texts are read.
+        batch_size, max_length, depth_map, module_map, ridge, device, dtype, progress, tokenizers, revisions: As in
+            `translate`; `depth_map="similarity"` is not possible here.
+
+    Returns:
+        `Bridge`: To carry adapters over with, to save and to share.
+
+    Raises:
+        ValueError: For models, tokenizers or text that cannot be used; the message says why.
+        OSError: If a model or corpus cannot be reached.
+    """
+    if depth_map == "similarity":
+        raise ValueError("A bridge needs its depth map beforehand: pass 'proportional' or a mapping of layer numbers.")
+    bar = partial(tqdm, disable=not progress)
+    with ExitStack() as stack:
+        pair = stack.enter_context(
+            open_pair(
+                source,
+                None,
+                target,
+                depth_map=depth_map,
+                module_map=module_map,
+                source_tokenizer=source_tokenizer,
+                target_tokenizer=target_tokenizer,
+                source_revision=source_revision,
+                target_revision=target_revision,
+                device=device,
+                dtype=dtype,
+            )  # fmt: skip
+        )
+        texts = align_texts(read_corpus(text, samples), *pair.tokenizers, max_length=max_length)
+        maps = fit_closed_form(
+            pair.source, pair.target, texts, pair.vocabulary, None, pair.modules,
+            batch_size=batch_size, ridge=ridge, hidden=False, progress=partial(bar, desc="fitting bridge"),
+        )  # fmt: skip
+        sides = Side.of(pair.source, source_revision), Side.of(pair.target, target_revision)
+    metrics = {"texts": len(texts), "positions": maps.positions, "ridge": ridge, "max_length": max_length}
+    return Bridge(_rounded(maps), pair.modules, *sides, metrics)
+
+
+def _rounded(maps: ClosedForm) -> ClosedForm:
+    """The maps in bfloat16; what modules share (q, k and v their P_in) they go on sharing."""
+    known: dict[int, torch.Tensor] = {}
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return known.setdefault(id(tensor), tensor.to(torch.bfloat16))
+
+    kernels = {
+        name: [replace(m, A_P_in=rounded(m.A_P_in), P_out_B=rounded(m.P_out_B)) for m in fits]
+        for name, fits in maps.kernels.items()
+    }
+    return replace(maps, kernels=kernels)

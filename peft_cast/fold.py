@@ -1,0 +1,169 @@
+"""Fold a CAST adapter into a plain LoRA, which anything that serves LoRA can serve without this package."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors.torch import save_file
+from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
+
+from .models import load_on_skeleton, read_adapter_config, skeleton
+from .tuner import CastConfig, CastLayer
+
+
+@dataclass(frozen=True)
+class FoldedLora:
+    """A plain LoRA.
+
+    Args:
+        config ([`~peft.LoraConfig`]): One rank for all modules, scaling 1, as servers want it.
+        weights (`dict[str, torch.Tensor]`): By the keys of an adapter file: `….lora_A.weight` (r, in_T) and
+            `….lora_B.weight` (out_T, r).
+        errors (`dict[str, float]`): For each module `‖ΔW − B A‖ / ‖ΔW‖` in the Frobenius norm; 0.0 where nothing was cut.
+    """
+
+    config: LoraConfig
+    weights: dict[str, torch.Tensor]
+    errors: dict[str, float]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write an ordinary LoRA folder: `PeftModel.from_pretrained`, vLLM and others load it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{SAFETENSORS_WEIGHTS_NAME}.partial"
+        save_file(self.weights, partial, metadata={"format": "pt"})
+        partial.replace(folder / SAFETENSORS_WEIGHTS_NAME)
+        self.config.save_pretrained(str(folder))
+
+    def __str__(self) -> str:
+        cut = [error for error in self.errors.values() if error]
+        if not cut:
+            return f"LoRA of rank {self.config.r} on {len(self.errors)} modules, exact"
+        mean = sum(self.errors.values()) / len(self.errors)
+        return (
+            f"LoRA of rank {self.config.r} on {len(self.errors)} modules; {len(cut)} were cut, relative error of the weight "
+            f"change {mean:.3f} in the mean, {max(cut):.3f} at most"
+        )
+
+
+def to_lora(
+    adapter: str | Path | PeftModel,
+    rank: int | None = None,
+    *,
+    adapter_name: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> FoldedLora:
+    """Fold a CAST adapter: `A' = A P_in`, `B' = s P_out B`, kernels on one module stacked. Exact, unless `rank` cuts.
+
+    Args:
+        adapter: A PeftModel with the adapter, or the folder or hub id of one, for which the target model's configuration
+            is read but not its weights.
+        rank (`int`, *optional*): The rank of the LoRA: the largest stacked rank when `None`. Servers accept only some
+            (vLLM: 8, 16, 32, 64, ..., 16 at most by default). A larger one pads with zeros, which changes nothing; a
+            smaller one keeps the leading singular directions of each module's change, the best of that rank.
+        adapter_name (`str`, *optional*): Which adapter of the PeftModel; the active one when not given.
+        revision (`str`, *optional*): Hub revision of the adapter.
+        dtype (`torch.dtype`): Of the weights.
+
+    Returns:
+        `FoldedLora`
+
+    Raises:
+        ValueError: If it is no CAST adapter, has nonlinear projections or biases, or `rank` is not positive.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    model = adapter if isinstance(adapter, PeftModel) else _load(adapter, revision)
+    adapter_name = adapter_name or model.active_adapters[0]
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, CastConfig):
+        raise ValueError(f"'{adapter_name}' is no CAST adapter of this model, so there is nothing to fold.")
+    factors = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, CastLayer) and adapter_name in module.peft_cast_kernels:
+            if not module.is_foldable(adapter_name):
+                raise ValueError(
+                    f"The adapter has nonlinear projections or biases on '{name}', so it is no LoRA: translate again with "
+                    "`projection_type='factored'` and no `projection_bias`."
+                )
+            factors[name] = tuple(f.detach().float().cpu() for f in module.get_factors(adapter_name))
+    r = rank or max(len(A) for A, _ in factors.values())
+    weights, errors = {}, {}
+    for name, (A, B) in factors.items():
+        A, B, errors[name] = _of_rank(A, B, r)
+        weights[f"base_model.model.{name}.lora_A.weight"] = A.to(dtype).contiguous()
+        weights[f"base_model.model.{name}.lora_B.weight"] = B.to(dtype).contiguous()
+    lora = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=target_modules(factors, model),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+        fan_in_fan_out=any(
+            isinstance(model.get_base_model().get_submodule(n).get_base_layer(), Conv1D) for n in factors
+        ),
+    )
+    _warn_of_experts(lora, model)
+    return FoldedLora(lora, weights, errors)
+
+
+def _warn_of_experts(lora: LoraConfig, model: PeftModel) -> None:
+    """Some mixtures of experts have dense MLPs besides, for which PEFT loads no LoRA: it takes them for experts."""
+    seen = copy.copy(lora)
+    convert_peft_config_for_transformers(seen, model.get_base_model(), None)
+    if seen.target_parameters:
+        moved = sorted(set(lora.target_modules) - set(seen.target_modules))
+        warnings.warn(
+            f"PEFT will not load this LoRA's weights for {', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}: it takes such "
+            "names for experts of this model. Merge the CAST adapter (`merge_and_unload`), or serve it unfolded."
+        )
+
+
+def _load(adapter: str | Path, revision: str | None) -> PeftModel:
+    config = read_adapter_config(adapter, revision)
+    if not isinstance(config, CastConfig):
+        raise ValueError(
+            f"'{adapter}' is of type {config.peft_type.value}, not a CAST adapter: there is nothing to fold."
+        )
+    try:
+        base = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The configuration of the target model '{config.base_model_name_or_path}' could not be read ({error}): load the "
+            "adapter on its model and pass the PeftModel."
+        ) from error
+    return load_on_skeleton(skeleton(base), adapter, "default", revision)
+
+
+def target_modules(factors: Mapping[str, tuple], model: PeftModel) -> list[str]:
+    """Last parts of the names where they say enough (`q_proj`), as servers expect them; else full names."""
+    last = {name.rsplit(".", 1)[-1] for name in factors}
+    meant = {name for name, _ in model.get_base_model().named_modules() if name.rsplit(".", 1)[-1] in last}
+    return sorted(last) if meant == set(factors) else sorted(factors)
+
+
+def _of_rank(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`B A` with A (R, in) and B (out, R) as factors of rank r, and the relative error of the product."""
+    R = len(A)
+    if R <= r:
+        pad = torch.nn.functional.pad
+        return pad(A, (0, 0, 0, r - R)), pad(B, (0, r - R)), 0.0
+    # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ: the singular values are those of the small product.
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    root = S[:r].sqrt()
+    error = float(S[r:].norm() / S.norm().clamp_min(torch.finfo(S.dtype).tiny))
+    return (root[:, None] * Vh[:r] @ Q_A.T).float(), (Q_B @ U[:, :r] * root).float(), error

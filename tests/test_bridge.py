@@ -1,0 +1,148 @@
+"""Bridges: the maps of a pair, fitted once, carry any adapter over, from file to file or as a start for the refinement."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import c4_texts, make_lora, save_model, tiny_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import peft_cast
+from peft_cast import Bridge, fit_bridge
+from peft_cast.bridge import CONFIG_NAME, WEIGHTS_NAME
+from peft_cast.fit.losses import kl_divergence
+
+
+INPUTS = torch.randint(3, 300, (4, 30), generator=torch.Generator().manual_seed(0))
+
+
+def distance(teacher, model, inputs=INPUTS):
+    with torch.no_grad():
+        teacher, student = (m(inputs).logits.flatten(0, 1) for m in (teacher, model))
+    return float(kl_divergence(teacher, student).mean())
+
+
+@pytest.fixture(scope="module")
+def same(tmp_path_factory, byte_tokenizer):
+    """A model, a bridge from it to itself, and its folder."""
+    model = tiny_model("llama", len(byte_tokenizer))
+    folder = save_model(model, byte_tokenizer, tmp_path_factory.mktemp("same") / "model")
+    bridge = fit_bridge(
+        folder, folder, text=c4_texts(60), samples=40, max_length=128, dtype=torch.float32, progress=False
+    )
+    return model, bridge, folder
+
+
+def test_one_bridge_carries_any_adapter_of_the_same_model(same, tmp_path):
+    model, bridge, folder = same
+    for number, options in enumerate(({}, {"target_modules": ["q_proj", "v_proj"]}, {"r": 2, "seed": 7})):
+        lora = make_lora(copy.deepcopy(model), tmp_path / str(number), size=0.5, **options)
+        wanted = PeftModel.from_pretrained(copy.deepcopy(model), lora)
+        cast = bridge.cast(lora, copy.deepcopy(model))
+        assert distance(wanted, model) > 0.02
+        assert distance(wanted, cast) < 0.02 * distance(wanted, model)
+        assert cast.active_peft_config.source_adapter_name_or_path == lora and not any(
+            p.requires_grad for p in cast.parameters()
+        )
+
+
+def test_from_file_to_file_without_either_models_weights(same, tmp_path, monkeypatch):
+    model, bridge, folder = same
+    lora = make_lora(copy.deepcopy(model), tmp_path / "lora", size=0.5)
+    expected = bridge.cast(lora, copy.deepcopy(model))
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_cast.bridge.load_model", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr("peft_cast.source.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
+        bridge.cast_file(lora, tmp_path / "cast")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "cast")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(INPUTS).logits, expected(INPUTS).logits, rtol=1e-4, atol=1e-4)
+    assert loaded.active_peft_config.base_model_name_or_path == folder
+
+
+def test_saved_bridges_are_the_same(same, tmp_path):
+    model, bridge, _ = same
+    lora = make_lora(copy.deepcopy(model), tmp_path / "lora", size=0.5)
+    bridge.save_pretrained(tmp_path / "bridge")
+    again = Bridge.from_pretrained(str(tmp_path / "bridge"))
+    assert again.modules == bridge.modules and again.metrics == bridge.metrics and again.source == bridge.source
+    first, second = (b.cast(lora, copy.deepcopy(model)) for b in (bridge, again))
+    with torch.no_grad():
+        assert torch.equal(first(INPUTS).logits, second(INPUTS).logits)
+    # q, k and v read the same: their map is kept once
+    attention = again.maps.kernels["model.layers.0.self_attn.q_proj"][0].A_P_in
+    assert attention is again.maps.kernels["model.layers.0.self_attn.v_proj"][0].A_P_in
+    assert (tmp_path / "bridge" / WEIGHTS_NAME).exists() and (tmp_path / "bridge" / "README.md").exists()
+
+
+def test_models_of_different_families_meet(source_folder, lora_folder, target_folder, tmp_path):
+    bridge = fit_bridge(source_folder, target_folder, text=c4_texts(40), samples=24, max_length=64, progress=False)
+    assert bridge.metrics["positions"] > 100 and not bridge.modules.unmapped
+    options = {"text": c4_texts(20), "batch_size": 4, "fit_samples": 8, "max_length": 40, "progress": False}
+    started = peft_cast.translate(source_folder, lora_folder, target_folder, bridge=bridge, steps=0, **options)
+    cast = bridge.cast(lora_folder)
+    with torch.no_grad():
+        torch.testing.assert_close(cast(INPUTS).logits, started.model(INPUTS).logits, rtol=1e-3, atol=1e-3)
+    bridge.save_pretrained(tmp_path)
+    refined = peft_cast.translate(source_folder, lora_folder, target_folder, bridge=tmp_path, steps=12, **options)
+    assert refined.metrics["kl"]["translated"] < refined.metrics["kl"]["closed_form"]
+
+
+def test_adapters_that_are_no_plain_lora_need_the_source(same, tmp_path):
+    model, bridge, folder = same
+    torch.manual_seed(0)
+    dora = get_peft_model(
+        copy.deepcopy(model), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    for name, parameter in dora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    dora.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pass `source`"):
+        bridge.cast(str(tmp_path), copy.deepcopy(model))
+    cast = bridge.cast(str(tmp_path), copy.deepcopy(model), source=copy.deepcopy(model))
+    assert distance(dora.eval(), cast) < 0.05 * distance(dora, model)
+
+
+def test_an_adapter_of_another_model_is_refused(same, tmp_path, byte_tokenizer):
+    _, bridge, _ = same
+    other = tiny_model("llama", len(byte_tokenizer), hidden_size=64)
+    lora = make_lora(other, tmp_path)
+    with pytest.raises(ValueError, match="does not fit|belongs to another model"):
+        bridge.cast(lora, tiny_model("llama", len(byte_tokenizer)))
+    opt = tiny_model("opt", len(byte_tokenizer))
+    foreign = make_lora(opt, tmp_path / "opt", ["fc1"])
+    with pytest.raises(ValueError, match="None of the adapter's modules"):
+        bridge.cast(PeftModel.from_pretrained(opt, foreign), tiny_model("llama", len(byte_tokenizer)))
+
+
+def test_broken_bridges_are_one_clear_error(same, tmp_path):
+    _, bridge, _ = same
+    with pytest.raises(ValueError, match="holds no bridge"):
+        Bridge.from_pretrained(str(tmp_path))
+    bridge.save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS_NAME).write_bytes(b"broken")
+    with pytest.raises(ValueError, match="is broken"):
+        Bridge.from_pretrained(str(tmp_path))
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    del config["layers"]
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds no bridge"):
+        Bridge.from_pretrained(str(tmp_path))
+
+
+def test_bad_arguments(source_folder, target_folder, lora_folder, same):
+    with pytest.raises(ValueError, match="depth map beforehand"):
+        fit_bridge(source_folder, target_folder, depth_map="similarity")
+    with pytest.raises(ValueError, match="no maps between hidden states"):
+        peft_cast.translate(source_folder, lora_folder, target_folder, bridge=same[1], beta=0.1)
+
+
+def test_models_are_given_back_untouched(byte_tokenizer, piece_tokenizer, source_folder, target_folder):
+    source, target = (AutoModelForCausalLM.from_pretrained(f) for f in (source_folder, target_folder))
+    before = [p.requires_grad for m in (source, target) for p in m.parameters()]
+    fit_bridge(source, target, text=c4_texts(20), samples=8, max_length=32, progress=False)
+    assert [p.requires_grad for m in (source, target) for p in m.parameters()] == before
+    assert not any(m._forward_hooks for model in (source, target) for m in model.modules())
