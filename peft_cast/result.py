@@ -49,24 +49,30 @@ class TranslationResult:
             without a place and why; `text`; `settings`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
+        adapter_name (`str`): Its name on the model.
     """
 
     model: PeftModel
     metrics: dict[str, Any]
     history: list[dict[str, float]]
     module_map: ModuleMap
+    adapter_name: str = "default"
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a README that says how to load it."""
+        """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a README that says how to load it.
+
+        As in PEFT, an adapter of another name than "default" goes to a subfolder of its name.
+        """
         folder = Path(folder)
-        self.model.save_pretrained(folder)
-        if isinstance(self.model.active_peft_config, CastConfig):
+        self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
+        if isinstance(self.model.peft_config[self.adapter_name], CastConfig):
             self._add_usage(folder / "README.md")
+        folder = folder if self.adapter_name == "default" else folder / self.adapter_name
         report = {"metrics": self.metrics, "history": self.history}
         (folder / "cast_metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     def _add_usage(self, card: Path) -> None:
-        config = self.model.active_peft_config
+        config = self.model.peft_config[self.adapter_name]
         revision = f" at revision `{config.source_adapter_revision}`" if config.source_adapter_revision else ""
         usage = USAGE.format(
             target=config.base_model_name_or_path,
