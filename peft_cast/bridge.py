@@ -89,18 +89,12 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             found = [_applied(kernels[m.source_module], m) for m in maps if m.source_module in kernels]
             if found:
                 fits[name] = found
-        landed = {fit.source_module for found in fits.values() for fit in found}
         if not fits:
             raise ValueError(
                 f"None of the adapter's modules ('{next(iter(kernels))}', ...) is on this bridge, which leads from "
                 f"'{self.source.name}' to '{self.target.name}': fit a bridge for the adapter's own model."
             )
-        reasons = {n: self.modules.reasons.get(n, "it is not on the bridge") for n in kernels if n not in landed}
-        modules = ModuleMap(
-            {name: [fit.source_module for fit in found] for name, found in fits.items()},
-            self.modules.layers, tuple(reasons), reasons,
-        )  # fmt: skip
-        return replace(self.maps, kernels=fits), modules
+        return replace(self.maps, kernels=fits), self.modules.part(kernels)
 
     def cast(
         self,
@@ -178,7 +172,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {
             "source": vars(self.source), "target": vars(self.target), "layers": self.modules.layers,
-            "unmapped": self.modules.reasons, "routes": self.modules.routes, "metrics": self.metrics,
+            "unmapped": self.modules.reasons, "found": self.modules.found, "metrics": self.metrics,
         }  # fmt: skip
         save_closed_form(self.maps, save_directory / WEIGHTS_NAME)
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -209,12 +203,13 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             config = json.loads(file(CONFIG_NAME).read_text(encoding="utf-8"))
             source, target = Side(**config["source"]), Side(**config["target"])
             layers = {int(s): t for s, t in config["layers"].items()}
-            reasons, routes, metrics = dict(config["unmapped"]), tuple(config["routes"]), config["metrics"]
+            reasons, metrics = dict(config["unmapped"]), config["metrics"]
+            found = {name: tuple(route) for name, route in config["found"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{model_id}' holds no bridge ({CONFIG_NAME} is missing or broken): {error}") from error
         maps = load_closed_form(file(WEIGHTS_NAME))
         kernels = {name: [fit.source_module for fit in fits] for name, fits in maps.kernels.items()}
-        return cls(maps, ModuleMap(kernels, layers, tuple(reasons), reasons, routes), source, target, metrics)
+        return cls(maps, ModuleMap(kernels, layers, reasons, found), source, target, metrics)
 
 
 def _applied(kernel: LoraKernel, maps):

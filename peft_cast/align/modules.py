@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,23 +19,40 @@ class ModuleMap:
     Args:
         kernels (`dict[str, list[str]]`): Target place → the source places whose kernels it carries.
         layers (`dict[int, int]`): Source layer → target layer.
-        unmapped (`tuple[str, ...]`): Adapted source places for which the target has none.
-        reasons (`dict[str, str]`): For each of them why.
-        routes (`tuple[dict, ...]`): The map in short, one entry for all layers alike: `role`, the names of the `source` and
-            `target` place within a layer, `found` (`"name"`, `"shape"` or `"module_map"`) and the number of `kernels`.
+        reasons (`dict[str, str]`): For each adapted source place without a place on the target why.
+        found (`dict[str, tuple]`): For each other source place the role, the names of both places within their layers, and
+            what the target's was found by: `"name"`, `"shape"` or `"module_map"`.
     """
 
     kernels: dict[str, list[str]]
     layers: dict[int, int]
-    unmapped: tuple[str, ...]
-    reasons: dict[str, str] = field(default_factory=dict)
-    routes: tuple[dict[str, Any], ...] = ()
+    reasons: dict[str, str]
+    found: dict[str, tuple[str | None, str, str, str]]
+
+    @property
+    def unmapped(self) -> tuple[str, ...]:
+        """Adapted source places for which the target has none."""
+        return tuple(self.reasons)
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The account of it in `TranslationResult.metrics`, JSON-ready."""
-        unmapped = [{"module": name, "what": self.reasons.get(name, "no place")} for name in self.unmapped]
-        return {"depth_map": self.layers, "routes": list(self.routes), "unmapped": unmapped}
+        """The account of it in `TranslationResult.metrics`, JSON-ready; `routes` is the map with all layers together."""
+        routes = [
+            {"role": role, "source": source, "target": target, "found": found, "kernels": count}
+            for (role, source, target, found), count in Counter(self.found.values()).items()
+        ]
+        unmapped = [{"module": name, "what": reason} for name, reason in self.reasons.items()]
+        return {"depth_map": self.layers, "routes": routes, "unmapped": unmapped}
+
+    def part(self, source_places: Iterable[str]) -> ModuleMap:
+        """The map of some source places alone."""
+        wanted = dict.fromkeys(source_places)
+        reasons = {
+            s: self.reasons.get(s, "it was not there when the map was made") for s in wanted if s not in self.found
+        }
+        kernels = {name: [s for s in sources if s in wanted] for name, sources in self.kernels.items()}
+        found = {s: self.found[s] for s in wanted if s in self.found}
+        return ModuleMap({name: sources for name, sources in kernels.items() if sources}, self.layers, reasons, found)
 
 
 def map_modules(
@@ -73,7 +90,7 @@ def map_modules(
     blocks = [target.get_submodule(path) for path in layer_paths(target)]
     kernels: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
-    routes: Counter[tuple] = Counter()
+    routes: dict[str, tuple[str | None, str, str, str]] = {}
     for name in source_places:
         place = known.get(name) if known is not None else place_of_name(name)
         if place is None:
@@ -87,7 +104,7 @@ def map_modules(
                 reasons[name] = _reason(place, has_experts(blocks[layer]))
             else:
                 kernels.setdefault(landed.name, []).append(name)
-                routes[landed.role or place.role, place.label, landed.label, found] += 1
+                routes[name] = landed.role or place.role, place.label, landed.label, found
     if not kernels:
         why = "; ".join(f"{n}: {reason}" for n, reason in list(reasons.items())[:4])
         raise ValueError(
@@ -96,14 +113,8 @@ def map_modules(
         )
     order = {name: i for i, (name, _) in enumerate(target.named_modules())}
     first = {name: (order[split_place(name)[0]], split_place(name)[1] or ()) for name in kernels}
-    summary = tuple(
-        {"role": role, "source": s, "target": t, "found": found, "kernels": count}
-        for (role, s, t, found), count in routes.items()
-    )
-    return ModuleMap(
-        {name: kernels[name] for name in sorted(kernels, key=lambda name: (first[name][0], first[name][1][:2]))},
-        dict(layers), tuple(reasons), reasons, summary,
-    )  # fmt: skip
+    in_order = sorted(kernels, key=lambda name: (first[name][0], first[name][1][:2]))
+    return ModuleMap({name: kernels[name] for name in in_order}, dict(layers), reasons, routes)
 
 
 def _counterpart(
