@@ -55,10 +55,7 @@ class Share:
             ]
             if own:
                 fits[name] = own
-        landed = {name: [f.source_module for f in own] for name, own in fits.items()}
-        found = {s for sources in landed.values() for s in sources}
-        unmapped = tuple(name for name in kernels if name not in found)
-        return replace(self.fit, kernels=fits), ModuleMap(landed, self.modules.layers, unmapped)
+        return replace(self.fit, kernels=fits), self.modules.part(kernels)
 
 
 def stacked(parts: Sequence[Mapping[str, LoraKernel]]) -> tuple[dict[str, LoraKernel], list[dict[str, slice]]]:
@@ -151,7 +148,7 @@ def adapter_names(adapters: Sequence[str | Path], given: str | Sequence[str]) ->
 def _fit(
     pair: Pair, kernels: Mapping[str, LoraKernel], text: Any, options: Mapping[str, Any]
 ) -> tuple[ClosedForm, ModuleMap]:
-    modules = map_modules(kernels, pair.target, pair.modules.layers, options["module_map"])
+    modules = map_modules(kernels, pair.target, pair.modules.layers, options["module_map"], pair.source)
     general = options["fit_text"] if options["fit_text"] is not None else C4 if is_written(text) else text
     corpus = read_text(general, options["fit_samples"], lambda *_: [])
     texts = align_texts([sample.text for sample in corpus], *pair.tokenizers, max_length=options["max_length"])

@@ -18,7 +18,7 @@ from .align import layer_pairs
 from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
 from .install import adapter_name_of, cast_config, install
-from .models import shared_head, unload_adapters
+from .models import count_parameters, shared_head, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .result import TranslationResult
@@ -110,8 +110,9 @@ def translate(
             adapter and text, e.g. with other steps or losses; nowhere when `None`.
         depth_map: `"proportional"`; `"similarity"`, the order-keeping map of the largest linear CKA between hidden states;
             or a mapping of source layers to target layers.
-        module_map: Source module name → target module name (last parts, e.g. `{"fc1": "up_proj"}`) where names differ
-            and are not known.
+        module_map: Source → target, e.g. `{"fc1": "up_proj"}`, where the map that is found (`metrics["alignment"]["routes"]`)
+            is not the one you want. Names may be last parts, names within a layer, full names, roles (`"q"`, `"up"`, ...), or
+            rows of a target module (`"W_in[0:64]"`); see docs/decoders.md.
         projection_type: `"factored"` or `"full"` matrices, or `"mlp"`, factored with a nonlinear part; see `CastConfig`.
         projection_size (`int`, *optional*): Inner size of factored projections; the LoRA's rank when not given.
         projection_bias (`bool`): Whether projections have a bias; such an adapter cannot be merged or folded.
@@ -229,7 +230,7 @@ def translate(
         "excitement": kl["excitement"],
         "source": pair.adapter.metrics,
         "parameters": {
-            "trained": trained, "source_lora": sum(k.A.numel() + k.B.numel() for k in pair.kernels.values()),
+            "trained": trained, "source_lora": count_parameters(pair.kernels),
         },
         "closed_form": {
             "positions": closed_form.positions,
@@ -240,7 +241,7 @@ def translate(
             "hidden_r2": closed_form.hidden_r2,
         },
         "alignment": {
-            "shared_tokens": len(pair.vocabulary), "depth_map": pair.modules.layers, "unmapped": pair.modules.unmapped,
+            "shared_tokens": len(pair.vocabulary), **pair.modules.metrics,
         },
         "text": texts.metrics,
         "phases": phases.costs,
