@@ -1,0 +1,48 @@
+"""Quantised target modules, by PEFT's backends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    resolve_quantization_backend,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def quantization_backend(layer: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
+    """PEFT's backend for a module's way of quantisation, `None` when it is not quantised.
+
+    Args:
+        layer: The module itself, no tuner layer.
+        kwargs: As `peft.utils.quantization_utils.get_quantization_kwargs` gives them.
+    """
+    try:
+        return resolve_quantization_backend(layer, **kwargs)
+    except ValueError:
+        # torchao weights that were quantised without a `TorchAoConfig`: nobody knows how to quantise them again.
+        return ForwardOnlyQuantizationBackend("torchao")
+
+
+def is_supported(layer: nn.Module, **kwargs: Any) -> bool:
+    """Whether CAST can adapt a module: `nn.Linear`, `Conv1D`, or a linear layer that PEFT knows as quantised."""
+    if isinstance(layer, (nn.Linear, Conv1D)):
+        return True
+    backend = quantization_backend(layer, **kwargs)
+    return backend is not None and backend.layer_type == "linear"
+
+
+def check_supported(layer: nn.Module, name: str, **kwargs: Any) -> None:
+    """
+    Raises:
+        ValueError: If CAST cannot adapt the module called `name`.
+    """
+    if not is_supported(layer, **kwargs):
+        raise ValueError(
+            f"CAST cannot adapt '{name}', a {type(layer).__module__}.{type(layer).__name__}: only nn.Linear, transformers' "
+            "Conv1D and linear layers quantised by a package that PEFT finds installed (bitsandbytes, torchao, hqq, "
+            "gptqmodel, ...). Leave it out with `exclude_modules`, or install the package that quantised the model."
+        )
