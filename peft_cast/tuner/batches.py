@@ -82,7 +82,8 @@ def add_mixed_batch(layer: CastLayer, result: torch.Tensor, x: torch.Tensor, ada
     if len(x) != len(adapter_names):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {len(x)} respectively."
+            f"{len(adapter_names)} and {len(x)} respectively. OPT's MLP and routed experts flatten their inputs, which cannot "
+            "be told apart then: leave such modules out of the adapters."
         )
     if layer.disable_adapters:
         return result

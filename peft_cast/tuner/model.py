@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, onload_layer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _get_tuner_state_dict_key_prefixes,
+    _is_key_under_prefixes,
+    onload_layer,
+)
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
@@ -24,8 +31,6 @@ from .quantized import check_supported
 
 # PEFT finds adapter weights by this prefix in some paths. A bare "cast_" would also match "forecast_head".
 PREFIX = "peft_cast_"
-# PEFT sorts the tensors of several adapters by name parts, so an adapter called like a part of CAST's own would get lost.
-INNER_NAMES = {"A", "B", "P_in", "P_out", "U", "V", "W", "mlp_U", "mlp_V", "bias", "base_layer", "weight"}
 
 
 class CastModel(BaseTuner):
@@ -92,10 +97,10 @@ class CastModel(BaseTuner):
         self._replace_module(parent, target_name, new_module, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if adapter_name in INNER_NAMES or adapter_name.isdigit() or "." in adapter_name:
+        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
             raise ValueError(
-                f"A CAST adapter cannot be called '{adapter_name}', because parts of its tensors' names are: choose a name "
-                f"without dots that is no number and none of {', '.join(sorted(INNER_NAMES))}."
+                f"An adapter cannot be called '{adapter_name}', because torch keeps it in an nn.ModuleDict under that name: "
+                "choose one without dots that is no method of nn.ModuleDict."
             )
         self._shared: dict[str, dict[tuple, Projection]] = {}  # of the adapter that is being added
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -204,6 +209,28 @@ class CastModel(BaseTuner):
                 for kernel in module.peft_cast_kernels[adapter_name]:
                     kernel.A = kernel.A.to(torch.promote_types(kernel.A.dtype, torch.float32))
                     kernel.B = kernel.B.to(torch.promote_types(kernel.B.dtype, torch.float32))
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # PEFT has left out all keys with another adapter's name in them: too many if one is called "self_attn" or "A".
+        kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
+        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        for key, tensor in tensors:
+            if (
+                key not in kept
+                and set(unwanted_adapter_names) & set(key.split("."))
+                and _is_key_under_prefixes(key, prefixes)
+            ):
+                kept[key] = tensor.detach()
+        return kept
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
