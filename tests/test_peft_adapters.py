@@ -59,7 +59,7 @@ def test_deleting_adapters():
     with pytest.raises(ValueError, match="default does not exist"):
         model.delete_adapter("default")
     model.delete_adapter("other")
-    assert model.active_adapters == [] and torch.equal(logits(model.get_base_model()), base)
+    assert model.active_adapters == [] and torch.equal(logits(model.base_model), base)
     model.add_adapter("default", cast_config())
     model.set_adapter("default")
     assert differs(logits(model), base)

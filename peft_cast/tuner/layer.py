@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _get_in_out_features,
     check_adapters_to_merge,
-    onload_layer,
 )
 from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
@@ -22,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .batches import add_mixed_batch
 from .config import CastConfig, KernelSpec
 from .merging import check_foldable, merged_weight
+from .offload import fetched
 from .quantized import quantization_backend
 
 
@@ -343,9 +342,7 @@ class Linear(nn.Module, CastLayer):
         """What one adapter adds to the output: (..., in_T) → (..., out_T), in the dtype of the adapter."""
         kernels = self.peft_cast_kernels[adapter_name]
         x = self._cast_input_dtype(x, kernels[0].A.dtype)
-        # accelerate's hooks would fetch offloaded projections only when called as modules
-        offloaded = any(t.is_meta for t in (*kernels.parameters(), *kernels.buffers()))
-        with onload_layer(kernels) if offloaded else nullcontext():
+        with fetched(kernels):
             if self.is_foldable(adapter_name):
                 A, B = self.get_factors(adapter_name)
                 return F.linear(F.linear(x, A), B)

@@ -26,6 +26,7 @@ from .combine import combined_config, fill_combined
 from .config import CastConfig, KernelSpec
 from .layer import CastLayer, Linear, Projection
 from .merging import check_mergeable
+from .offload import base_weights
 from .quantized import check_supported
 
 
@@ -88,13 +89,14 @@ class CastModel(BaseTuner):
         check_supported(base_layer, current_key, **quantization)
         specs = self._kernel_specs(cast_config, base_layer, current_key)
         shared = self._shared_projections(cast_config, current_key)
-        if isinstance(target, CastLayer):
-            target.update_layer(adapter_name, specs, cast_config, shared)
-            return
-        new_module = Linear(target, adapter_name, specs, cast_config, shared, **quantization)
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+        with base_weights(base_layer, current_key, getattr(self.model, "hf_device_map", {})):
+            if isinstance(target, CastLayer):
+                target.update_layer(adapter_name, specs, cast_config, shared)
+                return
+            new_module = Linear(target, adapter_name, specs, cast_config, shared, **quantization)
+            if adapter_name not in self.active_adapters:
+                new_module.requires_grad_(False)
+            self._replace_module(parent, target_name, new_module, target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
@@ -230,6 +232,14 @@ class CastModel(BaseTuner):
                 and _is_key_under_prefixes(key, prefixes)
             ):
                 kept[key] = tensor.detach()
+        if config.projection_sharing is None:
+            return kept
+        # transformers saves no tensor twice; whoever loads the adapter shares them again.
+        seen: set[int] = set()
+        for key, tensor in kept.items():
+            if not tensor.is_meta and tensor.data_ptr() in seen:
+                kept[key] = tensor.clone()
+            seen.add(tensor.data_ptr())
         return kept
 
     @classmethod
