@@ -318,7 +318,7 @@ def test_a_model_offloaded_to_disk(projection, tmp_path):
     assert offloaded.get_submodule(DOWN_PROJ).base_layer.weight.is_meta
     same(logits(loaded), expected)
     trained = get_peft_model(offloaded_to_disk(tmp_path), cast_config(**PROJECTIONS[projection]))
-    assert all(gradient.any() for gradient in gradients(trained).values())
+    assert all(g.any() for name, g in gradients(trained).items() if ".P_out." in name and ".mlp_V" not in name)
 
 
 def test_what_peft_cannot_load_onto_disk_is_refused(tmp_path):

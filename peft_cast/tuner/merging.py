@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .quantized import is_packed
+
 
 if TYPE_CHECKING:
     from .layer import Linear
@@ -40,6 +42,11 @@ def check_mergeable(layer: Linear, adapter_names: Sequence[str], safe_merge: boo
                 f"The CAST adapter '{name}' cannot be merged into {backend.backend_name} layers, whose weights PEFT cannot "
                 "quantise again: use it unmerged, or merge it into the unquantised model."
             )
+        if is_packed(layer.get_base_layer()):
+            raise ValueError(
+                f"The CAST adapter '{name}' cannot be merged now, nor unmerged: bitsandbytes has reordered the 4-bit weights for "
+                "inference on this CPU. Load the model anew and merge before it is first used."
+            )
     if safe_merge and names:
         merged_weight(layer, names, safe_merge=True)
 
@@ -61,10 +68,6 @@ def merged_weight(
             finds NaN or infinite values.
     """
     check_mergeable(layer, adapter_names)
-    if layer.quantization_backend is not None:
-        # bitsandbytes packs 4-bit weights in place when a CPU first infers with them, and `dequantize` then reads nonsense.
-        # Asking for the state dict puts them in order again.
-        layer.get_base_layer().state_dict()
     weight = layer.get_base_weight()
     merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     for name in adapter_names:

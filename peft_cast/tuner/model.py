@@ -107,6 +107,12 @@ class CastModel(BaseTuner):
         self._shared: dict[str, dict[tuple, Projection]] = {}  # of the adapter that is being added
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, CastLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)  # unloading; PEFT would look for a `weight`, which GPTQ or hqq have not
+
     def _shared_projections(self, config: CastConfig, key: str) -> dict[tuple, Projection] | None:
         """The projections made so far that the module may share; `None` if modules do not share."""
         if config.projection_sharing is None:

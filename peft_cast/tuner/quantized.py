@@ -46,3 +46,12 @@ def check_supported(layer: nn.Module, name: str, **kwargs: Any) -> None:
             "Conv1D and linear layers quantised by a package that PEFT finds installed (bitsandbytes, torchao, hqq, "
             "gptqmodel, ...). Leave it out with `exclude_modules`, or install the package that quantised the model."
         )
+
+
+def is_packed(layer: nn.Module) -> bool:
+    """Whether the weights are in an order that only the forward pass can read.
+
+    bitsandbytes brings 4-bit weights into such an order when a CPU with AVX-512 BF16 first infers with them, and cannot
+    undo it (0.50): dequantising gives nonsense.
+    """
+    return getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
