@@ -27,6 +27,7 @@ from adapters import (
     without_adapter,
 )
 from conftest import tiny_config
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -217,6 +218,8 @@ def test_sequence_classification(tmp_path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_transformers_load_adapter(architecture, tmp_path):
+    if architecture == "gpt2" and Version(transformers.__version__) < Version("5.6"):
+        pytest.skip("older versions load no adapter onto GPT-2, LoRA neither")
     model = cast(architecture)
     model.save_pretrained(tmp_path)
     base = base_model(architecture)

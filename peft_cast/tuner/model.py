@@ -111,7 +111,9 @@ class CastModel(BaseTuner):
         if isinstance(new_module, CastLayer):
             super()._replace_module(parent, child_name, new_module, child)
         else:
-            setattr(parent, child_name, new_module)  # unloading; PEFT would look for a `weight`, which GPTQ or hqq have not
+            setattr(
+                parent, child_name, new_module
+            )  # unloading; PEFT would look for a `weight`, which GPTQ or hqq have not
 
     def _shared_projections(self, config: CastConfig, key: str) -> dict[tuple, Projection] | None:
         """The projections made so far that the module may share; `None` if modules do not share."""
