@@ -18,7 +18,12 @@ TITLES = {
     "gemma3-smollm2": "Gemma-3-270m → SmolLM2-135M-Instruct",
     "same": "SmolLM2-135M-Instruct → itself",
 }
-TASKS = {"gsm8k": "GSM8K LoRA", "agnews": "AG News LoRA"}
+TASKS = {
+    "gsm8k": "GSM8K LoRA",
+    "agnews": "AG News LoRA",
+    "kinds": "WordNet kinds LoRA (never used in development)",
+    "definitions": "WordNet definitions LoRA (never used in development)",
+}
 
 
 def tables() -> str:

@@ -7,7 +7,7 @@ from .fold import FoldedLora, to_lora
 from .result import TranslationResult
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
-from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear
+from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear, Rows
 
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "KernelSpec",
     "Linear",
     "Mixture",
+    "Rows",
     "SelfWritten",
     "TranslationResult",
     "baselines",

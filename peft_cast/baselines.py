@@ -6,6 +6,7 @@ Each returns an ordinary PEFT LoRA on the target, to be saved, merged and evalua
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -19,10 +20,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .align import map_layers, map_modules
+from .align import map_layers, map_modules, split_place
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
 from .models import (
     LoraKernel,
+    count_parameters,
     default_device,
     layer_count,
     load_model,
@@ -61,15 +63,15 @@ def direct_copy(
     """
     source, target, kernels = _load(source, adapter, target, source_rank, device, dtype)
     depth = min(layer_count(source), layer_count(target))
-    modules = map_modules(kernels, target, {layer: layer for layer in range(depth)})
+    modules = map_modules(kernels, target, {layer: layer for layer in range(depth)}, source=source)
     factors = {}
     for name, sources in modules.kernels.items():
         kernel = kernels[sources[0]]  # layers are mapped one to one
         if (kernel.B.shape[0], kernel.A.shape[1]) == _weight(target, name).shape:
-            factors[name] = (kernel.A, kernel.scaling * kernel.B)
+            factors[name] = [(kernel.A, kernel.scaling * kernel.B)]
     if not factors:
         raise ValueError("A direct copy is impossible: no adapted module of the source has the shape of its target.")
-    return lora_from_factors(target, factors)
+    return lora_from_factors(target, _by_module(target, factors))
 
 
 def cross_lora(
@@ -107,7 +109,8 @@ def cross_lora(
     if depth_map == "similarity":
         raise ValueError("Cross-LoRA reads no text, so `depth_map='similarity'` is not possible: pass a mapping.")
     source, target, kernels = _load(source, adapter, target, source_rank, device, dtype)
-    modules = map_modules(kernels, target, map_layers(layer_count(source), layer_count(target), depth_map), module_map)
+    layers = map_layers(layer_count(source), layer_count(target), depth_map)
+    modules = map_modules(kernels, target, layers, module_map, source)
     factors = {}
     for name, sources in modules.kernels.items():
         U_T, V_T = _subspaces(_weight(target, name), rank)
@@ -120,9 +123,8 @@ def cross_lora(
             A_T = (A @ V_S[:, :k]).to(V_T.device) @ V_T[:, :k].T
             B_T = U_T[:, :k] @ (U_S[:, :k].T @ B).to(U_T.device)
             parts.append((A_T, kernel.scaling * B_T))
-        A, B = zip(*parts)
-        factors[name] = (torch.cat(A), torch.cat(B, dim=1))
-    return lora_from_factors(target, factors)
+        factors[name] = parts
+    return lora_from_factors(target, _by_module(target, factors))
 
 
 def distill_lora(
@@ -178,11 +180,13 @@ def distill_lora(
             )  # fmt: skip
         if pair_options.get("depth_map") == "similarity":
             pair = map_by_similarity(pair, texts.fit, pair_options.get("module_map"))
-        stacked = [sum(len(pair.kernels[s].A) for s in sources) for sources in pair.modules.kernels.values()]
-        r = r or max(stacked)
+        stacked: dict[str, int] = defaultdict(int)
+        for place, sources in pair.modules.kernels.items():
+            stacked[split_place(place)[0]] += sum(len(pair.kernels[s].A) for s in sources)
+        r = r or max(stacked.values())
         torch.manual_seed(seed)
         memory = teacher_memory(pair, settings, cache_dir)
-        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(pair.modules.kernels), task_type="CAUSAL_LM")
+        config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(stacked), task_type="CAUSAL_LM")
         try:
             model = get_peft_model(pair.target, config).eval()
             ids = pair.vocabulary
@@ -203,7 +207,7 @@ def distill_lora(
         "excitement": kl["excitement"],
         "parameters": {
             "trained": trained,
-            "source_lora": sum(k.A.numel() + k.B.numel() for k in pair.kernels.values()),
+            "source_lora": count_parameters(pair.kernels),
         },
         "text": texts.metrics,
         "phases": phases.costs,
@@ -239,6 +243,12 @@ def lora_from_factors(
     with torch.no_grad():
         for name, (A, B) in factors.items():
             layer = target.get_submodule(name)
+            if not hasattr(layer, "lora_A"):
+                unload_adapters(target)
+                raise ValueError(
+                    f"PEFT puts a LoRA for '{name}' on the experts of {type(target).__name__} instead, so this baseline is not "
+                    "possible there: pass an adapter, or a `module_map`, that leaves its MLPs out."
+                )
             layer.lora_A[adapter_name].weight.copy_(A)
             layer.lora_B[adapter_name].weight.copy_(B)
     return model.eval()
@@ -264,13 +274,34 @@ def _load(
     return source, target, kernels
 
 
-def _weight(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """The weight of a linear layer as (out, in), whether or not an adapter is on it."""
+def _by_module(
+    target: PreTrainedModel, factors: Mapping[str, list[tuple[torch.Tensor, torch.Tensor]]]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Stack the factors A (r, in_T) and B (rows, r) that belong on each place, by module: B (out_T, R)."""
+    stacks: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+    for place, parts in factors.items():
+        module, rows = split_place(place)
+        width = len(_weight(target, module))
+        stack = stacks[module]
+        for A, B in parts:
+            B = B if rows is None else rows.into(B.T, width).T
+            known = next((i for i, (other, _) in enumerate(stack) if other is A), None)
+            if known is None:
+                stack.append((A, B))
+            else:  # parts of a fused module come from one LoRA
+                stack[known] = (A, stack[known][1] + B)
+    return {name: (torch.cat([A for A, _ in s]), torch.cat([B for _, B in s], dim=1)) for name, s in stacks.items()}
+
+
+def _weight(model: PreTrainedModel, place: str) -> torch.Tensor:
+    """The weight of a place as (out, in), whether or not an adapter is on its module."""
+    name, rows = split_place(place)
     module = model.get_submodule(name)
     module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise ValueError(f"'{name}' is no linear layer but {type(module).__name__}.")
-    return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+    weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+    return weight if rows is None else rows.of(weight.T).T
 
 
 def _subspaces(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,7 +59,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
     `save_pretrained`, `from_pretrained` and `push_to_hub` are those of `huggingface_hub.ModelHubMixin`.
 
     Args:
-        maps (`ClosedForm`): For every target module and source module that lands on it `P_in` (in_S, in_T) as `A_P_in`
+        maps (`ClosedForm`): For every target place and source place that lands on it `P_in` (in_S, in_T) as `A_P_in`
             and `P_out` (out_T, out_S) as `P_out_B`, with their held-out R².
         modules (`ModuleMap`): Where every linear layer of the source lands.
         source, target (`Side`): The models.
@@ -79,7 +79,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         """The projections of some kernels, and where they land.
 
         Args:
-            kernels: By source module: A (r, in_S), B (out_S, r).
+            kernels: By source place: A (r, in_S), B (out_S, r).
 
         Raises:
             ValueError: If no kernel has a place, or one does not have the source model's shapes.
@@ -89,18 +89,12 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             found = [_applied(kernels[m.source_module], m) for m in maps if m.source_module in kernels]
             if found:
                 fits[name] = found
-        landed = {fit.source_module for found in fits.values() for fit in found}
         if not fits:
             raise ValueError(
                 f"None of the adapter's modules ('{next(iter(kernels))}', ...) is on this bridge, which leads from "
                 f"'{self.source.name}' to '{self.target.name}': fit a bridge for the adapter's own model."
             )
-        modules = ModuleMap(
-            {name: [fit.source_module for fit in found] for name, found in fits.items()},
-            self.modules.layers,
-            tuple(name for name in kernels if name not in landed),
-        )
-        return replace(self.maps, kernels=fits), modules
+        return replace(self.maps, kernels=fits), self.modules.part(kernels)
 
     def cast(
         self,
@@ -178,7 +172,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
     def _save_pretrained(self, save_directory: Path) -> None:
         config = {
             "source": vars(self.source), "target": vars(self.target), "layers": self.modules.layers,
-            "unmapped": self.modules.unmapped, "metrics": self.metrics,
+            "unmapped": self.modules.reasons, "found": self.modules.found, "metrics": self.metrics,
         }  # fmt: skip
         save_closed_form(self.maps, save_directory / WEIGHTS_NAME)
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -209,12 +203,13 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             config = json.loads(file(CONFIG_NAME).read_text(encoding="utf-8"))
             source, target = Side(**config["source"]), Side(**config["target"])
             layers = {int(s): t for s, t in config["layers"].items()}
-            unmapped, metrics = tuple(config["unmapped"]), config["metrics"]
+            reasons, metrics = dict(config["unmapped"]), config["metrics"]
+            found = {name: tuple(route) for name, route in config["found"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"'{model_id}' holds no bridge ({CONFIG_NAME} is missing or broken): {error}") from error
         maps = load_closed_form(file(WEIGHTS_NAME))
         kernels = {name: [fit.source_module for fit in fits] for name, fits in maps.kernels.items()}
-        return cls(maps, ModuleMap(kernels, layers, unmapped), source, target, metrics)
+        return cls(maps, ModuleMap(kernels, layers, reasons, found), source, target, metrics)
 
 
 def _applied(kernel: LoraKernel, maps):

@@ -77,7 +77,10 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
         )
     unmapped = metrics.get("alignment", {}).get("unmapped", ())
     if unmapped:
-        found.append(f"{len(unmapped)} adapted modules of the source found no place on the target: pass `module_map`.")
+        found.append(
+            f"{len(unmapped)} adapted modules of the source found no place on the target: {list_not_carried(unmapped)}. Where "
+            "one would fit, name it in `module_map`."
+        )
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
 from .models import load_on_skeleton, read_adapter_config, skeleton
 from .tuner import CastConfig, CastLayer
@@ -107,8 +111,24 @@ def to_lora(
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=True,
+        fan_in_fan_out=any(
+            isinstance(model.get_base_model().get_submodule(n).get_base_layer(), Conv1D) for n in factors
+        ),
     )
+    _warn_of_experts(lora, model)
     return FoldedLora(lora, weights, errors)
+
+
+def _warn_of_experts(lora: LoraConfig, model: PeftModel) -> None:
+    """Some mixtures of experts have dense MLPs besides, for which PEFT loads no LoRA: it takes them for experts."""
+    seen = copy.copy(lora)
+    convert_peft_config_for_transformers(seen, model.get_base_model(), None)
+    if seen.target_parameters:
+        moved = sorted(set(lora.target_modules) - set(seen.target_modules))
+        warnings.warn(
+            f"PEFT will not load this LoRA's weights for {', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}: it takes such "
+            "names for experts of this model. Merge the CAST adapter (`merge_and_unload`), or serve it unfolded."
+        )
 
 
 def _load(adapter: str | Path, revision: str | None) -> PeftModel:

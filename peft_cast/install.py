@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from .align import ModuleMap
+from .align import ModuleMap, split_place
 from .fit import ClosedForm
 from .models import LoraKernel
 from .tuner import CastConfig, KernelSpec, Projection
@@ -18,15 +18,14 @@ from .tuner import CastConfig, KernelSpec, Projection
 
 def cast_config(kernels: Mapping[str, LoraKernel], modules: ModuleMap, **options: Any) -> CastConfig:
     """The configuration of an adapter that carries `kernels` where `modules` says; `options` as in `CastConfig`."""
-    specs = {
-        name: [
-            KernelSpec(*kernels[s].A.shape, kernels[s].B.shape[0], kernels[s].scaling, source_module=s)
-            for s in sources
-        ]
-        for name, sources in modules.kernels.items()
-    }
+    specs: dict[str, list[KernelSpec]] = defaultdict(list)
+    for place, sources in modules.kernels.items():
+        module, rows = split_place(place)
+        for s in sources:
+            A, B, scaling = kernels[s].A, kernels[s].B, kernels[s].scaling
+            specs[module].append(KernelSpec(*A.shape, B.shape[0], scaling, source_module=s, rows=rows))
     r = max(spec.r for group in specs.values() for spec in group)
-    return CastConfig(kernels=specs, r=r, task_type="CAUSAL_LM", **options)
+    return CastConfig(kernels=dict(specs), r=r, task_type="CAUSAL_LM", **options)
 
 
 def adapter_name_of(adapter: Any) -> str:
@@ -50,7 +49,7 @@ def install(
     Args:
         target: The model. On the meta device (no weights) the adapter itself is made on the CPU.
         config: What lands where, see `cast_config`.
-        kernels: By source module.
+        kernels: By source place.
         closed_form: The fitted projections.
         gain: Factor on all deltas; 1/√R² of the output projection, at most 2, when `None`.
         adapter_name, revision: As in `get_peft_model`.
@@ -60,10 +59,12 @@ def install(
     into: dict[Projection, list[tuple]] = defaultdict(list)
     out_of: dict[Projection, list[tuple]] = defaultdict(list)
     for name, fits in closed_form.kernels.items():
-        placed = target.get_submodule(name).peft_cast_kernels[adapter_name]
+        placed = target.get_submodule(split_place(name)[0]).peft_cast_kernels[adapter_name]
         if placed[0].A.is_meta:
             placed.to_empty(device="cpu")
-        for kernel, fit in zip(placed, fits):
+        of_source = {kernel.spec.source_module: kernel for kernel in placed}
+        for fit in fits:
+            kernel = of_source[fit.source_module]
             kernel.A.copy_(kernels[fit.source_module].A)
             kernel.B.copy_(kernels[fit.source_module].B)
             factor = gain if gain is not None else min(2.0, max(fit.r2_out, 1e-6) ** -0.5)

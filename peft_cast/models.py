@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .align import layer_paths
+
 
 @dataclass(frozen=True)
 class LoraKernel:
-    """The frozen LoRA of one source module: `delta(x) = scaling * B A x`, A (r, in_S), B (out_S, r)."""
+    """The frozen LoRA of one source place: `delta(x) = scaling * B A x`, A (r, in_S), B (out_S, r)."""
 
     A: torch.Tensor
     B: torch.Tensor
@@ -144,7 +146,13 @@ def unload_adapters(model: PreTrainedModel) -> None:
 
 def layer_count(model: PreTrainedModel) -> int:
     """Number of decoder layers."""
-    return model.config.get_text_config().num_hidden_layers
+    return len(layer_paths(model))
+
+
+def count_parameters(kernels: Mapping[str, LoraKernel]) -> int:
+    """Parameters of the LoRA that kernels were taken from: the parts of a fused module share their A."""
+    parts = {id(kernel.A): kernel.A.numel() for kernel in kernels.values()}
+    return sum(parts.values()) + sum(kernel.B.numel() for kernel in kernels.values())
 
 
 @contextmanager

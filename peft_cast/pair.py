@@ -82,7 +82,7 @@ class Pair:
 
     @property
     def kernels(self) -> Mapping[str, LoraKernel]:
-        """The kernel of each source module that can be carried over."""
+        """The kernel of each source place that can be carried over."""
         return self.adapter.kernels
 
 
@@ -150,7 +150,7 @@ def open_pair(
         proportional = "proportional" if depth_map == "similarity" else depth_map
         layers = map_layers(layer_count(source), layer_count(target), proportional)
         adapted = on_source.kernels if on_source else linear_layers(source)
-        modules = map_modules(adapted, target, layers, module_map)
+        modules = map_modules(adapted, target, layers, module_map, source)
         vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
         yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device)
 
@@ -181,7 +181,7 @@ def map_by_similarity(
                 model(**inputs)
             states[side] = [outputs[path][rows, at].cpu() for path in layer_paths(model)]
     layers = monotone_map(linear_cka(states["source"], states["target"]))
-    return replace(pair, modules=map_modules(pair.kernels, pair.target, layers, module_map))
+    return replace(pair, modules=map_modules(pair.kernels, pair.target, layers, module_map, pair.source))
 
 
 def fitted(

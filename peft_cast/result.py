@@ -45,27 +45,34 @@ class TranslationResult:
             which the LoRA changes the source's predictions there; `source`: the adapter's `type`, the largest `rank` of its
             kernels, `converted` (relative error of each module's kernel that approximates another kind of adapter) and
             `not_carried` (what of the adapter no kernel expresses, by module); `closed_form`: held-out R² per target module; `phases`:
-            seconds and peak memory; `parameters`; `alignment`; `text`; `settings`.
+            seconds and peak memory; `parameters`; `alignment`: among others `routes`, the map used, a line for each role, and `unmapped`, the modules
+            without a place and why; `text`; `settings`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
+        adapter_name (`str`): Its name on the model.
     """
 
     model: PeftModel
     metrics: dict[str, Any]
     history: list[dict[str, float]]
     module_map: ModuleMap
+    adapter_name: str = "default"
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a README that says how to load it."""
+        """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a README that says how to load it.
+
+        As in PEFT, an adapter of another name than "default" goes to a subfolder of its name.
+        """
         folder = Path(folder)
-        self.model.save_pretrained(folder)
-        if isinstance(self.model.active_peft_config, CastConfig):
+        self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
+        if isinstance(self.model.peft_config[self.adapter_name], CastConfig):
             self._add_usage(folder / "README.md")
+        folder = folder if self.adapter_name == "default" else folder / self.adapter_name
         report = {"metrics": self.metrics, "history": self.history}
         (folder / "cast_metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     def _add_usage(self, card: Path) -> None:
-        config = self.model.active_peft_config
+        config = self.model.peft_config[self.adapter_name]
         revision = f" at revision `{config.source_adapter_revision}`" if config.source_adapter_revision else ""
         usage = USAGE.format(
             target=config.base_model_name_or_path,
@@ -99,6 +106,7 @@ class TranslationResult:
         for role, fits in by_role.items():
             r2_in, r2_out = (sum(fit[key] for fit in fits) / len(fits) for key in ("r2_in", "r2_out"))
             lines.append(f"  {role:<46}{r2_in:6.2f}  {r2_out:6.2f}")
+        lines += _describe_map(self.module_map.metrics)
         parameters = self.metrics["parameters"]
         lines.append(
             f"Trained parameters {parameters['trained']:,} (source LoRA {parameters['source_lora']:,}); "
@@ -111,6 +119,21 @@ class TranslationResult:
 
     def __str__(self) -> str:
         return self.summary()
+
+
+def _describe_map(alignment: dict[str, Any]) -> list[str]:
+    """A line for each role: which source module lands where, and what found no place."""
+    lines = (
+        ["Where kernels landed (role, source → target, found by name, shape or module_map)"]
+        if alignment["routes"]
+        else []
+    )
+    for route in alignment["routes"]:
+        how = "" if route["found"] == "name" else f"  (by {route['found']})"
+        lines.append(f"  {route['role'] or '?':<5}{route['source']} → {route['target']}  × {route['kernels']}{how}")
+    if alignment["unmapped"]:
+        lines.append(f"  none {list_not_carried(alignment['unmapped'])}")
+    return lines
 
 
 def _describe_source(source: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,16 @@ from .align import layer_pairs
 from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
 from .install import adapter_name_of, cast_config, install
-from .models import shared_head, unload_adapters
+from .models import count_parameters, shared_head, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .result import TranslationResult
+from .several import translate_several
 
 
 def translate(
     source: str | Path | PreTrainedModel | None,
-    adapter: str | Path | PeftModel,
+    adapter: str | Path | PeftModel | Sequence[str | Path],
     target: str | Path | PreTrainedModel,
     *,
     text: Any = None,
@@ -60,13 +61,13 @@ def translate(
     source_revision: str | None = None,
     adapter_revision: str | None = None,
     target_revision: str | None = None,
-    adapter_name: str = "default",
+    adapter_name: str | Sequence[str] = "default",
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     output_dir: str | Path | None = None,
     training_args: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> TranslationResult:
+) -> TranslationResult | list[TranslationResult]:
     """Translate a LoRA, or another adapter that changes linear layers, from `source` so that it works on `target`.
 
     The two models are aligned (tokens, vocabulary, depth, modules), the projections around the frozen LoRA are fitted
@@ -78,13 +79,14 @@ def translate(
         source: The model the LoRA was trained on: hub id, path or loaded model. `None` takes it from the adapter.
         adapter: The LoRA: hub id, path, or a PeftModel, whose base then is the source. DoRA, LoHa, IA³ and other adapters
             that are no plain LoRA are approximated by one (`source_rank`); what no LoRA on a linear layer expresses is
-            listed in `metrics["source"]` and imitated by the refinement alone. See docs/sources.md.
+            listed in `metrics["source"]` and imitated by the refinement alone. See docs/sources.md. A list of folders or hub
+            ids, all on `source`, is translated at once: models are loaded and the closed form's text is read only once.
         target: The model it shall work on: hub id, path or loaded model. A loaded one is wrapped in place, as
             `get_peft_model` does; `result.model.unload()` gives it back.
         text: What the refinement reads: `None` for C4 (`allenai/c4`, en, streamed), a hub dataset id, a local
             jsonl/txt/parquet file, an iterable of strings, a `datasets.Dataset`, a `Corpus`, `SelfWritten` (text that
             the adapted source writes, which shows the adapter's effect best), a list of `TextSample` written earlier, or
-            a `Mixture`.
+            a `Mixture`. For several adapters also a dictionary from their names to texts.
         fit_text: What the closed form and the anchors read, general text, likewise. When not given: C4 if the models
             write `text` themselves, else `text`, and there are no anchors.
         fit_samples (`int`): Texts for the closed form.
@@ -108,8 +110,9 @@ def translate(
             adapter and text, e.g. with other steps or losses; nowhere when `None`.
         depth_map: `"proportional"`; `"similarity"`, the order-keeping map of the largest linear CKA between hidden states;
             or a mapping of source layers to target layers.
-        module_map: Source module name → target module name (last parts, e.g. `{"fc1": "up_proj"}`) where names differ
-            and are not known.
+        module_map: Source → target, e.g. `{"fc1": "up_proj"}`, where the map that is found (`metrics["alignment"]["routes"]`)
+            is not the one you want. Names may be last parts, names within a layer, full names, roles (`"q"`, `"up"`, ...), or
+            rows of a target module (`"W_in[0:64]"`); see docs/decoders.md.
         projection_type: `"factored"` or `"full"` matrices, or `"mlp"`, factored with a nonlinear part; see `CastConfig`.
         projection_size (`int`, *optional*): Inner size of factored projections; the LoRA's rank when not given.
         projection_bias (`bool`): Whether projections have a bias; such an adapter cannot be merged or folded.
@@ -125,7 +128,8 @@ def translate(
         seed (`int`): Seed of the sampled text and the training order.
         source_tokenizer, target_tokenizer: Needed only if they cannot be loaded from where the models come from.
         source_revision, adapter_revision, target_revision (`str`, *optional*): Hub revisions.
-        adapter_name (`str`): Name of the adapter on the target.
+        adapter_name (`str`): Name of the adapter on the target. Several adapters get the last parts of their paths, or
+            the names in a list.
         device: Where to work: the accelerator when there is one, else the CPU. Loaded models return to where they were.
         dtype (`torch.dtype`, *optional*): Precision of models loaded here; bfloat16 where the hardware is fast at it
             (GPU, CPU with AMX or AVX512-BF16), else float32.
@@ -135,13 +139,18 @@ def translate(
         progress (`bool`): Show progress bars.
 
     Returns:
-        `TranslationResult`: The PeftModel on the target, metrics, and `save_pretrained`.
+        `TranslationResult`: The PeftModel on the target, metrics, and `save_pretrained`. For several adapters a list of
+        them, with all adapters on one PeftModel.
 
     Raises:
         ValueError: For arguments, adapters, models, tokenizers or text that cannot be used; the message says why.
         OSError: If a model, adapter or corpus cannot be reached.
         FloatingPointError: If the loss becomes NaN or infinite.
     """
+    arguments = dict(locals())
+    if isinstance(adapter, (list, tuple)):
+        options = {name: value for name, value in arguments.items() if name not in ("source", "adapter", "target")}
+        return translate_several(translate, source, adapter, target, **options)
     settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher), teacher_top_k)
     check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
     if bridge is not None and beta > 0:
@@ -221,7 +230,7 @@ def translate(
         "excitement": kl["excitement"],
         "source": pair.adapter.metrics,
         "parameters": {
-            "trained": trained, "source_lora": sum(k.A.numel() + k.B.numel() for k in pair.kernels.values()),
+            "trained": trained, "source_lora": count_parameters(pair.kernels),
         },
         "closed_form": {
             "positions": closed_form.positions,
@@ -232,7 +241,7 @@ def translate(
             "hidden_r2": closed_form.hidden_r2,
         },
         "alignment": {
-            "shared_tokens": len(pair.vocabulary), "depth_map": pair.modules.layers, "unmapped": pair.modules.unmapped,
+            "shared_tokens": len(pair.vocabulary), **pair.modules.metrics,
         },
         "text": texts.metrics,
         "phases": phases.costs,
@@ -242,7 +251,7 @@ def translate(
             **shape, "rank": config.r,
         },
     }  # fmt: skip
-    result = TranslationResult(model, metrics, history, pair.modules)
+    result = TranslationResult(model, metrics, history, pair.modules, adapter_name)
     if output_dir is not None:
         result.save_pretrained(output_dir)
     return result

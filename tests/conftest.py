@@ -17,11 +17,53 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+# Configuration class and options of each architecture.
+ARCHITECTURES = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {}),
+    "mixtral": ("MixtralConfig", EXPERTS),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [0]},
+    ),
+    "gemma2": ("Gemma2Config", {}),
+    "gemma3": ("Gemma3TextConfig", {}),
+    "phi3": ("Phi3Config", {}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt2": ("GPT2Config", {}),
+    "opt": ("OPTConfig", {"ffn_dim": 48}),
+    "falcon": ("FalconConfig", {"new_decoder_architecture": True}),
+    "falcon_mq": ("FalconConfig", {"multi_query": True}),
+    "falcon_rw": (
+        "FalconConfig",
+        {"num_kv_heads": None, "multi_query": False, "alibi": True, "parallel_attn": False, "bias": True},
+    ),
+    "gpt_oss": ("GptOssConfig", {**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "bloom": ("BloomConfig", {}),
+}
+# Names that sizes have in other configurations; `None` where there is no such size.
+NO_GROUPS = {"num_key_value_heads": None, "head_dim": None}
+N_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+RENAMED = {
+    "GPTNeoXConfig": NO_GROUPS,
+    "GPT2Config": {**NO_GROUPS, **N_NAMES, "intermediate_size": "n_inner", "max_position_embeddings": "n_positions"},
+    "OPTConfig": {**NO_GROUPS, "intermediate_size": None},
+    "FalconConfig": {"num_key_value_heads": "num_kv_heads", "head_dim": None, "intermediate_size": "ffn_hidden_size"},
+    "BloomConfig": {
+        **NO_GROUPS, **N_NAMES, "hidden_size": "hidden_size", "intermediate_size": None, "max_position_embeddings": None
+    },
+}  # fmt: skip
 
 
 def c4_texts(count: int) -> list[str]:
@@ -44,19 +86,10 @@ def tiny_config(architecture: str, vocab_size: int, **sizes):
         "pad_token_id": 2,
         **sizes,
     }
-    if architecture == "opt":
-        for name in ("num_key_value_heads", "head_dim", "intermediate_size"):
-            common.pop(name)
-        return transformers.OPTConfig(ffn_dim=48, word_embed_proj_dim=common["hidden_size"], **common)
-    classes = {
-        "llama": transformers.LlamaConfig,
-        "mistral": transformers.MistralConfig,
-        "qwen2": transformers.Qwen2Config,
-        "qwen3": transformers.Qwen3Config,
-        "gemma2": transformers.Gemma2Config,
-        "gemma3": transformers.Gemma3TextConfig,
-    }
-    return classes[architecture](**common)
+    kind, options = ARCHITECTURES[architecture]
+    renamed = {RENAMED[kind].get(name, name): value for name, value in common.items()} if kind in RENAMED else common
+    renamed.pop(None, None)
+    return getattr(transformers, kind)(**{**renamed, **options})
 
 
 def tiny_model(architecture: str = "llama", vocab_size: int = 300, seed: int = 0, **sizes):
@@ -64,9 +97,10 @@ def tiny_model(architecture: str = "llama", vocab_size: int = 300, seed: int = 0
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, vocab_size, **sizes)).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=parameter.shape[1] ** -0.5)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                reads = -2 if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) else -1
+                parameter.normal_(std=parameter.shape[reads] ** -0.5)
     return model
 
 

@@ -252,7 +252,11 @@ FALLING = [{"kl": 1.0 - 0.05 * i} for i in range(10)]
         (metrics(end=0.4), [{"kl": 0.4, "mse": 1.0}] * 8, ["hidden states do not"]),
         (metrics(end=0.8), [{"kl": 0.8, "mse": 1.0}, {"kl": 0.8, "mse": 0.3}], ["predictions do not"]),
         (metrics(r2=0.1), FLAT, ["inputs of down_proj are badly explained"]),
-        (metrics(unmapped=("a", "b")), FLAT, ["2 adapted modules"]),
+        (
+            metrics(unmapped=[{"module": m, "what": "no place for 'gate'"} for m in "ab"]),
+            FLAT,
+            ["2 adapted modules .*: no place for 'gate' \\(a and 1 more\\)"],
+        ),
     ],
 )
 def test_diagnosis_says_what_limits(measured, history, words):

@@ -130,7 +130,7 @@ def kernel_between(spec, size):
         Projection(32, spec.in_features, size, CastConfig()),
         Projection(spec.out_features, 16, size, CastConfig()),
     )
-    return Kernel(spec, P_in, P_out)
+    return Kernel(spec, P_in, P_out, 16)
 
 
 def test_exact_fold_for_every_inner_size_that_suffices():
@@ -142,6 +142,51 @@ def test_exact_fold_for_every_inner_size_that_suffices():
     A, B = kernel.factors()
     torch.testing.assert_close(A, wanted_in, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(B, 2.0 * wanted_out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "at"),
+    [
+        ([4, 12], range(4, 12)),
+        ([2, 4, 8], [2, 3, 10, 11, 18, 19, 26, 27]),  # of every 8 rows
+        ([0, 8, 8], range(32)),
+    ],
+)
+@pytest.mark.parametrize(
+    "projection", [{}, {"projection_type": "full"}, {"projection_type": "mlp", "projection_bias": True}]
+)
+def test_a_kernel_lands_on_its_rows_alone(rows, at, projection, tmp_path):
+    base = tiny_model()
+    name, at = "model.layers.0.self_attn.q_proj", list(at)
+    spec = {"r": 4, "in_features": 24, "out_features": 20, "scaling": 2.0}
+    model = random_cast(base, kernels={name: [{**spec, "rows": rows}, {**spec, "r": 2}]}, **projection)
+    layer = model.get_base_model().get_submodule(name)
+    kernel, whole = layer.peft_cast_kernels["default"]
+    assert kernel.P_out.out_features == len(at) and whole.P_out.out_features == 32
+    for parameter in layer.peft_cast_kernels.parameters():
+        parameter.data.normal_(std=0.3)
+    x = torch.randn(3, 32)
+    delta = kernel(x)
+    others = [i for i in range(32) if i not in at]
+    assert not delta[:, others].any() and delta[:, at].all()
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + delta + whole(x))
+    config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=list))
+    assert config["kernels"][name][0]["rows"] == [*rows, *([None] if len(rows) == 2 else [])]
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), expected)
+    if not projection.get("projection_bias"):
+        A, B = kernel.factors()
+        torch.testing.assert_close(x @ A.T @ B.T, delta)
+        torch.testing.assert_close(logits(loaded.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [[0, 33], [4, 4], [0, 9, 8], [0, 4, 12]])
+def test_rows_that_the_module_does_not_have_are_one_clear_error(rows):
+    spec = {"r": 4, "in_features": 24, "out_features": 20, "rows": rows}
+    with pytest.raises(ValueError, match=r"made for the rows .* that has 32 here: load the model"):
+        random_cast(tiny_model(), kernels={"model.layers.0.self_attn.q_proj": [spec]})
 
 
 def test_too_small_inner_size_is_the_best_low_rank_fit():

@@ -1,141 +1,169 @@
-"""The module map: which source modules' kernels land on which target module."""
+"""The module map: which source places' kernels land on which target place."""
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-
-# Names that the same projection has in different architectures; with its parent's where one name serves two (GPT-2).
-ROLES = {
-    "q": ("q_proj", "query", "q"),
-    "k": ("k_proj", "key", "k"),
-    "v": ("v_proj", "value", "v"),
-    "o": ("o_proj", "out_proj", "attn.c_proj"),
-    "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "w3", "fc1", "dense_h_to_4h", "c_fc"),
-    "down": ("down_proj", "w2", "fc2", "dense_4h_to_h", "mlp.c_proj"),
-}
-_ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
-_LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<index>\d+)\.(?P<rest>.+)$")
+from .places import MLP, Place, find_places, has_experts, layer_path, layer_paths, place_of_name, role_of, split_place
 
 
 @dataclass(frozen=True)
 class ModuleMap:
-    """Where kernels land.
+    """Where kernels land. Places are named as in `find_places`: a module, or rows of a fused one.
 
     Args:
-        kernels (`dict[str, list[str]]`): Target module name → the source module names whose kernels it carries.
+        kernels (`dict[str, list[str]]`): Target place → the source places whose kernels it carries.
         layers (`dict[int, int]`): Source layer → target layer.
-        unmapped (`tuple[str, ...]`): Adapted source modules for which the target has no place.
+        reasons (`dict[str, str]`): For each adapted source place without a place on the target why.
+        found (`dict[str, tuple]`): For each other source place the role, the names of both places within their layers, and
+            what the target's was found by: `"name"`, `"shape"` or `"module_map"`.
     """
 
     kernels: dict[str, list[str]]
     layers: dict[int, int]
-    unmapped: tuple[str, ...]
+    reasons: dict[str, str]
+    found: dict[str, tuple[str | None, str, str, str]]
+
+    @property
+    def unmapped(self) -> tuple[str, ...]:
+        """Adapted source places for which the target has none."""
+        return tuple(self.reasons)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The account of it in `TranslationResult.metrics`, JSON-ready; `routes` is the map with all layers together."""
+        routes = [
+            {"role": role, "source": source, "target": target, "found": found, "kernels": count}
+            for (role, source, target, found), count in Counter(self.found.values()).items()
+        ]
+        unmapped = [{"module": name, "what": reason} for name, reason in self.reasons.items()]
+        return {"depth_map": self.layers, "routes": routes, "unmapped": unmapped}
+
+    def part(self, source_places: Iterable[str]) -> ModuleMap:
+        """The map of some source places alone."""
+        wanted = dict.fromkeys(source_places)
+        reasons = {
+            s: self.reasons.get(s, "it was not there when the map was made") for s in wanted if s not in self.found
+        }
+        kernels = {name: [s for s in sources if s in wanted] for name, sources in self.kernels.items()}
+        found = {s: self.found[s] for s in wanted if s in self.found}
+        return ModuleMap({name: sources for name, sources in kernels.items() if sources}, self.layers, reasons, found)
 
 
 def map_modules(
-    source_modules: Iterable[str],
+    source_places: Iterable[str],
     target: nn.Module,
     layers: Mapping[int, int],
     module_map: Mapping[str, str] | None = None,
+    source: nn.Module | None = None,
 ) -> ModuleMap:
-    """Find the target module for every adapted source module: same layer by the depth map, same role by name.
+    """Find the target place for every adapted source place: same layer by the depth map, same role.
 
     Args:
-        source_modules: Full names of the adapted modules, e.g. `"model.layers.3.self_attn.q_proj"`.
+        source_places: Names of the adapted places, e.g. `"model.layers.3.self_attn.q_proj"`.
         target: The target model.
         layers: Source layer → target layer, see `map_layers`.
-        module_map (`Mapping[str, str]`, *optional*): Last name part in the source → last name part in the target,
-            e.g. `{"fc1": "up_proj"}`, for names that are not known.
+        module_map (`Mapping[str, str]`, *optional*): Source → target, for names that are not known or where another
+            place is wanted. Both sides may be a last name part, a name within the layer, a full name, or a role (`"q"`, `"k"`,
+            `"v"`, `"o"`, `"gate"`, `"up"`, `"down"`); the target also rows of a module, `"mixer.W_in[0:64]"`.
+        source: The source model. Without it roles are told by names alone.
 
     Raises:
-        ValueError: If nothing of the adapter can be placed.
+        ValueError: If nothing of the adapter can be placed, or `module_map` names what the target does not have.
     """
-    module_map = module_map or {}
-    places: dict[tuple[int, str], str] = {}
-    for name, module in target.named_modules():
-        parts = split_name(name)
-        if parts and isinstance(module, (nn.Linear, Conv1D)):
-            layer, last = parts
-            places.setdefault((layer, last), name)
-            places.setdefault((layer, _with_parent(name)), name)
-            places.setdefault((layer, f"role:{_role(name)}"), name)
+    places = find_places(target)
+    in_layer: dict[int, list[Place]] = {}
+    for place in places.values():
+        in_layer.setdefault(place.layer, []).append(place)
+    for wanted in (module_map or {}).values():
+        if not any(_called(wanted, there) for there in in_layer.values()):
+            names = dict.fromkeys(place.label for place in places.values())
+            raise ValueError(
+                f"`module_map` sends kernels to '{wanted}', which no layer of the target has: choose from {', '.join(names)}."
+            )
+    known = find_places(source) if source is not None else None
+    blocks = [target.get_submodule(path) for path in layer_paths(target)]
     kernels: dict[str, list[str]] = {}
-    unmapped = []
-    for name in source_modules:
-        parts = split_name(name)
-        place = None
-        if parts and parts[0] in layers:
-            layer, last = layers[parts[0]], parts[1]
-            wanted = module_map.get(last, _with_parent(name))
-            keys = [wanted, wanted.rsplit(".", 1)[-1], f"role:{_role(wanted)}"]
-            place = next((places[layer, key] for key in keys if (layer, key) in places), None)
+    reasons: dict[str, str] = {}
+    routes: dict[str, tuple[str | None, str, str, str]] = {}
+    for name in source_places:
+        place = known.get(name) if known is not None else place_of_name(name)
         if place is None:
-            unmapped.append(name)
+            reasons[name] = "is no linear module of a decoder layer"
+        elif place.layer not in layers:
+            reasons[name] = f"source layer {place.layer} is left out of the depth map"
         else:
-            kernels.setdefault(place, []).append(name)
+            layer = layers[place.layer]
+            landed, found = _counterpart(place, in_layer.get(layer, []), places, module_map or {})
+            if landed is None:
+                reasons[name] = _reason(place, has_experts(blocks[layer]))
+            else:
+                kernels.setdefault(landed.name, []).append(name)
+                routes[name] = landed.role or place.role, place.label, landed.label, found
     if not kernels:
+        why = "; ".join(f"{n}: {reason}" for n, reason in list(reasons.items())[:4])
         raise ValueError(
-            f"None of the adapter's modules ({', '.join(sorted({n.rsplit('.', 1)[-1] for n in unmapped}))}) has a "
-            "counterpart in the target model: pass `module_map={'source_name': 'target_name'}`."
+            f"None of the adapter's modules has a counterpart in the target model ({why}): pass "
+            "`module_map={'source_name': 'target_name'}`."
         )
     order = {name: i for i, (name, _) in enumerate(target.named_modules())}
-    return ModuleMap({name: kernels[name] for name in sorted(kernels, key=order.get)}, dict(layers), tuple(unmapped))
+    first = {name: (order[split_place(name)[0]], split_place(name)[1] or ()) for name in kernels}
+    in_order = sorted(kernels, key=lambda name: (first[name][0], first[name][1][:2]))
+    return ModuleMap({name: kernels[name] for name in in_order}, dict(layers), reasons, routes)
 
 
-def linear_layers(model: nn.Module) -> list[str]:
-    """Names of the linear layers within the decoder layers."""
-    return [
-        name for name, module in model.named_modules() if split_name(name) and isinstance(module, (nn.Linear, Conv1D))
-    ]
+def _counterpart(
+    place: Place, there: list[Place], everywhere: Mapping[str, Place], module_map: Mapping[str, str]
+) -> tuple[Place | None, str]:
+    """The place in a target layer for a source place, and what it was found by."""
+    last = place.label.rsplit(".", 1)[-1]
+    for key in (place.name, place.label, last, split_place(last)[0], place.role):
+        if key in module_map:
+            wanted = module_map[key]
+            return everywhere.get(wanted) or _called(wanted, there), "module_map"
+    if place.role is None:
+        same = [other for other in there if other.label == place.label] or [
+            other for other in there if other.label.rsplit(".", 1)[-1] == last
+        ]
+        return (same[0] if same else None), "name"
+    same = [other for other in there if other.role == place.role]
+    same.sort(key=lambda other: other.label != place.label)
+    found = "shape" if same and "shape" in (place.found, same[0].found) else "name"
+    return (same[0] if same else None), found
 
 
-def _with_parent(name: str) -> str:
-    """`"model.layers.3.self_attn.q_proj"` → `"self_attn.q_proj"`"""
-    return ".".join(name.split(".")[-2:])
+def _called(wanted: str, there: Iterable[Place]) -> Place | None:
+    """The place of a layer that is meant by a name, a role or rows of a module."""
+    for place in there:
+        if wanted in (place.name, place.label, place.label.rsplit(".", 1)[-1], place.role):
+            return place
+    module, rows = split_place(wanted)
+    for place in there:
+        own = split_place(place.label)[0]
+        if rows and module in (split_place(place.name)[0], own, own.rsplit(".", 1)[-1]) and rows.fit(place.width):
+            return replace(place, name=f"{split_place(place.name)[0]}[{rows}]", label=f"{own}[{rows}]", role=None)
+    role = role_of(wanted)
+    return next((place for place in there if role and place.role == role), None)
 
 
-def _role(name: str) -> str:
-    """The role of a projection, or its own name, which no other role has."""
-    return _ROLE_OF.get(_with_parent(name)) or _ROLE_OF.get(name.rsplit(".", 1)[-1]) or name
+def _reason(place: Place, experts: bool) -> str:
+    if place.role in MLP and experts:
+        return f"the target's MLP is a mixture of experts, whose weights are no linear modules ('{place.role}' has no place)"
+    if place.role:
+        return f"the target's layer has no place for '{place.role}'"
+    return "its role is unknown, and the target has no module of that name"
 
 
 def layer_pairs(module_map: ModuleMap) -> dict[str, str]:
     """Path of every target layer that carries kernels → path of the deepest source layer that lands on it."""
     pairs: dict[str, str] = {}
     for place, sources in module_map.kernels.items():
-        path = _layer_path(place)
+        path = layer_path(place)
         known = [pairs[path]] if path in pairs else []
-        pairs[path] = max(known + [_layer_path(s) for s in sources], key=lambda p: int(p.rsplit(".", 1)[1]))
+        pairs[path] = max(known + [layer_path(s) for s in sources], key=lambda p: int(p.rsplit(".", 1)[1]))
     return pairs
-
-
-def layer_paths(model: nn.Module) -> list[str]:
-    """Paths of a model's layers in order: the longest list of modules in it.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of layers.")
-    stem = max(lists, key=lambda name: len(lists[name]))
-    return [f"{stem}.{i}" for i in range(len(lists[stem]))]
-
-
-def _layer_path(name: str) -> str:
-    """`"model.layers.3.self_attn.q_proj"` → `"model.layers.3"`"""
-    match = _LAYER.match(name)
-    return f"{match['stem']}.{match['index']}"
-
-
-def split_name(name: str) -> tuple[int, str] | None:
-    """Layer number and last part of a module's name, `None` for modules outside the layers (embeddings, head)."""
-    match = _LAYER.match(name)
-    return (int(match["index"]), match["rest"].rsplit(".", 1)[-1]) if match else None

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..align import split_place
+
 
 @dataclass
 class Captured:
@@ -22,10 +24,19 @@ class Captured:
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def input(self, place: str) -> torch.Tensor:
+        """What the module of a place read."""
+        return self.inputs[split_place(place)[0]]
+
+    def gradient(self, place: str) -> torch.Tensor:
+        """The gradient of a place's own rows."""
+        module, rows = split_place(place)
+        return self.gradients[module] if rows is None else rows.of(self.gradients[module])
+
 
 @contextmanager
-def capture(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Captured]:
-    """Record the inputs and output gradients of the named modules; all hooks are removed afterwards."""
+def capture(model: PreTrainedModel, places: Iterable[str]) -> Iterator[Captured]:
+    """Record the inputs and output gradients of the places' modules; all hooks are removed afterwards."""
     captured = Captured()
     handles = []
     rows = 0
@@ -46,7 +57,7 @@ def capture(model: PreTrainedModel, names: Iterable[str]) -> Iterator[Captured]:
 
         handles.append(module.register_forward_hook(forward_hook))
 
-    for name in names:
+    for name in dict.fromkeys(split_place(place)[0] for place in places):
         watch(name, model.get_submodule(name))
     # Nothing in a frozen model requires gradients, so the embeddings start the graph.
     handles.append(model.get_input_embeddings().register_forward_hook(start_graph))

@@ -27,12 +27,12 @@ from .moments import Moments
 
 @dataclass(frozen=True)
 class KernelFit:
-    """The fitted projections of one kernel on one target module.
+    """The fitted projections of one kernel on one target place.
 
     Args:
-        source_module (`str`): Where the kernel comes from.
+        source_module (`str`): The source place where the kernel comes from.
         A_P_in (`torch.Tensor`): Shape (r, in_T).
-        P_out_B (`torch.Tensor`): Shape (out_T, r).
+        P_out_B (`torch.Tensor`): Shape (out_T, r), of a place in a fused module its rows.
         r2_in (`float`): Held-out share of the kernel's inputs `A x_S` that the target's activations explain.
         r2_out (`float`): Held-out share of the kernel's gradients `Bᵀ g_S` that the target's gradients explain.
     """
@@ -49,7 +49,7 @@ class ClosedForm:
     """The result of the closed-form fit.
 
     Args:
-        kernels (`dict[str, list[KernelFit]]`): For each target module, in the order of the module map.
+        kernels (`dict[str, list[KernelFit]]`): For each target place, in the order of the module map.
         hidden_maps (`dict[str, torch.Tensor]`): For each target layer (path), the map from the hidden state of its source
             layer (see `layer_pairs`) and a 1 to the target's, shape (hidden_T, hidden_S + 1).
         hidden_r2 (`dict[str, float]`): Held-out R² of those maps.
@@ -70,9 +70,10 @@ class _Regressions:
 
     def __init__(self, kernels: Mapping[str, LoraKernel] | None, module_map: ModuleMap) -> None:
         self.kernels, self.module_map = kernels, module_map
-        self.input_groups: list[list[str]] = []  # target modules that read the same tensor: q, k, v; gate, up
-        self.columns: list[list[str]] = []  # for each group the source modules whose inputs it explains
-        self.same_input: dict[str, str] = {}  # source module → the one that stands for it in `columns`
+        self.sources = list(dict.fromkeys(s for names in module_map.kernels.values() for s in names))
+        self.input_groups: list[list[str]] = []  # target places that read the same tensor: q, k, v; gate, up
+        self.columns: list[list[str]] = []  # for each group the source places whose inputs it explains
+        self.same_input: dict[str, str] = {}  # source place → the one that stands for it in `columns`
         self.inputs: list[Moments] = []
         self.outputs: dict[str, Moments] = {}
         self.widths: dict[str, tuple[int, int]] = {}
@@ -82,36 +83,36 @@ class _Regressions:
         first: dict[int, str] = {}
         for name in seen:
             # Kernels differ where inputs do not; without them one map serves q, k and v.
-            pointer = source.inputs[name].data_ptr()
+            pointer = source.input(name).data_ptr()
             self.same_input[name] = name if self.kernels is not None else first.setdefault(pointer, name)
         groups: dict[int, list[str]] = {}
         for name in self.module_map.kernels:
-            groups.setdefault(target.inputs[name].data_ptr(), []).append(name)
+            groups.setdefault(target.input(name).data_ptr(), []).append(name)
         self.input_groups = list(groups.values())
         for names in self.input_groups:
             columns = [self.same_input[s] for name in names for s in self.module_map.kernels[name]]
             self.columns.append(list(dict.fromkeys(columns)))
-            x = target.inputs[names[0]]
+            x = target.input(names[0])
             self.inputs.append(Moments(x.shape[-1], sum(self.widths[s][0] for s in self.columns[-1]), x.device))
         for name, sources in self.module_map.kernels.items():
-            g = target.gradients[name]
+            g = target.gradient(name)
             self.outputs[name] = Moments(g.shape[-1], sum(self.widths[s][1] for s in sources), g.device)
 
     def _seen(self, source: Captured, name: str, at: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """Kernel inputs A x_S (n, r) and kernel gradients Bᵀ g_S (n, r)."""
-        x, g = source.inputs[name][at].float(), source.gradients[name][at].float()
+        x, g = source.input(name)[at].float(), source.gradient(name)[at].float()
         return (x, g) if self.kernels is None else (x @ self.kernels[name].A.T, g @ self.kernels[name].B)
 
     def update(self, source: Captured, target: Captured, at_source: tuple, at_target: tuple, held_out: bool) -> None:
-        seen = {name: self._seen(source, name, at_source) for name in source.inputs}
+        seen = {name: self._seen(source, name, at_source) for name in self.sources}
         if not self.inputs:
             self._start(source, target, seen)
         for names, columns, moments in zip(self.input_groups, self.columns, self.inputs):
             y = torch.cat([seen[s][0] for s in columns], dim=1)
-            moments.update(target.inputs[names[0]][at_target], y, held_out)
+            moments.update(target.input(names[0])[at_target], y, held_out)
         for name, moments in self.outputs.items():
             y = torch.cat([seen[s][1] for s in self.module_map.kernels[name]], dim=1)
-            moments.update(target.gradients[name][at_target], y, held_out)
+            moments.update(target.gradient(name)[at_target], y, held_out)
 
     def solve(self, ridge: float | None) -> dict[str, list[KernelFit]]:
         into: dict[tuple[str, str], tuple[torch.Tensor, float]] = {}
@@ -157,7 +158,7 @@ def fit_closed_form(
         target: The target model, likewise.
         pairs: Aligned texts.
         vocabulary: The shared vocabulary, on which both losses are taken.
-        kernels: The LoRA of each adapted source module. `None` fits the maps themselves, as if A and B were identities.
+        kernels: The LoRA of each adapted source place. `None` fits the maps themselves, as if A and B were identities.
         module_map: Where they land.
         batch_size (`int`): Texts per pass.
         ridge (`float`, *optional*): Fixed ridge strength relative to the mean eigenvalue, instead of the held-out choice.

@@ -24,7 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..align.modules import split_name
+from ..align.places import find_places, split_name, split_place
 from ..models import LoraKernel
 
 
@@ -41,7 +41,8 @@ class SourceAdapter:
     Args:
         model ([`~peft.PeftModel`]): The source with the original adapter active, in eval mode: the teacher.
         kind (`str`): The adapter's type with the options that make it more than a LoRA.
-        kernels (`dict[str, LoraKernel]`): For each module of the base model that can be carried over.
+        kernels (`dict[str, LoraKernel]`): For each place of the base model that can be carried over; a LoRA on a fused
+            module is a kernel for each of its parts.
         converted (`dict[str, float]`): For each module whose kernel was measured, not read: the error of its kernel,
             `‖ΔW − s B A‖ / ‖ΔW‖` in the Frobenius norm.
         not_carried (`tuple[tuple[str, str], ...]`): Module name and what of it no kernel expresses. The teacher has it.
@@ -142,7 +143,21 @@ def read_adapter(
             f"Nothing of the {kind} adapter can be carried over ({found}): a translation needs at least one adapter that "
             "changes a linear layer."
         )
-    return SourceAdapter(model, kind, kernels, errors, tuple(rest))
+    return SourceAdapter(model, kind, _by_place(kernels, base), errors, tuple(rest))
+
+
+def _by_place(kernels: Mapping[str, LoraKernel], base: nn.Module) -> dict[str, LoraKernel]:
+    """The kernels with those of fused modules in parts, which share A and have the rows of B."""
+    parts: dict[str, list[str]] = {}
+    for place in find_places(base):
+        parts.setdefault(split_place(place)[0], []).append(place)
+    split = {}
+    for module, kernel in kernels.items():
+        for place in parts.get(module, [module]):
+            rows = split_place(place)[1]
+            B = kernel.B if rows is None else rows.of(kernel.B.T).T.contiguous()
+            split[place] = LoraKernel(kernel.A, B, kernel.scaling)
+    return split
 
 
 def _kind(config: PeftConfig) -> str:

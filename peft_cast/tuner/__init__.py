@@ -3,7 +3,7 @@
 from aenum import extend_enum
 from peft.utils import PeftType, register_peft_method
 
-from .config import CastConfig, KernelSpec
+from .config import CastConfig, KernelSpec, Rows
 from .layer import CastLayer, Kernel, Linear, Projection
 
 
@@ -13,6 +13,6 @@ if "CAST" not in PeftType.__members__:
 from .model import PREFIX, CastModel
 
 
-__all__ = ["CastConfig", "CastLayer", "CastModel", "Kernel", "KernelSpec", "Linear", "Projection"]
+__all__ = ["CastConfig", "CastLayer", "CastModel", "Kernel", "KernelSpec", "Linear", "Projection", "Rows"]
 
 register_peft_method(name="cast", config_cls=CastConfig, model_cls=CastModel, prefix=PREFIX, is_mixed_compatible=False)

@@ -3,10 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from peft.config import PeftConfig
 from peft.utils import PeftType
+
+
+class Rows(NamedTuple):
+    """Rows of the output of a module that computes several projections at once, e.g. the keys of a fused `qkv_proj`.
+
+    Rows `start` to `stop` of every `stride` rows; of all rows when `stride` is `None`. The blocks of `stride` rows are
+    heads, or groups of heads that share a key, in models that interleave queries, keys and values.
+    """
+
+    start: int
+    stop: int
+    stride: int | None = None
+
+    def fit(self, width: int) -> bool:
+        """Whether a module with `width` outputs has these rows."""
+        stride = width if self.stride is None else self.stride
+        return 0 <= self.start < self.stop <= stride and width % stride == 0
+
+    def size(self, width: int) -> int:
+        """How many rows these are of a module with `width` outputs."""
+        return (self.stop - self.start) * (1 if self.stride is None else width // self.stride)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """Take these rows: (..., width) → (..., size)."""
+        return x.unflatten(-1, (-1, self.stride or x.shape[-1]))[..., self.start : self.stop].flatten(-2)
+
+    def into(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """Put them back among zeros: (..., size) → (..., width)."""
+        blocks = x.unflatten(-1, (-1, self.stop - self.start))
+        return F.pad(blocks, (self.start, (self.stride or width) - self.stop)).flatten(-2)
+
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}" + (f"/{self.stride}" if self.stride else "")
 
 
 @dataclass(frozen=True)
@@ -18,7 +53,9 @@ class KernelSpec:
         in_features (`int`): Input width of the source module; `A` has shape `(r, in_features)`.
         out_features (`int`): Output width of the source module; `B` has shape `(out_features, r)`.
         scaling (`float`): The LoRA scaling, e.g. `lora_alpha / r`.
-        source_module (`str`, *optional*): Name of the module in the source model, `None` for a random kernel.
+        source_module (`str`, *optional*): Name of the module in the source model, `None` for a random kernel. If the kernel
+            is a part of the module's (fused projections), with the rows of its output: `"h.0.attn.c_attn[0:768]"`.
+        rows (`Rows`, *optional*): The rows of the target module's output on which the kernel lands, all when `None`.
 
     Raises:
         ValueError: If a size is not a positive integer.
@@ -29,8 +66,11 @@ class KernelSpec:
     out_features: int
     scaling: float = 1.0
     source_module: str | None = None
+    rows: Rows | None = None
 
     def __post_init__(self):
+        if self.rows is not None:  # adapter_config.json stores a list
+            object.__setattr__(self, "rows", Rows(*self.rows))
         for name in ("r", "in_features", "out_features"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

@@ -105,15 +105,16 @@ class Kernel(nn.Module):
     Args:
         spec (`KernelSpec`): Shapes and scaling of the kernel (r, in_S, out_S below).
         P_in (`Projection`): in_T → in_S. It may be shared with other kernels.
-        P_out (`Projection`): out_S → out_T, likewise.
+        P_out (`Projection`): out_S → out_T, likewise; to the rows of `spec.rows` alone, if the kernel lands on a part.
+        width (`int`): Output width of the target module, out_T.
 
     Shapes:
         A (r, in_S), B (out_S, r).
     """
 
-    def __init__(self, spec: KernelSpec, P_in: Projection, P_out: Projection) -> None:
+    def __init__(self, spec: KernelSpec, P_in: Projection, P_out: Projection, width: int) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.width = spec, width
         self.register_buffer("A", torch.empty(spec.r, spec.in_features))
         self.register_buffer("B", torch.empty(spec.out_features, spec.r))
         self.P_in, self.P_out = P_in, P_out
@@ -128,7 +129,11 @@ class Kernel(nn.Module):
 
         Only products with a side of length r are formed, so the cost does not depend on the number of tokens.
         """
-        return self.P_in.after(self.A), self.spec.scaling * self.P_out.before(self.B)
+        return self.P_in.after(self.A), self._placed(self.spec.scaling * self.P_out.before(self.B).T).T
+
+    def _placed(self, delta: torch.Tensor) -> torch.Tensor:
+        """What `P_out` writes, on the rows of the module where it belongs: (..., rows) → (..., out_T)."""
+        return delta if self.spec.rows is None else self.spec.rows.into(delta, self.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The delta: (..., in_T) → (..., out_T)."""
@@ -143,7 +148,7 @@ class Kernel(nn.Module):
             delta = delta + F.linear(F.gelu(F.linear(a, P_out.mlp_V @ self.B)), P_out.mlp_U)
         if P_out.bias is not None:
             delta = delta + P_out.bias
-        return self.spec.scaling * delta
+        return self.spec.scaling * self._placed(delta)
 
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool = True) -> None:
@@ -164,7 +169,10 @@ class Kernel(nn.Module):
             self.set_effective(self.A.float() @ eye, W @ self.B.float())
 
     def set_effective(self, A_P_in: torch.Tensor, P_out_B: torch.Tensor) -> None:
-        """Choose the linear parts of the projections so that `A P_in` (r, in_T) and `P_out B` (out_T, r) are as given."""
+        """Choose the linear parts of the projections so that `A P_in` (r, in_T) and `P_out B` (out_T, r) are as given.
+
+        Of a kernel that lands on some rows of the module, `P_out B` has these rows alone.
+        """
         self.P_in.set_after(self.A, A_P_in)
         self.P_out.set_before(self.B, P_out_B)
 
@@ -219,13 +227,22 @@ class CastLayer(BaseTunerLayer):
             specs (`list[KernelSpec]`): One or more kernels; their deltas are summed.
             config (`CastConfig`): The configuration of the adapter.
             shared (`dict`, *optional*): The projections that modules share, by side and shape; new ones are added.
+
+        Raises:
+            ValueError: If the module does not have the rows on which a kernel shall land.
         """
         kernels = nn.ModuleList()
         for spec in specs:
+            if spec.rows and not spec.rows.fit(self.out_features):
+                raise ValueError(
+                    f"A kernel is made for the rows {spec.rows} of a module that has {self.out_features} here: load the model "
+                    f"this adapter was made for, '{config.base_model_name_or_path}'."
+                )
+            rows = spec.rows.size(self.out_features) if spec.rows else self.out_features
             projections = []
             for side, shape in (
                 ("in", (self.in_features, spec.in_features)),
-                ("out", (spec.out_features, self.out_features)),
+                ("out", (spec.out_features, rows)),
             ):
                 projection = (shared or {}).get((side, shape))
                 if projection is None:
@@ -233,7 +250,7 @@ class CastLayer(BaseTunerLayer):
                     if shared is not None:
                         shared[side, shape] = projection
                 projections.append(projection)
-            kernel = Kernel(spec, *projections)
+            kernel = Kernel(spec, *projections, self.out_features)
             kernel.reset_parameters(config.init_weights)
             kernels.append(kernel)
         self.peft_cast_kernels[adapter_name] = kernels

@@ -1,0 +1,86 @@
+"""Several adapters of one model in one call."""
+
+import pytest
+import torch
+from conftest import c4_texts, make_lora
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import peft_cast
+
+
+INPUTS = torch.arange(5, 25)[None]
+OPTIONS = {"steps": 6, "batch_size": 4, "fit_samples": 8, "max_length": 40, "dtype": torch.float32, "progress": False}
+
+
+@pytest.fixture
+def loras(source_folder, tmp_path):
+    sizes = {"first": {"r": 4}, "second": {"r": 2, "target_modules": ["q_proj", "down_proj"], "seed": 9}}
+    return [
+        make_lora(AutoModelForCausalLM.from_pretrained(source_folder), tmp_path / name, **options)
+        for name, options in sizes.items()
+    ]
+
+
+def logits(model, name):
+    model.set_adapter(name)
+    with torch.no_grad():
+        return model(input_ids=INPUTS).logits
+
+
+def test_all_adapters_on_one_model(source_folder, target_folder, loras, tmp_path, monkeypatch):
+    fits = []
+    fit = peft_cast.several.fit_closed_form
+    monkeypatch.setattr("peft_cast.several.fit_closed_form", lambda *a, **o: fits.append(1) or fit(*a, **o))
+    monkeypatch.setattr("peft_cast.pair.fit_closed_form", lambda *a, **o: pytest.fail("fitted one by one"))
+    first, second = peft_cast.translate(source_folder, loras, target_folder, text=c4_texts(40), **OPTIONS)
+    assert len(fits) == 1 and first.model is second.model
+    assert [first.adapter_name, second.adapter_name] == ["first", "second"] == list(first.model.peft_config)
+    for result in (first, second):
+        assert result.metrics["kl"]["translated"] < result.metrics["kl"]["target"]
+        config = result.model.peft_config[result.adapter_name]
+        assert config.source_adapter_name_or_path.endswith(result.adapter_name)
+    assert second.metrics["source"]["rank"] == 2 and len(second.module_map.kernels) < len(first.module_map.kernels)
+    here = {name: logits(first.model, name) for name in ("first", "second")}
+    assert not torch.allclose(here["first"], here["second"], atol=1e-3)
+    for result in (first, second):
+        result.save_pretrained(tmp_path / "saved")
+        alone = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(target_folder), tmp_path / "saved" / result.adapter_name
+        )
+        torch.testing.assert_close(logits(alone, "default"), here[result.adapter_name], rtol=1e-4, atol=1e-5)
+        assert (tmp_path / "saved" / result.adapter_name / "cast_metrics.json").exists()
+
+
+def test_a_shared_fit_is_each_adapters_own(source_folder, target_folder, loras):
+    options = {**OPTIONS, "steps": 0, "ridge": 0.1, "gain": 1.0, "text": c4_texts(30), "fit_text": c4_texts(60)[30:]}
+    together = peft_cast.translate(source_folder, loras, target_folder, **options)
+    for lora, result in zip(loras, together):
+        alone = peft_cast.translate(source_folder, lora, target_folder, **options)
+        torch.testing.assert_close(
+            logits(result.model, result.adapter_name), logits(alone.model, "default"), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_each_has_its_own_text_and_name(source_folder, target_folder, loras):
+    texts = {"a": c4_texts(12), "b": c4_texts(30)[12:]}
+    results = peft_cast.translate(
+        source_folder, loras, target_folder, text=texts, adapter_name=["a", "b"], **{**OPTIONS, "steps": 2}
+    )
+    assert [r.adapter_name for r in results] == ["a", "b"]
+    assert results[0].metrics["text"]["target_tokens"] != results[1].metrics["text"]["target_tokens"]
+
+
+def test_what_is_for_one_adapter_only(source_folder, target_folder, loras, tmp_path):
+    for options, message in (
+        ({"beta": 0.1}, "one adapter at a time"),
+        ({"output_dir": tmp_path}, "one adapter at a time"),
+        ({"depth_map": "similarity"}, "one adapter at a time"),
+        ({"adapter_name": ["same", "same"]}, "all different"),
+        ({"adapter_name": ["alone"]}, "2 names"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            peft_cast.translate(source_folder, loras, target_folder, text=c4_texts(9), **OPTIONS, **options)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), loras[0])
+    with pytest.raises(ValueError, match="folders or hub ids"):
+        peft_cast.translate(source_folder, [model], target_folder, text=c4_texts(9))
