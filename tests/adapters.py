@@ -1,7 +1,6 @@
 """What the tests of PEFT's behaviours share: adapters that do something, on models of several architectures."""
 
 import torch
-import transformers
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 
@@ -9,7 +8,7 @@ from peft_cast import CastConfig
 
 
 INPUTS = torch.arange(3, 24).reshape(3, 7)
-ARCHITECTURES = ["llama", "gemma3", "opt", "gpt2"]
+ARCHITECTURES = ["llama", "gemma3", "opt", "gpt2"]  # nn.Linear with and without bias, and transformers' Conv1D
 LINEAR = {
     "factored": {},
     "small": {"projection_size": 2},
@@ -29,16 +28,7 @@ KERNELS = {
 
 def base_model(architecture: str = "llama"):
     """A model without dropout, so that training mode is repeatable."""
-    if architecture == "gpt2":
-        torch.manual_seed(0)
-        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 300, "n_positions": 64}
-        config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-        model = transformers.GPT2LMHeadModel(config).eval()
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2 and "wte" not in name:
-                torch.nn.init.normal_(parameter, std=parameter.shape[0] ** -0.5)
-    else:
-        model = tiny_model(architecture)
+    model = tiny_model(architecture)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -329,6 +329,17 @@ def test_weighted_sum_of_adapters_on_different_modules():
     assert model.peft_config["sum"].source_adapter_name_or_path is None
 
 
+def test_weighted_sum_of_adapters_on_rows_of_a_fused_module():
+    name, shape = "model.layers.1.self_attn.qkv_proj", {"r": 2, "in_features": 24, "out_features": 12}
+    first, second = {name: [{**shape, "rows": [0, 32]}]}, {name: [{**shape, "rows": [32, 48]}, shape]}
+    model = get_peft_model(base_model("phi3"), cast_config(3, kernels=first)).eval()
+    model.add_adapter("other", cast_config(4, kernels=second))
+    both = with_adapter(model, "default", "other")
+    assert differs(both, without_adapter(model))
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    same(with_adapter(model, "sum"), both)
+
+
 def test_weighted_sum_can_be_trained_and_merged():
     model = two_adapters()
     model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")
