@@ -166,8 +166,6 @@ def test_nonlinear_adapters_do_not_merge_but_work(target):
 
 
 def test_translation_onto_a_quantised_target(backend, source_folder, lora_folder, piece_tokenizer, tmp_path):
-    if backend is hqq_8bit:
-        pytest.skip("translate finds nn.Linear and Conv1D layers only")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
     options = {
         "text": c4_texts(24), "fit_samples": 16, "eval_samples": 4, "batch_size": 4, "max_length": 64, "steps": 2,

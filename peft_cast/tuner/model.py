@@ -12,7 +12,6 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _get_in_out_features,
     _get_tuner_state_dict_key_prefixes,
     _is_key_under_prefixes,
     onload_layer,
@@ -27,7 +26,7 @@ from .config import CastConfig, KernelSpec
 from .layer import CastLayer, Linear, Projection
 from .merging import check_mergeable
 from .offload import base_weights
-from .quantized import check_supported
+from .quantized import check_supported, linear_size
 
 
 # PEFT finds adapter weights by this prefix in some paths. A bare "cast_" would also match "forecast_head".
@@ -125,7 +124,7 @@ class CastModel(BaseTuner):
     @staticmethod
     def _kernel_specs(config: CastConfig, base_layer: nn.Module, key: str) -> list[KernelSpec]:
         if config.kernels is None:
-            in_features, out_features = _get_in_out_features(base_layer)
+            in_features, out_features = linear_size(base_layer)
             return [KernelSpec(r=config.r, in_features=in_features, out_features=out_features)]
         if key not in config.kernels:
             raise ValueError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import (
     ForwardOnlyQuantizationBackend,
     QuantizationBackend,
@@ -33,6 +35,15 @@ def is_supported(layer: nn.Module, **kwargs: Any) -> bool:
         return True
     backend = quantization_backend(layer, **kwargs)
     return backend is not None and backend.layer_type == "linear"
+
+
+def linear_size(layer: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a module that CAST can adapt, `None` for another."""
+    if not is_supported(layer):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # PEFT's, about classes that it does not know
+        return _get_in_out_features(layer)
 
 
 def check_supported(layer: nn.Module, name: str, **kwargs: Any) -> None:
