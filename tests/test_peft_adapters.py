@@ -117,6 +117,8 @@ def test_names_that_torch_cannot_hold_are_refused_before_anything_changes(name):
     with pytest.raises(ValueError, match=f"cannot be called '{name}'"):
         model.add_adapter(name, cast_config())
     assert set(model.peft_config) == {"default"} and torch.equal(logits(model), before)
+    with pytest.raises(KeyError, match=name):
+        get_peft_model(base_model(), lora_config(), adapter_name=name)
 
 
 def test_a_name_that_is_taken_is_refused():

@@ -74,6 +74,7 @@ def test_an_adapter_that_is_not_there_is_not_merged_in_silence():
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match="no adapter typo to merge: this model has default"):
             merge(adapter_names=["typo"])
+    get_peft_model(base_model(), lora_config()).merge_and_unload(adapter_names=["typo"])  # a LoRA user sees no error
 
 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
@@ -87,6 +88,14 @@ def test_safe_merge_with_nan_leaves_every_layer_as_it_was(merge):
         before, False
     )
     assert all(torch.equal(before[name], weight) for name, weight in weights(model).items())
+
+
+def test_a_failed_safe_merge_of_a_lora_leaves_some_layers_merged():
+    model = get_peft_model(base_model(), lora_config(target_modules=[Q_PROJ, DOWN_PROJ]))
+    layer(model, DOWN_PROJ).lora_B["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert layer(model, Q_PROJ).merged and not layer(model, DOWN_PROJ).merged
 
 
 def test_safe_merge_of_several_adapters_names_the_broken_one():

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from adapters import cast_config, differs, logits, same, without_adapter
+from adapters import cast_config, differs, logits, lora_config, same, without_adapter
 from conftest import c4_texts, tiny_model
 from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
@@ -122,6 +122,18 @@ def test_projections_train(target):
     assert losses[-1] < losses[0] - 0.3
 
 
+def test_dynamic_activations_pass_no_gradient(tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    for config in (cast_config(kernels=KERNELS), lora_config(target_modules=list(KERNELS))):
+        base = tiny_model("llama", hidden_size=64, intermediate_size=128, head_dim=16, num_hidden_layers=2)
+        model = get_peft_model(load(base, tmp_path, TorchAoConfig(Int8DynamicActivationInt8WeightConfig())), config)
+        model(input_ids=INPUTS, labels=INPUTS).loss.backward()
+        trained = {name.split(".layers.")[1][0]: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        assert trained["0"] is None and trained["1"] is not None
+
+
 def test_merging_quantises_anew(target, backend):
     tolerance = BACKENDS[backend]
     model = get_peft_model(target(), cast_config(kernels=KERNELS)).eval()
@@ -151,6 +163,8 @@ def test_merging_after_inference_is_right_or_refused(target, backend):
             with pytest.raises(ValueError, match="reordered the 4-bit weights .* merge before it is first used"):
                 merge()
         assert torch.equal(logits(model), before)
+        model.train()(input_ids=INPUTS, labels=INPUTS).loss.backward()
+        assert not any(p.grad is not None and p.grad.any() for p in layers(model)[0].parameters())
     else:
         model.merge_adapter()
         for layer, new in zip(layers(model), changed):
