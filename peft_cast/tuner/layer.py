@@ -352,7 +352,8 @@ class Linear(nn.Module, CastLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        self.set_base_weight(merged_weight(self, self.merged_adapters, sign=-1))
+        names = [name for name in self.merged_adapters if name in self.peft_cast_kernels]
+        self.set_base_weight(merged_weight(self, names, sign=-1))
         self.merged_adapters.clear()
 
     def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:

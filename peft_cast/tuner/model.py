@@ -109,10 +109,9 @@ class CastModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, CastLayer):
             super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(
-                parent, child_name, new_module
-            )  # unloading; PEFT would look for a `weight`, which GPTQ or hqq have not
+            return
+        # Unloading: PEFT would look for a `weight`, which layers of GPTQ or hqq do not have.
+        setattr(parent, child_name, new_module)
 
     def _shared_projections(self, config: CastConfig, key: str) -> dict[tuple, Projection] | None:
         """The projections made so far that the module may share; `None` if modules do not share."""
