@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test test-oldest test-quantized lint bench
 
 setup: .venv/.ready
 
@@ -25,6 +25,25 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+TUNER_TESTS := tests/test_tuner.py tests/test_projections.py tests/test_fold.py $(wildcard tests/test_peft_*.py)
+
+# The tuner on the oldest versions that pyproject.toml allows.
+test-oldest: .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest $(TUNER_TESTS)
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	touch $@
+
+# Quantised targets. The packages stay out of .venv, where they would slow down every import of PEFT.
+test-quantized: .venv-quantized/.ready
+	PYTHONPATH=.venv-quantized $(BIN)/python -m pytest tests/test_peft_quantized.py
+
+.venv-quantized/.ready: .venv/.ready
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv-quantized bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 termcolor
+	touch $@
 
 # The tables and experiments of docs/results.md: many hours on 2 cores. Stop it at will, it takes up where it stopped.
 bench: setup

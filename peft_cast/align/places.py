@@ -15,9 +15,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..tuner import Rows
+from ..tuner.quantized import linear_size
 
 
 # Names of the projections in the architectures we know; with the parent's where one name serves two (GPT-2).
@@ -207,10 +207,8 @@ def _linears(layer: nn.Module) -> Iterator[_Linear]:
             seen += (f"{name}.",)
             module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
             module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(module, nn.Linear):
-            yield _Linear(name, module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            yield _Linear(name, *module.weight.shape)
+        if size := linear_size(module):
+            yield _Linear(name, *size)
 
 
 def _roles(linears: list[_Linear], config: Any) -> list[_Linear]:

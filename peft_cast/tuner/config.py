@@ -114,6 +114,8 @@ class CastConfig(PeftConfig):
             The layer indexes to adapt; all when omitted.
         layers_pattern (`Union[list[str], str]`, *optional*):
             The layer pattern name, used only with `layers_to_transform`.
+        modules_to_save (`list[str]`, *optional*):
+            Modules besides the adapted ones that are trained and saved whole, e.g. a classification head.
         source_model_name_or_path (`str`, *optional*): The model on which the kernels were trained.
         source_model_revision (`str`, *optional*): Its revision.
         source_adapter_name_or_path (`str`, *optional*): The LoRA from which the kernels were taken.
@@ -148,6 +150,9 @@ class CastConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "The layer pattern name, used only with `layers_to_transform`."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save whole, e.g. a classification head."}
     )
     source_model_name_or_path: str | None = field(
         default=None, metadata={"help": "The model on which the kernels were trained."}

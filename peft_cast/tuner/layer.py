@@ -7,12 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _get_in_out_features,
+    check_adapters_to_merge,
+)
+from peft.utils import quantization_extra_repr
 from peft.utils.other import transpose
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .batches import add_mixed_batch
 from .config import CastConfig, KernelSpec
+from .merging import check_foldable, merged_weight
+from .offload import fetched
+from .quantized import quantization_backend
 
 
 class Projection(nn.Module):
@@ -197,6 +206,7 @@ class CastLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.peft_cast_kernels = nn.ModuleDict({})
         self._factor_cache: dict[str, tuple] = {}
+        self.quantization_backend = quantization_backend(self.get_base_layer(), **kwargs)
         self.kwargs = kwargs
 
         self._disable_adapters = False
@@ -255,6 +265,8 @@ class CastLayer(BaseTunerLayer):
         optimizers change parameters without counting it as a new version.
         """
         kernels = self.peft_cast_kernels[adapter_name]
+        if torch.compiler.is_compiling():
+            return _stack_factors(kernels)
         tensors = [*kernels.parameters(), *kernels.buffers()]
         if any(t.requires_grad or t.is_inference() for t in tensors):  # inference tensors count no versions at all
             self._factor_cache.pop(adapter_name, None)
@@ -312,70 +324,72 @@ class Linear(nn.Module, CastLayer):
         Raises:
             ValueError: If the adapter has nonlinear projections or biases, and so no delta weight.
         """
-        if not self.is_foldable(adapter):
-            raise ValueError(
-                f"The CAST adapter '{adapter}' has nonlinear projections or biases, so it is no change of the weights and "
-                "cannot be merged or converted to a LoRA: use it unmerged, or translate again with "
-                "`projection_type='factored'` and no `projection_bias`."
-            )
+        check_foldable(self, adapter)
         A, B = self.get_factors(adapter)
         return transpose(B.float() @ A.float(), self.fan_in_fan_out)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge the active adapter weights into the base weights.
+        """Merge adapters into the base weights, all of them or, after an error, none. Quantised weights are quantised anew.
 
         Args:
-            safe_merge (`bool`, *optional*): Check for NaNs on a copy before the base weights are changed.
+            safe_merge (`bool`, *optional*): Check for NaNs before the base weights are changed.
             adapter_names (`list[str]`, *optional*): The adapters to merge; all active ones when omitted.
 
         Raises:
-            ValueError: If `safe_merge` finds NaN or infinite values.
+            ValueError: If `safe_merge` finds NaN or infinite values, or see `merging.merged_weight`.
         """
-        for active_adapter in check_adapters_to_merge(self, adapter_names):
-            if active_adapter not in self.peft_cast_kernels:
-                continue
-            with torch.no_grad():
-                weight = self.get_base_layer().weight
-                merged = weight.data + self.get_delta_weight(active_adapter).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {active_adapter} seems to be broken"
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.peft_cast_kernels]
+        if names:
+            if self.quantization_backend is not None:
+                warnings.warn(
+                    "Merging into quantised weights rounds them once more: expect slightly different outputs."
                 )
-            weight.data = merged
-            self.merged_adapters.append(active_adapter)
+            self.set_base_weight(merged_weight(self, names, safe_merge=safe_merge))
+            self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Unmerge all merged adapter weights from the base weights."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.")
             return
-        while self.merged_adapters:
-            active_adapter = self.merged_adapters.pop()
-            if active_adapter in self.peft_cast_kernels:
-                weight = self.get_base_layer().weight
-                with torch.no_grad():
-                    weight.data -= self.get_delta_weight(active_adapter).to(weight.dtype)
+        names = [name for name in self.merged_adapters if name in self.peft_cast_kernels]
+        self.set_base_weight(merged_weight(self, names, sign=-1))
+        self.merged_adapters.clear()
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+    def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """What one adapter adds to the output: (..., in_T) → (..., out_T), in the dtype of the adapter."""
+        kernels = self.peft_cast_kernels[adapter_name]
+        x = self._cast_input_dtype(x, kernels[0].A.dtype)
+        with fetched(kernels):
+            if self.is_foldable(adapter_name):
+                A, B = self.get_factors(adapter_name)
+                return F.linear(F.linear(x, A), B)
+            return sum(kernel(x) for kernel in kernels)
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """
+        Args:
+            x (`torch.Tensor`): Shape (..., in_T).
+            adapter_names (`list[str]`, *optional*): The adapter of each example, set by `CastModel` for mixed batches.
+        """
+        if adapter_names is not None:
+            return add_mixed_batch(self, self.base_layer(x, *args, **kwargs), x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
-        if self.merged:
+        if self.disable_adapters or self.merged:
             return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
         for active_adapter in self.active_adapters:
-            if active_adapter not in self.peft_cast_kernels:
-                continue
-            kernels = self.peft_cast_kernels[active_adapter]
-            h = self._cast_input_dtype(x, kernels[0].A.dtype)
-            if self.is_foldable(active_adapter):
-                A, B = self.get_factors(active_adapter)
-                delta = F.linear(F.linear(h, A), B)
-            else:
-                delta = sum(kernel(h) for kernel in kernels)
-            result = result + delta.to(result.dtype)
+            if active_adapter in self.peft_cast_kernels:
+                result = result + self.delta(x, active_adapter).to(result.dtype)
         return result
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         rep = super().__repr__()
