@@ -27,7 +27,7 @@ RESULTS = setting.FIGURES / "experiments.json"
 TASK = peft_cast.AnswerLikelihood(
     "GSM8K likelihood", score.PROBLEMS, score.PROMPT, score.ANSWER, start=100, limit=40
 )  # fmt: skip
-COMMON: dict[str, Any] = {"steps": 50, "fit_samples": 40, "seed": 0, "progress": False}
+COMMON: dict[str, Any] = {"steps": 50, "learning_rate": 0.1, "fit_samples": 40, "seed": 0, "progress": False}
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def translate(
     eval_samples: int = 16,
     steps: int = 100,
     batch_size: int = 8,
-    learning_rate: float = 0.1,
+    learning_rate: float = 0.2,
     max_length: int = 256,
     alpha: float = 1.0,
     beta: float = 0.0,

@@ -101,8 +101,9 @@ def test_drift_is_the_divergence_from_the_own_base(model_and_tokenizer):
     still = get_peft_model(model, CastConfig(target_modules=names)).eval()
     assert drift(still, tokenizer, texts, max_length=40)["drift"] == 0
     still.unload()
-    moved = get_peft_model(model, CastConfig(target_modules=names, init_weights=False)).eval()
+    moved = get_peft_model(model, CastConfig(target_modules=names, init_weights=False)).eval().requires_grad_(False)
     found = drift(moved, tokenizer, texts, max_length=40, batch_size=2)
+    assert not any(p.requires_grad for p in moved.parameters())
     divergence = loss = count = 0
     with torch.no_grad():
         for text in texts:

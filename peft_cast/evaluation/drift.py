@@ -36,6 +36,7 @@ def drift(
     ids = [i for i in ids if len(i) > 1]
     if not ids:
         raise ValueError("The text to measure drift on is empty: pass `drift_text` with some documents.")
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     divergence = loss_base = loss = 0.0
     predicted = 0
     for chunk in by_length([len(i) for i in ids], batch_size):
@@ -46,6 +47,8 @@ def drift(
         adapted = model(**inputs).logits
         with model.disable_adapter():
             base = model(**inputs).logits
+        for parameter, flag in flags:  # PEFT has made the adapter trainable, and then its factors are not kept
+            parameter.requires_grad = flag
         for row in range(len(chunk)):  # one text at a time: log-probabilities of a large vocabulary in float32
             length = int(mask[row].sum())
             p, q = (logits[row, : length - 1].float().log_softmax(-1) for logits in (base, adapted))
