@@ -84,17 +84,13 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Raises:
             ValueError: If no kernel has a place, or one does not have the source model's shapes.
         """
-        fits = {}
-        for name, maps in self.maps.kernels.items():
-            found = [_applied(kernels[m.source_module], m) for m in maps if m.source_module in kernels]
-            if found:
-                fits[name] = found
-        if not fits:
+        closed_form = self.maps.part(kernels, lambda maps: _applied(kernels[maps.source_module], maps))
+        if not closed_form.kernels:
             raise ValueError(
                 f"None of the adapter's modules ('{next(iter(kernels))}', ...) is on this bridge, which leads from "
                 f"'{self.source.name}' to '{self.target.name}': fit a bridge for the adapter's own model."
             )
-        return replace(self.maps, kernels=fits), self.modules.part(kernels)
+        return closed_form, self.modules.part(kernels)
 
     def cast(
         self,

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .models import load_on_skeleton, read_adapter_config, skeleton
 from .tuner import CastConfig, CastLayer
+from .tuner.merging import check_foldable
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,7 @@ def to_lora(
     factors = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, CastLayer) and adapter_name in module.peft_cast_kernels:
-            if not module.is_foldable(adapter_name):
-                raise ValueError(
-                    f"The adapter has nonlinear projections or biases on '{name}', so it is no LoRA: translate again with "
-                    "`projection_type='factored'` and no `projection_bias`."
-                )
+            check_foldable(module, adapter_name)
             factors[name] = tuple(f.detach().float().cpu() for f in module.get_factors(adapter_name))
     r = rank or max(len(A) for A, _ in factors.values())
     weights, errors = {}, {}

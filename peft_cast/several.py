@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .align import ModuleMap, align_texts, map_modules
-from .fit import ClosedForm, fit_closed_form
+from .fit import ClosedForm, KernelFit, fit_closed_form
 from .models import LoraKernel, default_device, load_model, unload_adapters
 from .pair import Pair, open_pair
 from .result import TranslationResult
@@ -44,18 +44,12 @@ class Share:
 
     def closed_form(self, kernels: Mapping[str, LoraKernel]) -> tuple[ClosedForm, ModuleMap]:
         """As `Bridge.closed_form`."""
-        fits = {}
-        for name, stacked in self.fit.kernels.items():
-            own = [
-                replace(
-                    f, A_P_in=f.A_P_in[self.rows[f.source_module]], P_out_B=f.P_out_B[:, self.rows[f.source_module]]
-                )
-                for f in stacked
-                if f.source_module in kernels
-            ]
-            if own:
-                fits[name] = own
-        return replace(self.fit, kernels=fits), self.modules.part(kernels)
+
+        def own(fit: KernelFit) -> KernelFit:
+            rows = self.rows[fit.source_module]
+            return replace(fit, A_P_in=fit.A_P_in[rows], P_out_B=fit.P_out_B[:, rows])
+
+        return self.fit.part(kernels, own), self.modules.part(kernels)
 
 
 def stacked(parts: Sequence[Mapping[str, LoraKernel]]) -> tuple[dict[str, LoraKernel], list[dict[str, slice]]]:
@@ -100,7 +94,7 @@ def translate_several(
     parts = []
     for adapter in adapters:
         with open_pair(source, adapter, target, **pair_options) as pair:
-            parts.append({name: LoraKernel(k.A.cpu(), k.B.cpu(), k.scaling) for name, k in pair.kernels.items()})
+            parts.append(pair.kernels)
     kernels, rows = stacked(parts)
     with open_pair(source, adapters[0], target, **pair_options) as pair:
         fit, modules = _fit(pair, kernels, texts[0], options)

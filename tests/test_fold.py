@@ -8,11 +8,12 @@ import sys
 import peft
 import pytest
 import torch
+from adapters import KERNELS
 from conftest import save_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_projections import OPTIONS, SHARED
-from test_tuner import INPUTS, KERNELS, logits, random_cast
+from test_tuner import INPUTS, logits, random_cast
 
 from peft_cast import to_lora
 

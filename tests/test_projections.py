@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from adapters import KERNELS, stirred
 from conftest import c4_texts, tiny_model
 from peft import PeftModel
-from test_tuner import KERNELS, logits, random_cast
+from test_tuner import logits, random_cast
 
 import peft_cast
 from peft_cast import CastConfig
@@ -25,15 +26,6 @@ SHARED = {
 }
 
 
-def stirred(model):
-    """What starts at zero (MLPs, biases) gets random values."""
-    torch.manual_seed(11)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("mlp_U", "bias")) and "peft_cast_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
 def q_proj(model, layer=0):
     return model.get_base_model().model.layers[layer].self_attn.q_proj
 
@@ -47,7 +39,7 @@ def project(P, x):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_forward_is_the_formula(name):
-    model = stirred(random_cast(tiny_model(), kernels=KERNELS, **OPTIONS[name]))
+    model = stirred(random_cast(tiny_model(), kernels=KERNELS, **OPTIONS[name]), 11)
     layer, x = q_proj(model), torch.randn(2, 5, 32)
     expected = layer.base_layer(x)
     for kernel in layer.peft_cast_kernels["default"]:
@@ -58,7 +50,7 @@ def test_forward_is_the_formula(name):
 
 @pytest.mark.parametrize("name", [*OPTIONS, *SHARED])
 def test_saved_and_loaded(name, tmp_path):
-    model = stirred(random_cast(tiny_model(), kernels=KERNELS, **{**OPTIONS, **SHARED}[name]))
+    model = stirred(random_cast(tiny_model(), kernels=KERNELS, **{**OPTIONS, **SHARED}[name]), 11)
     expected = logits(model)
     model.save_pretrained(tmp_path)
     for low_memory in (False, True):
@@ -68,7 +60,7 @@ def test_saved_and_loaded(name, tmp_path):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_is_no_lora_is_neither_merged_nor_converted(name):
-    model = stirred(random_cast(tiny_model(), kernels=KERNELS, **OPTIONS[name]))
+    model = stirred(random_cast(tiny_model(), kernels=KERNELS, **OPTIONS[name]), 11)
     before, weight = logits(model), q_proj(model).base_layer.weight.clone()
     for merge in (model.merge_adapter, lambda: model.merge_and_unload(safe_merge=True)):
         with pytest.raises(ValueError, match="nonlinear projections or biases"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import KERNELS
 from conftest import ALL_LINEAR, tiny_model
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -17,14 +18,6 @@ from peft_cast.tuner import Kernel, Projection
 
 
 INPUTS = torch.arange(3, 17).reshape(2, 7)
-KERNELS = {
-    # two source modules on one target module, with other widths and ranks than the target's
-    "model.layers.0.self_attn.q_proj": [
-        {"r": 4, "in_features": 24, "out_features": 20, "scaling": 2.0, "source_module": "h.0.q"},
-        {"r": 2, "in_features": 24, "out_features": 20, "scaling": 0.5, "source_module": "h.1.q"},
-    ],
-    "model.layers.2.mlp.down_proj": [{"r": 3, "in_features": 60, "out_features": 24}],
-}
 
 
 def random_cast(model, adapter_name="default", seed=3, **options):

@@ -11,8 +11,8 @@ fitted directly (r outputs instead of in_S or out_S), with the same result at a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -60,6 +60,13 @@ class ClosedForm:
     hidden_maps: dict[str, torch.Tensor]
     hidden_r2: dict[str, float]
     positions: int
+
+    def part(self, sources: Container[str], change: Callable[[KernelFit], KernelFit]) -> ClosedForm:
+        """The fits of some source places alone, each changed; target places that carry none of them are left out."""
+        kernels = {
+            name: [change(fit) for fit in fits if fit.source_module in sources] for name, fits in self.kernels.items()
+        }
+        return replace(self, kernels={name: fits for name, fits in kernels.items() if fits})
 
 
 class _Regressions:
