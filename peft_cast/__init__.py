@@ -4,6 +4,7 @@ from . import baselines
 from .bridge import Bridge, fit_bridge
 from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
 from .fold import FoldedLora, to_lora
+from .planning import Plan, plan
 from .result import TranslationResult
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
@@ -27,12 +28,14 @@ __all__ = [
     "KernelSpec",
     "Linear",
     "Mixture",
+    "Plan",
     "Rows",
     "SelfWritten",
     "TranslationResult",
     "baselines",
     "evaluate",
     "fit_bridge",
+    "plan",
     "to_lora",
     "translate",
 ]

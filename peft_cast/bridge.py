@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -172,6 +173,20 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         }  # fmt: skip
         save_closed_form(self.maps, save_directory / WEIGHTS_NAME)
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Bridge:
+        """As `huggingface_hub.ModelHubMixin.from_pretrained`.
+
+        Raises:
+            ValueError: If there is no bridge, it is broken, or it cannot be reached.
+        """
+        try:
+            return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+        except (OSError, HFValidationError) as error:
+            raise ValueError(
+                f"The bridge '{pretrained_model_name_or_path}' could not be read: {error} Pass a folder or hub id of one."
+            ) from error
 
     @classmethod
     def _from_pretrained(

@@ -147,7 +147,7 @@ class Teacher:
     def _own_anchors(target: PeftModel, batch: dict) -> torch.Tensor:
         """Logits (a, vocabulary) of the untouched target at the anchors, whose rows are the last ones."""
         rows, positions = anchors_of(batch, target.device)
-        first = int(rows[0])
+        first = len(batch["source_input_ids"])
         inputs = {name: batch[f"target_{name}"][first:].to(target.device) for name in ("input_ids", "attention_mask")}
         with target.disable_adapter(), logits_at(target.get_base_model(), rows - first, positions):
             return target(**inputs, use_cache=False).logits
