@@ -113,7 +113,9 @@ class Handler(BaseHTTPRequestHandler):
             case "POST", ["api", "repos", "create"]:
                 return self.create(json.loads(body)), {}
             case "POST", [owner, name, "info", "lfs", "objects", "batch"]:
-                self.repo(f"{owner}/{name.removesuffix('.git')}", write=True)
+                self.repo(
+                    f"{owner}/{name.removesuffix('.git')}"
+                )  # writing is asked for by the commit, a pull request maybe
                 return self.batch(json.loads(body)), {}
             case "PUT", ["lfs", oid]:
                 assert hashlib.sha256(body).hexdigest() == oid

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
-from ..diagnosis import diagnose, list_not_carried
+from ..diagnosis import list_not_carried
 from ..environment import environment
 from .artifacts import Artifact, Origin
 from .licences import ROLES, Licences
@@ -28,6 +28,8 @@ _TAGS = {
     "lora": ["cast", "lora", "lora-translation", "transformers"],
     "bridge": ["bridge", "cast", "lora-translation", "peft"],
 }
+_TAG_NAMES = {"source": "source_model", "adapter": "source_adapter", "target": "target_model"}
+_VERSIONS = ("peft-cast", "peft", "transformers", "torch")
 _KL_LABELS = {"target": "untouched target", "closed_form": "closed form alone", "translated": "this adapter"}
 
 
@@ -79,11 +81,10 @@ def make_card(artifact: Artifact, licences: Licences, repo_id: str | None = None
         distances=[(label, metrics["kl"][key]) for key, label in _KL_LABELS.items() if key in metrics.get("kl", {})],
         covered=_covered(metrics),
         not_carried=list_not_carried(metrics.get("source", {}).get("not_carried", ())),
-        notes=diagnose(metrics, artifact.report.get("history", ())) if "settings" in metrics and not folded else (),
         cut=_largest_error(artifact),
         rank=folded["rank"] if folded else None,
         evaluation=artifact.report.get("evaluation"),
-        versions=environment()["versions"],
+        versions={name: found for name, found in environment()["versions"].items() if name in _VERSIONS},
     )
 
 
@@ -156,7 +157,7 @@ def _tags(artifact: Artifact) -> Iterator[str]:
         if origin.hub_id and role == "target" and artifact.kind != "bridge":
             yield f"base_model:adapter:{origin.hub_id}"
         elif origin.hub_id:
-            yield f"{role}{'' if role == 'adapter' else '_model'}:{origin.hub_id}"
+            yield f"{_TAG_NAMES[role]}:{origin.hub_id}"
 
 
 def _named(origin: Origin) -> str:

@@ -79,8 +79,13 @@ class Licences:
         if self.inherited.known:
             return None
         unknown = [ROLES[role] for role, licence in self.by_role.items() if not licence.known]
-        reason = f"that of the {' and the '.join(unknown)} is unknown" if unknown else "they differ"
         listed = ", ".join(f"{ROLES[role]}: {licence}" for role, licence in self.by_role.items())
+        if not unknown:
+            reason = f"they differ ({listed}"
+        elif len(unknown) < len(self.by_role):
+            reason = f"that of the {' and the '.join(unknown)} is unknown ({listed}"
+        else:
+            reason = f"none is known (of the {', '.join(unknown)}"
         named = dict.fromkeys(licence for licence in self.by_role.values() if licence.known)
         terms = [
             f"{licence} is for non-commercial use by its name" for licence in named if _has(licence, _NON_COMMERCIAL)
@@ -88,7 +93,7 @@ class Licences:
         terms += [f"{licence} has terms of its own" for licence in named if _has(licence, _OWN_TERMS)]
         remark = f"; {', '.join(terms)}" if terms else ""
         return (
-            f"No licence is inherited from the models and adapters this comes from, because {reason} ({listed}{remark}): "
+            f"No licence is inherited from what this was made of, because {reason}{remark}): "
             "read their terms and state yours as `license:` in README.md."
         )
 

@@ -193,7 +193,7 @@ def _explained(repo_id: str) -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise OSError(f"'{repo_id}' was not published: {_explain(error)}. The local files are unchanged.") from error
+        raise OSError(f"'{repo_id}' was not published: {_explain(error)}; the local files are unchanged.") from error
 
 
 def _explain(error: BaseException) -> str:
