@@ -28,7 +28,6 @@ from .sharing import (
     METRICS_NAME,
     Artifact,
     add_card,
-    is_generated,
     make_card,
     push_saved,
     read_licences,
@@ -164,15 +163,15 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         revision: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
-        **mixin: Any,
+        branch: str | None = None,
+        model_card_kwargs: None = None,
     ) -> CommitInfo:
         """Publish the bridge with a model card; arguments, result and errors are those of `peft_cast.push`.
 
-        What `ModelHubMixin.save_pretrained(push_to_hub=True)` passes besides (`branch`, `config`, ...) is not needed here,
-        except `branch`, its name for `revision`.
+        `branch` is what `ModelHubMixin` calls `revision`; its `model_card_kwargs` mean nothing here.
         """
         return push_saved(
-            self._save, repo_id, private=private, token=token, revision=revision or mixin.get("branch"),
+            self._save, repo_id, private=private, token=token, revision=revision or branch,
             commit_message=commit_message, create_pr=create_pr,
         )  # fmt: skip
 
@@ -202,10 +201,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        self._save(save_directory)
-        card = save_directory / "README.md"
-        if card.exists() and is_generated(card):  # the mixin keeps what there is, a card of another bridge too
-            card.unlink()
+        add_card(self._save(save_directory))  # the mixin would keep what there is, a card of another bridge too
 
     def _save(self, folder: Path) -> Path:
         """Save all but the card and return where."""

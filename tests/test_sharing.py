@@ -52,6 +52,13 @@ def folder(tmp_path):
     return tmp_path / "saved"
 
 
+@pytest.fixture(scope="module")
+def bridge(source_folder, target_folder):
+    return peft_cast.fit_bridge(
+        source_folder, target_folder, text=c4_texts(8), samples=8, max_length=32, progress=False
+    )
+
+
 def write_licence(folder, metadata: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n")
@@ -71,6 +78,7 @@ def test_pushed_adapters_load_by_their_id_and_older_ones_by_their_revision(hub):
     second = made(seed=8)
     later = second.push_to_hub("user/cast", commit_message="better")
     assert set(HfApi().list_repo_files("user/cast")) == CAST_FILES
+    assert "POST /api/validate-yaml" in hub.requests  # the client has the Hub look at the card
     assert commit.oid != later.oid and hub.repos["user/cast"].messages[later.oid] == "better"
     same(logits(PeftModel.from_pretrained(base_model(), "user/cast")), logits(second.model))
     same(logits(PeftModel.from_pretrained(base_model(), "user/cast", revision=commit.oid)), logits(first.model))
@@ -128,10 +136,7 @@ def test_folding_keeps_the_metrics_of_what_was_published_and_says_what_was_cut(h
     assert f"{max(cut.errors.values()):.3f}" in cards[1].text
 
 
-def test_bridges_make_the_round_trip(hub, source_folder, target_folder):
-    bridge = peft_cast.fit_bridge(
-        source_folder, target_folder, text=c4_texts(8), samples=8, max_length=32, progress=False
-    )
+def test_bridges_make_the_round_trip(hub, bridge):
     with pytest.warns(UserWarning, match="others will not find it"):
         commit = bridge.push_to_hub("user/bridge", private=True)
     again = Bridge.from_pretrained("user/bridge", revision=commit.oid)
@@ -141,6 +146,12 @@ def test_bridges_make_the_round_trip(hub, source_folder, target_folder):
     assert 'Bridge.from_pretrained("user/bridge")' in files["README.md"].decode()
     assert f"explain {bridge.metrics['r2_in']:.2f} of the variance" in files["README.md"].decode()
     assert hub.repos["user/bridge"].private
+
+
+def test_bridges_are_also_published_by_the_mixins_own_argument(hub, bridge, tmp_path):
+    bridge.save_pretrained(tmp_path, push_to_hub=True, repo_id="user/bridge", branch="next")
+    assert "bridge_model.safetensors" in hub.repos["user/bridge"].files("next")
+    assert "bridge_model.safetensors" not in hub.repos["user/bridge"].files("main")
 
 
 # What is uploaded
@@ -224,6 +235,12 @@ def test_refusals_end_in_one_sentence_that_says_what_to_do(hub, folder, repo_id,
     assert contents(folder) == before and repo_id not in hub.repos
 
 
+def test_metadata_that_the_hub_refuses_is_named(hub, folder):
+    write_licence(folder, "base_model: /a/folder/here")
+    with pytest.raises(OSError, match=r"refused \(400\).*/a/folder/here.*not valid.*check .* README.md"):
+        peft_cast.push(folder, "user/cast")
+
+
 def test_without_a_token_or_offline_nothing_is_saved_or_sent(hub, monkeypatch):
     result = made()
     monkeypatch.setattr(TranslationResult, "_save", lambda *_: pytest.fail("it was saved"))
@@ -283,8 +300,9 @@ def test_cards_name_target_source_and_adapter_in_metadata_and_text(folder):
 
 def test_saving_again_writes_the_card_again_and_once(folder):
     made(source_adapter_name_or_path="org/better").save_pretrained(folder)
+    to_lora(made(source_model_name_or_path="org/newer").model).save_pretrained(folder)
     text = (folder / "README.md").read_text()
-    assert "org/better" in text and "org/lora" not in text
+    assert "org/newer" in text and not {"org/source", "org/better"} & set(re.findall(r"org/\w+", text))
     assert text.count("\n---\n") == 1 and text.count("## Use") == 1
 
 
@@ -420,9 +438,9 @@ def test_licences_are_read_from_the_hub_and_inherited(hub, folder, tmp_path, mon
         write_licence(tmp_path / name, "license: apache-2.0")
         refs = hub.add(f"org/{name}", tmp_path / name).refs
         refs["v1"] = refs["main"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
         peft_cast.push(folder, "user/cast")
+    assert not [w for w in caught if "licence" in str(w.message)]
     assert HfApi().model_info("user/cast").card_data.license == "apache-2.0"
     write_licence(tmp_path / "target", "license: gemma")
     hub.add("org/target", tmp_path / "target")
@@ -438,12 +456,20 @@ def test_licences_are_read_from_the_hub_and_inherited(hub, folder, tmp_path, mon
     )  # the one in the cache, and one that is not
 
 
-def test_adapters_that_a_bridge_carries_from_file_to_file_have_a_card(
-    tmp_path, source_folder, target_folder, lora_folder
-):
-    bridge = peft_cast.fit_bridge(
-        source_folder, target_folder, text=c4_texts(8), samples=8, max_length=32, progress=False
-    )
+def test_a_licence_that_the_publisher_states_stays_and_ends_the_warning(hub, folder):
+    with pytest.warns(UserWarning, match="No licence is inherited .* none is known"):
+        peft_cast.push(folder, "user/cast")
+    file = folder / "README.md"
+    file.write_text(file.read_text().replace("---\n", "---\nlicense: gemma\n", 1))
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            peft_cast.push(folder, "user/cast")
+        assert not [w for w in caught if "licence" in str(w.message)]
+    assert HfApi().model_info("user/cast").card_data.license == "gemma"
+    assert "Licence: gemma, as its publisher states." in file.read_text()
+
+
+def test_adapters_that_a_bridge_carries_from_file_to_file_have_a_card(bridge, lora_folder, tmp_path):
     bridge.save_pretrained(tmp_path / "bridge")
     made().save_pretrained(tmp_path / "cast")
     bridge.cast_file(lora_folder, tmp_path / "cast")

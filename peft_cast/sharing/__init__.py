@@ -9,7 +9,7 @@ from .artifacts import (
     read_artifact,
     write_report,
 )
-from .cards import is_generated, make_card, write_card
+from .cards import make_card, write_card
 from .licences import Licence, Licences, read_licences
 from .publish import add_card, push, push_saved
 
@@ -23,7 +23,6 @@ __all__ = [
     "Licences",
     "Origin",
     "add_card",
-    "is_generated",
     "make_card",
     "push",
     "push_saved",

@@ -99,7 +99,8 @@ def read_artifact(folder: str | Path) -> Artifact:
         else:
             raise ValueError(
                 f"'{folder}' holds neither a CAST adapter, nor a folded LoRA, nor a bridge ({CONFIG_NAME} or "
-                f"{BRIDGE_CONFIG_NAME} is missing): pass a folder that `save_pretrained` wrote."
+                f"{BRIDGE_CONFIG_NAME} is missing): pass a folder that `save_pretrained` wrote, for an adapter of another name than "
+                "'default' its subfolder of that name."
             )
     except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(

@@ -16,12 +16,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from ..diagnosis import list_not_carried
 from ..environment import environment
 from .artifacts import Artifact, Origin
-from .licences import ROLES, Licences
+from .licences import ROLES, Licence, Licences
 
 
 TEMPLATE = Path(__file__).parent / "card.md"
 # Whoever deletes this line keeps the card: it is not written again.
 MARK = "<!-- Written by peft-cast. Delete this line to keep your own changes when the adapter is saved or pushed again. -->"
+_INHERITED = "which the metadata of"
 HERE = "path or hub id of this"
 _TAGS = {
     "cast": ["cast", "lora-translation", "transformers"],
@@ -33,17 +34,20 @@ _VERSIONS = ("peft-cast", "peft", "transformers", "torch")
 _KL_LABELS = {"target": "untouched target", "closed_form": "closed form alone", "translated": "this adapter"}
 
 
-def make_card(artifact: Artifact, licences: Licences, repo_id: str | None = None) -> ModelCard:
+def make_card(
+    artifact: Artifact, licences: Licences, repo_id: str | None = None, stated: Licence | None = None
+) -> ModelCard:
     """The card of an artifact.
 
     Args:
         artifact: What it is and where it comes from.
         licences: Of what it comes from.
         repo_id (`str`, *optional*): Where it is published, for the example; a placeholder when `None`.
+        stated (`Licence`, *optional*): The licence that its publisher chose, which goes before an inherited one.
     """
     target, source = artifact.origins["target"], artifact.origins["source"]
     adapter = artifact.origins.get("adapter", Origin(None))
-    licence = licences.inherited
+    licence = stated or licences.inherited
     results = list(_eval_results(artifact))
     title = _title(artifact)
     data = ModelCardData(
@@ -66,6 +70,7 @@ def make_card(artifact: Artifact, licences: Licences, repo_id: str | None = None
         data,
         template_path=str(TEMPLATE),
         mark=MARK,
+        inherited=_INHERITED,
         kind=artifact.kind,
         title=title,
         here=repo_id or f"{HERE} {'bridge' if artifact.kind == 'bridge' else 'adapter'}",
@@ -75,6 +80,7 @@ def make_card(artifact: Artifact, licences: Licences, repo_id: str | None = None
         adapter=_named(adapter),
         origins=[(ROLES[role], _named(o), str(licences.by_role[role])) for role, o in artifact.origins.items()],
         licence=str(licence) if licence.known else None,
+        stated=stated is not None,
         licence_warning=licences.warning,
         roles="both models" if artifact.kind == "bridge" else "both models and the source adapter",
         metrics=metrics,
@@ -91,18 +97,20 @@ def make_card(artifact: Artifact, licences: Licences, repo_id: str | None = None
 def write_card(folder: str | Path, artifact: Artifact, licences: Licences, repo_id: str | None = None) -> bool:
     """Write the README.md of a saved folder, unless it has one that somebody wrote or changed.
 
-    Tags and entries that PEFT, or a model's own `model_tags`, put into the metadata are kept.
+    Tags and entries that PEFT, or a model's own `model_tags`, put into the metadata are kept, and so is a `license:` that
+    somebody wrote there.
 
     Returns:
         `bool`: Whether the card was written.
     """
     file = Path(folder) / "README.md"
-    card = make_card(artifact, licences, repo_id)
-    if file.exists():
-        if not is_generated(file):
-            return False
-        known = metadata_load(file) or {}
-        own_tags = {tag for tag in known.get("tags") or () if not tag.startswith("base_model:")}
+    if file.exists() and not is_generated(file):
+        return False
+    known = (metadata_load(file) or {}) if file.exists() else {}
+    card = make_card(artifact, licences, repo_id, _stated(known, file))
+    if known:
+        made = ("base_model", *_TAG_NAMES.values())
+        own_tags = {tag for tag in known.get("tags") or () if str(tag).partition(":")[0] not in made}
         card.data.tags = sorted(own_tags | set(card.data.tags))
         for key, value in known.items():
             if key not in _OWN_KEYS:
@@ -111,6 +119,14 @@ def write_card(folder: str | Path, artifact: Artifact, licences: Licences, repo_
     card.save(partial)
     partial.replace(file)
     return True
+
+
+def _stated(metadata: Mapping[str, Any], file: Path) -> Licence | None:
+    """The licence in a generated card's metadata, if its text does not say that it was inherited."""
+    licence = Licence.of(metadata)
+    if licence.id is None or f"Licence: {licence}, {_INHERITED}" in file.read_text(encoding="utf-8-sig"):
+        return None
+    return licence
 
 
 # Metadata that is made anew with every card: left alone, an old licence or score would outlive its reason.

@@ -25,12 +25,13 @@ from .artifacts import (
     BRIDGE_WEIGHTS_NAME,
     METRICS_NAME,
     Artifact,
+    Origin,
     describe_evaluation,
     read_artifact,
     write_report,
 )
 from .cards import write_card
-from .licences import read_licences
+from .licences import read_licence, read_licences
 
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ def _make_card(folder: Path, artifact: Artifact, repo_id: str, token: str | bool
             f"The README.md in '{folder}' is your own and is left as it is: add the evaluation yourself, or delete the file "
             "to have it written."
         )
-    if licences.warning:
+    if licences.warning and not read_licence(Origin(str(folder))).known:  # its card states none either
         warnings.warn(licences.warning)
     target = artifact.origins["target"]
     if target.hub_id is None:
@@ -223,5 +224,8 @@ def _explain(error: BaseException) -> str:
             f"the connection failed ({type(cause).__name__}); check the network and call again, files that arrived are not "
             "sent twice"
         )
-    text = " ".join(str(error).split())
-    return f"{text.rstrip('.') or type(error).__name__}; mend that and call again"
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    text = " ".join(str(root).split()).rstrip(".")
+    return f"{type(root).__name__}{': ' if text else ''}{text}; mend that and call again"
