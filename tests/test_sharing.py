@@ -298,6 +298,11 @@ def test_cards_name_target_source_and_adapter_in_metadata_and_text(folder):
     assert str(card).count("\n---\n") == 1 and card.text.count("- PEFT ") == 1
 
 
+def test_the_example_loads_the_revision_of_the_target(tmp_path):
+    made(revision="v2").save_pretrained(tmp_path)
+    assert '.from_pretrained("org/target", revision="v2")' in (tmp_path / "README.md").read_text()
+
+
 def test_saving_again_writes_the_card_again_and_once(folder):
     made(source_adapter_name_or_path="org/better").save_pretrained(folder)
     to_lora(made(source_model_name_or_path="org/newer").model).save_pretrained(folder)

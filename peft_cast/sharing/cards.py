@@ -75,6 +75,7 @@ def make_card(
         title=title,
         here=repo_id or f"{HERE} {'bridge' if artifact.kind == 'bridge' else 'adapter'}",
         base=target.hub_id or f"path of {target.label}",
+        revision=target.revision,
         target=_named(target),
         source=_named(source),
         adapter=_named(adapter),
