@@ -6,6 +6,7 @@ from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation
 from .fold import FoldedLora, to_lora
 from .planning import Plan, plan
 from .result import TranslationResult
+from .sharing import push
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
 from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear, Rows
@@ -36,6 +37,7 @@ __all__ = [
     "evaluate",
     "fit_bridge",
     "plan",
+    "push",
     "to_lora",
     "translate",
 ]

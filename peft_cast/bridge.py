@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from tqdm.auto import tqdm
@@ -22,11 +23,18 @@ from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
 from .models import LoraKernel, default_device, load_model, skeleton
 from .pair import open_pair
+from .sharing import (
+    BRIDGE_CONFIG_NAME,
+    BRIDGE_WEIGHTS_NAME,
+    METRICS_NAME,
+    Artifact,
+    add_card,
+    make_card,
+    push_saved,
+    read_licences,
+)
 from .source import adapted_source, load_source
 from .text import read_corpus
-
-
-CONFIG_NAME, WEIGHTS_NAME = "bridge_config.json", "bridge_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Side:
 class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
     """The maps between two models, which carry any LoRA of the one over to the other: `A' = A P_in`, `B' = P_out B`.
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of `huggingface_hub.ModelHubMixin`.
+    `save_pretrained` and `from_pretrained` are those of `huggingface_hub.ModelHubMixin`.
 
     Args:
         maps (`ClosedForm`): For every target place and source place that lands on it `P_in` (in_S, in_T) as `A_P_in`
@@ -142,9 +150,36 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Raises:
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
-        self._cast(adapter, self.target.skeleton(), None, gain, None, "default", adapter_revision).save_pretrained(
-            folder
-        )
+        model = self._cast(adapter, self.target.skeleton(), None, gain, None, "default", adapter_revision)
+        model.save_pretrained(folder)
+        (Path(folder) / METRICS_NAME).unlink(missing_ok=True)  # of another adapter that was there before
+        add_card(Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        branch: str | None = None,
+        model_card_kwargs: None = None,
+    ) -> CommitInfo:
+        """Publish the bridge with a model card; arguments, result and errors are those of `peft_cast.push`.
+
+        `branch` is what `ModelHubMixin` calls `revision`; its `model_card_kwargs` mean nothing here.
+        """
+        return push_saved(
+            self._save, repo_id, private=private, token=token, revision=revision or branch,
+            commit_message=commit_message, create_pr=create_pr,
+        )  # fmt: skip
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """The card that `save_pretrained` writes."""
+        artifact = Artifact.of_bridge(self._config())
+        return make_card(artifact, read_licences(artifact))
 
     def _cast(self, adapter, target, source, gain, source_rank, adapter_name, adapter_revision) -> PeftModel:
         if source is None and not isinstance(adapter, PeftModel):
@@ -167,12 +202,20 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = {
+        add_card(self._save(save_directory))  # the mixin would keep what there is, a card of another bridge too
+
+    def _save(self, folder: Path) -> Path:
+        """Save all but the card and return where."""
+        save_closed_form(self.maps, folder / BRIDGE_WEIGHTS_NAME)
+        config = json.dumps(self._config(), indent=1) + "\n"
+        (folder / BRIDGE_CONFIG_NAME).write_text(config, encoding="utf-8")
+        return folder
+
+    def _config(self) -> dict[str, Any]:
+        return {
             "source": vars(self.source), "target": vars(self.target), "layers": self.modules.layers,
             "unmapped": self.modules.reasons, "found": self.modules.found, "metrics": self.metrics,
         }  # fmt: skip
-        save_closed_form(self.maps, save_directory / WEIGHTS_NAME)
-        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Bridge:
@@ -211,14 +254,16 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             )
 
         try:
-            config = json.loads(file(CONFIG_NAME).read_text(encoding="utf-8"))
+            config = json.loads(file(BRIDGE_CONFIG_NAME).read_text(encoding="utf-8"))
             source, target = Side(**config["source"]), Side(**config["target"])
             layers = {int(s): t for s, t in config["layers"].items()}
             reasons, metrics = dict(config["unmapped"]), config["metrics"]
             found = {name: tuple(route) for name, route in config["found"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"'{model_id}' holds no bridge ({CONFIG_NAME} is missing or broken): {error}") from error
-        maps = load_closed_form(file(WEIGHTS_NAME))
+            raise ValueError(
+                f"'{model_id}' holds no bridge ({BRIDGE_CONFIG_NAME} is missing or broken): {error}"
+            ) from error
+        maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME))
         kernels = {name: [fit.source_module for fit in fits] for name, fits in maps.kernels.items()}
         return cls(maps, ModuleMap(kernels, layers, reasons, found), source, target, metrics)
 
@@ -293,7 +338,11 @@ def fit_bridge(
             batch_size=batch_size, ridge=ridge, hidden=False, progress=partial(bar, desc="fitting bridge"),
         )  # fmt: skip
         sides = Side.of(pair.source, source_revision), Side.of(pair.target, target_revision)
-    metrics = {"texts": len(texts), "positions": maps.positions, "ridge": ridge, "max_length": max_length}
+    fits = [fit for group in maps.kernels.values() for fit in group]
+    metrics = {
+        "texts": len(texts), "positions": maps.positions, "ridge": ridge, "max_length": max_length,
+        "r2_in": mean(fit.r2_in for fit in fits), "r2_out": mean(fit.r2_out for fit in fits),
+    }  # fmt: skip
     return Bridge(_rounded(maps), pair.modules, *sides, metrics)
 
 

@@ -115,6 +115,15 @@ def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_fold
     assert json.loads(call("inspect", tmp_path / "cast", "--json").stdout)["kind"] == "CAST adapter"
 
 
+@pytest.mark.filterwarnings("ignore:No licence is inherited", "ignore:The target model")
+def test_pushes_and_inspects_what_is_on_the_hub(translated, hub, monkeypatch):
+    account = json.loads(call("push", translated[0], "user/cast", "-m", "first", "--json").stdout)
+    assert account["url"].startswith(hub.url) and "first" in hub.repos["user/cast"].messages.values()
+    assert json.loads(call("inspect", "user/cast", "--json").stdout)["kind"] == "CAST adapter"
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "Error" in call("push", translated[0], "user/other", code=1).stderr
+
+
 def test_evaluates(translated, target_folder, tmp_path):
     rows, config = tmp_path / "rows.jsonl", tmp_path / "tasks.yaml"
     rows.write_text("".join(json.dumps({"q": text[:40], "a": text[40:80]}) + "\n" for text in c4_texts(4)))

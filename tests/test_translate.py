@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_translation_moves_the_target_towards_the_teacher(source_folder, lora_fo
     result.save_pretrained(tmp_path / "cast")
     assert json.loads((tmp_path / "cast" / "cast_metrics.json").read_text())["metrics"]["kl"] == kl
     readme = (tmp_path / "cast" / "README.md").read_text()
-    assert "import peft_cast" in readme and lora_folder in readme
+    assert "import peft_cast" in readme and Path(lora_folder).name in readme
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         torch.save(result.model(input_ids=ids).logits, tmp_path / "logits.pt")

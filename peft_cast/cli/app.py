@@ -23,6 +23,7 @@ from ..bridge import Bridge, fit_bridge
 from ..evaluation import HarnessTask, evaluate
 from ..fold import to_lora
 from ..planning import DEVICES, plan
+from ..sharing import push
 from ..translate import translate
 from . import inspect as inspection
 from .settings import arguments_for, dtype_of, read_config, read_prompts, read_settings, tasks_of
@@ -285,6 +286,25 @@ def inspect_command(
     """Say what an adapter is, where it came from, which layers map to which, and its sizes."""
     account = inspection.inspect(adapter, revision)
     _print(account, inspection.describe(account), as_json)
+
+
+@app.command("push")
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="What was saved: a CAST adapter, a folded LoRA or a bridge.")],
+    repo_id: Annotated[str, typer.Argument(help="`user/name` on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")] = None,
+    pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a saved folder on the Hugging Face Hub, with a model card. Log in with `hf auth login` first."""
+    done = push(
+        folder, repo_id, private=private or None, revision=revision, commit_message=message, create_pr=pull_request
+    )
+    account = {"repo_id": repo_id, "url": str(done.pr_url or done.commit_url)}
+    _print(account, f"Pushed to {account['url']}", as_json, quiet)
 
 
 def main() -> None:

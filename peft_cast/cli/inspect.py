@@ -15,12 +15,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..align.places import split_name
-from ..bridge import CONFIG_NAME, WEIGHTS_NAME, Bridge
+from ..bridge import Bridge
 from ..models import read_adapter_config
+from ..sharing import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
 from ..tuner import CastConfig
-
-
-METRICS_NAME = "cast_metrics.json"
 
 
 def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: If there is neither an adapter nor a bridge.
     """
-    if _file(adapter, CONFIG_NAME, revision) is not None:
+    if _file(adapter, BRIDGE_CONFIG_NAME, revision) is not None:
         return _bridge(adapter, revision)
     config = read_adapter_config(adapter, revision)
     account: dict[str, Any] = {
@@ -135,7 +133,7 @@ def _bridge(folder: str | Path, revision: str | None) -> dict[str, Any]:
         "kind": "bridge",
         "base_model": bridge.target.name,
         "revision": bridge.target.revision,
-        "file": _weights(_file(folder, WEIGHTS_NAME, revision)),
+        "file": _weights(_file(folder, BRIDGE_WEIGHTS_NAME, revision)),
         "bridge": {"source": bridge.source.name, "maps": len(found), "texts": bridge.metrics.get("texts")},
     }
 

@@ -102,6 +102,24 @@ class Evaluation:
                 return row
         raise KeyError(f"'{adapter}' was not measured on '{task}'.")
 
+    def of(self, adapter: str | None = None) -> list[Row]:
+        """The rows of one adapter, drift included.
+
+        Args:
+            adapter (`str`, *optional*): Its name; not needed if only one is neither the target nor a retrained one.
+
+        Raises:
+            ValueError: If there is no such adapter, or several could be meant.
+        """
+        names = list(dict.fromkeys(m.adapter for m in self.measurements))
+        judged = [name for name in names if name != BASE and name not in self.retrained.values()]
+        if adapter is None and len(judged) == 1:
+            adapter = judged[0]
+        if adapter not in names:
+            wanted = "Several adapters were evaluated" if adapter is None else f"'{adapter}' was not evaluated"
+            raise ValueError(f"{wanted}: name one of {', '.join(names)}.")
+        return [row for row in self.rows if row.adapter == adapter]
+
     def table(self) -> str:
         """A markdown table: adapters down, tasks across, recovered lift in brackets, mean ± spread over runs."""
         tasks = list(dict.fromkeys(m.task for m in self.measurements))
