@@ -4,6 +4,7 @@ from . import baselines
 from .bridge import Bridge, fit_bridge
 from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
 from .fold import FoldedLora, to_lora
+from .report import write_report
 from .result import TranslationResult
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
@@ -35,4 +36,5 @@ __all__ = [
     "fit_bridge",
     "to_lora",
     "translate",
+    "write_report",
 ]

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from .align import ModuleMap
 from .diagnosis import diagnose, list_not_carried
+from .report import write_report
 from .tuner import CastConfig
 
 
@@ -46,7 +47,7 @@ class TranslationResult:
             kernels, `converted` (relative error of each module's kernel that approximates another kind of adapter) and
             `not_carried` (what of the adapter no kernel expresses, by module); `closed_form`: held-out R² per target module; `phases`:
             seconds and peak memory; `parameters`; `alignment`: among others `routes`, the map used, a line for each role, and `unmapped`, the modules
-            without a place and why; `text`; `settings`.
+            without a place and why; `text`; `settings`; `report`: what only the report shows, see `report.gather`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
         adapter_name (`str`): Its name on the model.
@@ -59,7 +60,8 @@ class TranslationResult:
     adapter_name: str = "default"
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a README that says how to load it.
+        """Save an ordinary PEFT adapter folder, with `cast_metrics.json`, the report (`report.html`, `report.md`, see
+        `write_report`) and a README that says how to load it beside it.
 
         As in PEFT, an adapter of another name than "default" goes to a subfolder of its name.
         """
@@ -68,8 +70,9 @@ class TranslationResult:
         if isinstance(self.model.peft_config[self.adapter_name], CastConfig):
             self._add_usage(folder / "README.md")
         folder = folder if self.adapter_name == "default" else folder / self.adapter_name
-        report = {"metrics": self.metrics, "history": self.history}
-        (folder / "cast_metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        measured = {"metrics": self.metrics, "history": self.history}
+        (folder / "cast_metrics.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        write_report(self, folder)
 
     def _add_usage(self, card: Path) -> None:
         config = self.model.peft_config[self.adapter_name]
