@@ -21,7 +21,7 @@ from .install import adapter_name_of, cast_config, install
 from .models import count_parameters, shared_head, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
-from .report import gather
+from .report import gather_report
 from .result import TranslationResult
 from .several import translate_several
 
@@ -229,7 +229,7 @@ def translate(
                     training_args=training_args, progress=progress,
                 )  # fmt: skip
             with phases.measure("report"):
-                report = gather(
+                report = gather_report(
                     pair, model, texts, excitement, arguments, samples=report_samples, similarity=report_similarity
                 )
         except BaseException:

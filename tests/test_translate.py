@@ -67,7 +67,7 @@ def test_translation_moves_the_target_towards_the_teacher(source_folder, lora_fo
     assert kl["translated"] < 0.8 * kl["target"] and kl["translated"] < kl["closed_form"]
     assert len(result.history) > 10 and "kl" in result.history[0] and "mse" in result.history[0]
     assert result.metrics["parameters"]["trained"] > result.metrics["parameters"]["source_lora"] > 0
-    assert set(result.metrics["phases"]) == {"load", "text", "closed_form", "evaluate", "refine"}
+    assert set(result.metrics["phases"]) == {"load", "text", "closed_form", "evaluate", "refine", "report"}
     assert "way covered" in str(result)
     config = result.model.active_peft_config
     assert (config.source_model_name_or_path, config.source_adapter_name_or_path) == (source_folder, lora_folder)

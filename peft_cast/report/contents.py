@@ -315,5 +315,13 @@ def _flat(values: Mapping[str, Any], before: str = ""):
             yield f"{before}{key}", "not given" if value is None else str(value)
 
 
+def with_code(text: str) -> list[tuple[str, bool]]:
+    """A sentence in parts, each with whether it is an expression in backticks, which it keeps.
+
+    Expressions as our advice has them: others' names in it may bring backticks around anything.
+    """
+    return [(part, i % 2 == 1) for i, part in enumerate(re.split(r"(`[\w.,=()\[\]'\" ]+`)", text))]
+
+
 def _last(name: str | None) -> str:
     return str(name).rstrip("/").rsplit("/", 1)[-1] if name else ""

@@ -75,7 +75,9 @@ def heat_map(
     every_row = math.ceil(13 / high)
     every_column = 1 if numbers else math.ceil((max(len(c) for c in columns) * CHARACTER + 4) / wide)
     parts = [_label((left + right) / 2, 12, axes[1], style="axis")]
-    parts.append(_label(11, (top + bottom) / 2, axes[0], turn=-90, style="axis"))
+    # The title of the rows stands beside them, and needs more room than two or three of them give.
+    middle = max((top + bottom) / 2, CHARACTER * len(axes[0]) / 2 + 4)
+    parts.append(_label(11, middle, axes[0], turn=-90, style="axis"))
     for j in range(0, len(columns), every_column):
         x = left + (j + 0.5) * wide
         parts.append(_label(x + 4, top - 5, columns[j], "start", -90) if upright else _label(x, top - 5, columns[j]))
@@ -89,7 +91,8 @@ def heat_map(
     if marked:
         centres = [(left + (j + 0.5) * wide, top + (i + 0.5) * high) for i, j in sorted(marked.items())]
         parts.append(_path_over(centres, wide))
-    return _svg(max(right + 8, left + CHARACTER * len(axes[1])), bottom + 6, name, parts)
+    width = max(right + 8, (left + right) / 2 + CHARACTER * len(axes[1]) / 2)
+    return _svg(width, max(bottom + 6, 2 * middle - top), name, parts)
 
 
 def _cell(value, scale, x, y, wide, high, row: str, column: str, number: bool) -> Markup:

@@ -27,7 +27,7 @@ BEGINNING = 24  # tokens that stand in for a prompt where a text has none
 CHARACTERS = 600  # of a quoted prompt, its end
 
 
-def gather(
+def gather_report(
     pair: Pair,
     model: PeftModel,
     texts: PairTexts,

@@ -6,13 +6,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .contents import Contents
+from .contents import Contents, with_code
 
 
 def escaped(value: Any) -> str:
     """Plain text as one line of markdown that shows it and does nothing else."""
-    text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"\s+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_{}\[\]#|~!$]|(?<=\])\()", r"\\\1", text)
+
+
+def sentence(text: str) -> str:
+    """The same, but names in backticks stay code."""
+    return "".join(part if code else escaped(part) for part, code in with_code(text))
 
 
 def quoted(text: str) -> str:
@@ -33,7 +38,7 @@ def to_markdown(report: Contents) -> str:
     if report.models:
         parts.append(table(["", ""], list(report.models.items())))
     if report.advice is not None:
-        advice = "\n".join(f"- {escaped(sentence)}" for sentence in report.advice) or "Nothing stands out."
+        advice = "\n".join(f"- {sentence(text)}" for text in report.advice) or "Nothing stands out."
         parts += ["## What limits it, and what to do", advice]
     if report.tasks:
         parts += ["## On tasks", table(report.tasks[0], report.tasks[1:])]

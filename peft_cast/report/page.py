@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from .contents import LEVELS, Contents, contents
+from .contents import LEVELS, Contents, contents, with_code
 from .markdown import to_markdown
 
 
@@ -24,8 +24,11 @@ TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
     lstrip_blocks=True,
 )  # fmt: skip
+TEMPLATES.filters["code"] = lambda text: Markup("").join(
+    Markup("<code>{}</code>").format(part.strip("`")) if code else escape(part) for part, code in with_code(text)
+)
 TABLE = TEMPLATES.from_string(
-    '<div class="scroll" tabindex="0" role="region" aria-label="table">\n<table>\n<thead><tr>'
+    '<div class="scroll" tabindex="0" role="region" aria-label="table">\n<table{% if style %} class="{{ style }}"{% endif %}>\n<thead><tr>'
     '{% for head in heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>\n<tbody>\n{% for row in rows %}<tr>'
     '{% for cell in row %}{% if loop.first %}<th scope="row">{{ cell }}</th>{% else %}<td>{{ cell }}</td>{% endif %}'
     "{% endfor %}</tr>\n{% endfor %}</tbody>\n</table>\n</div>"
@@ -74,8 +77,8 @@ def to_html(report: Contents) -> str:
     return TEMPLATES.get_template("page.html.jinja").render(report=report, style=style, table=_table, levels=LEVELS)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
-    return Markup(TABLE.render(heads=heads, rows=rows))
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "") -> Markup:
+    return Markup(TABLE.render(heads=heads, rows=rows, style=style))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]], dict[str, str]]:
@@ -84,6 +87,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]], dict[st
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         metrics, history = saved["metrics"], saved.get("history", [])
+        if not isinstance(metrics, dict) or not isinstance(history, list):
+            raise TypeError
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"'{file}' with a translation's metrics could not be read ({type(error).__name__}): pass the folder of an "
