@@ -250,6 +250,9 @@ def test_figures_are_well_formed_and_described(metrics, result):
         for element in root.iter():
             for name, limit in (("x", width), ("y", height), ("cx", width), ("cy", height)):
                 assert 0 <= float(element.get(name, 0)) <= limit
+            if (element.get("transform") or "").startswith("rotate(-90"):
+                half = 5.5 * len(element.text) / 2
+                assert half <= float(element.get("y")) <= height - half
     for name in ("Similarity", "R²"):
         assert any(name in ET.fromstring(figure).get("aria-label") for figure in figures)
 

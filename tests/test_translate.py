@@ -127,7 +127,7 @@ def test_loaded_models_come_back_as_they_were_after_a_failure(
         monkeypatch.setattr("peft_cast.fit.closed_form.collate_pairs", lambda pairs: 1 / 0)
         error = ZeroDivisionError
     else:
-        monkeypatch.setattr("peft_cast.fit.refine.kl_divergence", lambda *args: torch.full((1,), torch.nan))
+        monkeypatch.setattr("peft_cast.fit.refine.kl_divergence", lambda goal, *_: torch.full((len(goal),), torch.nan))
         error = FloatingPointError
     with pytest.raises(error):
         peft_cast.translate(source, lora_folder, target, steps=3, **FAST)

@@ -76,7 +76,8 @@ def heat_map(
     every_column = 1 if numbers else math.ceil((max(len(c) for c in columns) * CHARACTER + 4) / wide)
     parts = [_label((left + right) / 2, 12, axes[1], style="axis")]
     # The title of the rows stands beside them, and needs more room than two or three of them give.
-    middle = max((top + bottom) / 2, CHARACTER * len(axes[0]) / 2 + 4)
+    half = CHARACTER * len(axes[0]) / 2 + 4
+    middle = max((top + bottom) / 2, half)
     parts.append(_label(11, middle, axes[0], turn=-90, style="axis"))
     for j in range(0, len(columns), every_column):
         x = left + (j + 0.5) * wide
@@ -92,7 +93,7 @@ def heat_map(
         centres = [(left + (j + 0.5) * wide, top + (i + 0.5) * high) for i, j in sorted(marked.items())]
         parts.append(_path_over(centres, wide))
     width = max(right + 8, (left + right) / 2 + CHARACTER * len(axes[1]) / 2)
-    return _svg(width, max(bottom + 6, 2 * middle - top), name, parts)
+    return _svg(width, max(bottom + 6, middle + half), name, parts)
 
 
 def _cell(value, scale, x, y, wide, high, row: str, column: str, number: bool) -> Markup:
