@@ -122,6 +122,25 @@ def test_lift_is_not_claimed_when_it_is_unclear_whose_it_is():
 
 
 @pytest.mark.parametrize(
+    ("target", "translated", "words"),
+    [
+        (1.0, 0.05, "Nearly all of it"),
+        (1.0, 0.3, "Most of it"),
+        (1.0, 0.7, "A part of it"),
+        (1.0, 0.9, "Little of it"),
+        (1.0, 1.2, "led away"),
+        (0.0, 0.0, "nothing to translate"),
+        (1.0, float("nan"), "failed"),
+        (float("inf"), 1.0, "failed"),
+    ],
+)
+def test_the_verdict_is_one_line_that_says_how_far_it_went(target, translated, words):
+    line = verdict({"kl": {"target": target, "translated": translated}})
+    assert words in line and "\n" not in line
+    Page(to_html(contents({"kl": {"target": target, "translated": translated}})))
+
+
+@pytest.mark.parametrize(
     ("section", "path"),
     [
         ("samples", ("report", "samples")),

@@ -135,7 +135,9 @@ def verdict(metrics: Mapping[str, Any], evaluation: Evaluation | None = None) ->
     covered, lift = way_covered(kl), _lift(evaluation)
     if covered is None:
         said = "The metrics do not say how far the translation went."
-    elif math.isnan(covered):
+    elif not math.isfinite(kl["target"] + kl["translated"]):
+        said = "The KL on held-out text is not a finite number, so the translation failed: lower `learning_rate`."
+    elif kl["target"] <= 0:
         said = "The untouched target already predicts what the adapted source does: there was nothing to translate."
     else:
         limits = (

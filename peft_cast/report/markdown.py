@@ -34,7 +34,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def to_markdown(report: Contents) -> str:
     """Verdict, advice, tables and samples; the figures are on the page alone."""
-    parts = [f"# {escaped(report.title)}", escaped(report.verdict)]
+    parts = [f"# {escaped(report.title)}", sentence(report.verdict)]
     if report.models:
         parts.append(table(["", ""], list(report.models.items())))
     if report.advice is not None:
