@@ -5,6 +5,7 @@ from .bridge import Bridge, fit_bridge
 from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
 from .fold import FoldedLora, to_lora
 from .planning import Plan, plan
+from .report import write_report
 from .result import TranslationResult
 from .sharing import push
 from .text import Corpus, Mixture, SelfWritten
@@ -40,4 +41,5 @@ __all__ = [
     "push",
     "to_lora",
     "translate",
+    "write_report",
 ]

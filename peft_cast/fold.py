@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from .models import load_on_skeleton, read_adapter_config, skeleton
-from .sharing import METRICS_NAME, add_card, push_saved, write_report
+from .sharing import METRICS_NAME, add_card, push_saved, write_metrics
 from .tuner import CastConfig, CastLayer
 from .tuner.merging import check_foldable
 
@@ -92,7 +92,7 @@ class FoldedLora:
         folded = {"rank": self.config.r, "errors": self.errors, "origin": self.origin}
         # Scores of the CAST adapter are not those of a LoRA that lost something.
         kept = {k: v for k, v in self.report.items() if k != "evaluation" or not any(self.errors.values())}
-        write_report(folder, {**kept, "folded": folded})
+        write_metrics(folder, {**kept, "folded": folded})
         return folder
 
     def __str__(self) -> str:

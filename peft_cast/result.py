@@ -12,7 +12,8 @@ from peft import PeftModel
 
 from .align import ModuleMap
 from .diagnosis import diagnose, list_not_carried
-from .sharing import add_card, push_saved, write_report
+from .report import write_report
+from .sharing import REPORT_NAME, add_card, push_saved, write_json, write_metrics
 from .tuner import CastConfig
 
 
@@ -32,7 +33,7 @@ class TranslationResult:
             kernels, `converted` (relative error of each module's kernel that approximates another kind of adapter) and
             `not_carried` (what of the adapter no kernel expresses, by module); `closed_form`: held-out R² per target module; `phases`:
             seconds and peak memory; `parameters`; `alignment`: among others `routes`, the map used, a line for each role, and `unmapped`, the modules
-            without a place and why; `text`; `settings`.
+            without a place and why; `text`; `settings`; `report`: what only the report shows, see `report.gather_report`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
         adapter_name (`str`): Its name on the model.
@@ -47,7 +48,8 @@ class TranslationResult:
     def save_pretrained(
         self, folder: str | Path, *, evaluation: Evaluation | None = None, evaluated_as: str | None = None
     ) -> None:
-        """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a model card.
+        """Save an ordinary PEFT adapter folder, and beside it `cast_metrics.json`, a model card and the report
+        (`report.html`, `report.md`, see `write_report`).
 
         As in PEFT, an adapter of another name than "default" goes to a subfolder of its name. The card names the licences
         of both models and of the source adapter where it finds them; one that you changed is kept (docs/sharing.md).
@@ -62,6 +64,9 @@ class TranslationResult:
         saved = self._save(Path(folder))
         if isinstance(self.model.peft_config[self.adapter_name], CastConfig):  # distilled LoRAs keep PEFT's card
             add_card(saved, evaluation, evaluated_as)
+        # What quotes texts stays in a file of its own, which is never pushed.
+        write_json(saved / REPORT_NAME, self.metrics.get("report", {}))
+        write_report(self, saved, evaluation=evaluation)
 
     def push_to_hub(
         self,
@@ -85,7 +90,8 @@ class TranslationResult:
         """Save adapter and metrics, and return the folder that has them."""
         self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
         folder = folder if self.adapter_name == "default" else folder / self.adapter_name
-        write_report(folder, {"metrics": self.metrics, "history": self.history})
+        metrics = {name: part for name, part in self.metrics.items() if name != "report"}
+        write_metrics(folder, {"metrics": metrics, "history": self.history})
         return folder
 
     def diagnosis(self) -> list[str]:

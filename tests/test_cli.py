@@ -96,6 +96,14 @@ def test_inspects_a_cast_adapter(translated, source_folder, lora_folder):
     assert "CAST adapter for" in text and "0+1→0, 2→1" in text and "KL from the teacher" in text
 
 
+def test_the_report_is_there_and_can_be_made_again(translated):
+    page = translated[0] / "report.html"
+    before = page.read_text()
+    page.unlink()
+    assert str(page) in call("report", translated[0]).stdout
+    assert page.read_text() == before and "Which layers resemble each other" in before
+
+
 def test_inspects_other_adapters(lora_folder, source_folder):
     text = call("inspect", lora_folder).stdout
     assert f"LORA for {source_folder}" in text and "rank         4" in text
@@ -118,6 +126,9 @@ def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_fold
 @pytest.mark.filterwarnings("ignore:No licence is inherited", "ignore:The target model")
 def test_pushes_and_inspects_what_is_on_the_hub(translated, hub, monkeypatch):
     account = json.loads(call("push", translated[0], "user/cast", "-m", "first", "--json").stdout)
+    assert {"cast_report.json", "report.html", "report.md"}.isdisjoint(
+        hub.repos["user/cast"].files()
+    )  # they quote texts
     assert account["url"].startswith(hub.url) and "first" in hub.repos["user/cast"].messages.values()
     assert json.loads(call("inspect", "user/cast", "--json").stdout)["kind"] == "CAST adapter"
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")

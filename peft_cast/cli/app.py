@@ -23,6 +23,7 @@ from ..bridge import Bridge, fit_bridge
 from ..evaluation import HarnessTask, evaluate
 from ..fold import to_lora
 from ..planning import DEVICES, plan
+from ..report import write_report
 from ..sharing import push
 from ..translate import translate
 from . import inspect as inspection
@@ -145,7 +146,7 @@ def translate_command(
     result = translate(*models, progress=not quiet, **{"output_dir": output, **arguments})
     _print(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
-        f"{result}\nSaved in {output}",
+        f"{result}\nSaved in {output}; the report is {output / 'report.html'}",
         as_json,
         quiet,
     )
@@ -286,6 +287,17 @@ def inspect_command(
     """Say what an adapter is, where it came from, which layers map to which, and its sizes."""
     account = inspection.inspect(adapter, revision)
     _print(account, inspection.describe(account), as_json)
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="A saved translation.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a translation's report (`report.html`, `report.md`) again."""
+    page = write_report(folder)
+    _print({"report": str(page)}, f"Report written to {page}", as_json, quiet)
 
 
 @app.command("push")

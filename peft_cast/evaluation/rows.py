@@ -52,6 +52,16 @@ class Row:
     scores: tuple[float, ...]
     lift: tuple[float, ...]
 
+    @property
+    def score_text(self) -> str:
+        """Mean of the runs, with the standard deviation where there are several."""
+        return _with_spread(self.scores)
+
+    @property
+    def lift_text(self) -> str:
+        """Likewise for recovered lift; empty for the untouched target and where there is none."""
+        return _with_spread(self.lift, 2) if self.lift and self.adapter != BASE else ""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -193,8 +203,7 @@ class Evaluation:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    text = _with_spread(row.scores)
-    return f"{text} ({_with_spread(row.lift, 2)})" if row.lift and row.adapter != BASE else text
+    return f"{row.score_text} ({row.lift_text})" if row.lift_text else row.score_text
 
 
 def _with_spread(values: Sequence[float], digits: int = 3) -> str:

@@ -4,10 +4,12 @@ from .artifacts import (
     BRIDGE_CONFIG_NAME,
     BRIDGE_WEIGHTS_NAME,
     METRICS_NAME,
+    REPORT_NAME,
     Artifact,
     Origin,
     read_artifact,
-    write_report,
+    write_json,
+    write_metrics,
 )
 from .cards import make_card, write_card
 from .licences import Licence, Licences, read_licences
@@ -18,6 +20,7 @@ __all__ = [
     "BRIDGE_CONFIG_NAME",
     "BRIDGE_WEIGHTS_NAME",
     "METRICS_NAME",
+    "REPORT_NAME",
     "Artifact",
     "Licence",
     "Licences",
@@ -29,5 +32,6 @@ __all__ = [
     "read_artifact",
     "read_licences",
     "write_card",
-    "write_report",
+    "write_json",
+    "write_metrics",
 ]

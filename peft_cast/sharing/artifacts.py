@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME = "bridge_config.json", "bridge_model.safetensors"
 METRICS_NAME = "cast_metrics.json"
+REPORT_NAME = "cast_report.json"  # quotes texts, so it is never uploaded
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,15 @@ def _read_adapter(folder: Path) -> Artifact:
     return Artifact("lora", origins_of({**report["folded"]["origin"], **target}), report)
 
 
-def write_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write `cast_metrics.json`; it appears complete or not at all."""
-    file = folder / METRICS_NAME
+def write_metrics(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write `cast_metrics.json`."""
+    write_json(folder / METRICS_NAME, report)
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file; it appears complete or not at all."""
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     partial.replace(file)
 
 

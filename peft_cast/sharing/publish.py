@@ -28,7 +28,7 @@ from .artifacts import (
     Origin,
     describe_evaluation,
     read_artifact,
-    write_report,
+    write_metrics,
 )
 from .cards import write_card
 from .licences import read_licence, read_licences
@@ -143,7 +143,7 @@ def _keep_evaluation(folder: Path, artifact: Artifact, evaluation: Evaluation, n
     """
     if artifact.kind == "bridge":
         raise ValueError("A bridge is evaluated by the adapters it carries over: leave `evaluation` out.")
-    write_report(folder, {**artifact.report, "evaluation": describe_evaluation(evaluation, name)})
+    write_metrics(folder, {**artifact.report, "evaluation": describe_evaluation(evaluation, name)})
     return read_artifact(folder)
 
 
