@@ -73,7 +73,9 @@ def make(row: str, seed: int, source, target, args) -> Path | None:
     partial.rename(folder)
     if isinstance(result, peft_cast.TranslationResult):
         setting.FIGURES.mkdir(parents=True, exist_ok=True)
-        metrics = {name: part for name, part in result.metrics.items() if name != "report"}  # that is a page of its own
+        metrics = {
+            name: part for name, part in result.metrics.items() if name != "report"
+        }  # that is a page of its own
         report = {"metrics": metrics, "history": result.history, "diagnosis": result.diagnosis()}
         report["environment"] = peft_cast.environment.environment()
         run = f"run_{folder.parent.name}_{folder.name}.json"

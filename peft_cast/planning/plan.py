@@ -135,13 +135,14 @@ def plan(
     """Tell what `translate` with these arguments will take, without loading the models.
 
     One batch of every phase runs through the package's own code on tensors that have shapes and no memory (PyTorch's
-    `FakeTensorMode`); operations and bytes are counted and multiplied. Texts are taken to be as long as `tokens` says.
+    `FakeTensorMode`); operations and bytes are counted and multiplied.
 
     Args:
         source, target: Hub ids or folders with a `config.json`, or configurations. `None` takes the source from the adapter.
         adapter: The LoRA: hub id or folder; only this small file is read.
         device: A name in `peft_cast.planning.DEVICES`, a `Device`, or `None` for this machine, whose rates are measured.
-        tokens (`int`, *optional*): Tokens of a text in either model; `max_length`, the most, when not given.
+        tokens (`int`, *optional*): Tokens of a text of the refinement in either model; `max_length`, the most, when not
+            given. Texts of the closed form are taken to have as many as that in any case.
         aligned (`float`): Share of the positions at which both tokenizers have a boundary.
         dtype (`torch.dtype`, *optional*): Of the models; bfloat16 for named devices, what is fast here otherwise.
         Everything else as in `translate`.
@@ -180,7 +181,7 @@ def plan(
             vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (source, target))
             with read.model.disable_adapter(), model.disable_adapter():
                 passes, moments, kept = _closed_form(
-                    source, target, _batch(min(batch_size, -(-fit_samples // 2)), length, aligned), vocabulary, kernels, modules
+                    source, target, _batch(min(batch_size, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, modules
                 )  # fmt: skip
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             goal, step, check = _refinement(read.model, model, batch_size, length, aligned, vocabulary, settings)
@@ -213,7 +214,7 @@ def plan(
     files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
     assumed = {
         "tokens": length, "aligned": aligned, "vocabulary": vocabulary, "steps": steps, "batch_size": batch_size,
-        "fit_samples": fit_samples, "dtype": str(dtype),
+        "fit_samples": fit_samples, "fit_tokens": max_length, "dtype": str(dtype),
     }  # fmt: skip
     lora = sum(len(kernel.A) * (kernel.A.shape[1] + kernel.B.shape[0]) for kernel in kernels.values())
     return Plan(device, weights, {"trained": trained, "source_lora": lora}, files, phases, assumed)
