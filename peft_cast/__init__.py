@@ -5,6 +5,7 @@ from .bridge import Bridge, fit_bridge
 from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
 from .fold import FoldedLora, to_lora
 from .result import TranslationResult
+from .run import NotSavedError
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
 from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear, Rows
@@ -27,6 +28,7 @@ __all__ = [
     "KernelSpec",
     "Linear",
     "Mixture",
+    "NotSavedError",
     "Rows",
     "SelfWritten",
     "TranslationResult",

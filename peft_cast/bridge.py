@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import ModuleMap, align_texts
+from .files import complete_folder, write_json
 from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
 from .models import LoraKernel, default_device, load_model, skeleton
@@ -170,8 +171,9 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             "source": vars(self.source), "target": vars(self.target), "layers": self.modules.layers,
             "unmapped": self.modules.reasons, "found": self.modules.found, "metrics": self.metrics,
         }  # fmt: skip
-        save_closed_form(self.maps, save_directory / WEIGHTS_NAME)
-        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        with complete_folder(save_directory, key=CONFIG_NAME) as partial:
+            save_closed_form(self.maps, partial / WEIGHTS_NAME)
+            write_json(config, partial / CONFIG_NAME)
 
     @classmethod
     def _from_pretrained(

@@ -12,10 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from .files import complete_folder, write_tensors
 from .models import load_on_skeleton, read_adapter_config, skeleton
 from .tuner import CastConfig, CastLayer
 from .tuner.merging import check_foldable
@@ -38,12 +38,9 @@ class FoldedLora:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write an ordinary LoRA folder: `PeftModel.from_pretrained`, vLLM and others load it."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{SAFETENSORS_WEIGHTS_NAME}.partial"
-        save_file(self.weights, partial, metadata={"format": "pt"})
-        partial.replace(folder / SAFETENSORS_WEIGHTS_NAME)
-        self.config.save_pretrained(str(folder))
+        with complete_folder(folder) as partial:
+            write_tensors(self.weights, partial / SAFETENSORS_WEIGHTS_NAME, format="pt")
+            self.config.save_pretrained(str(partial))
 
     def __str__(self) -> str:
         cut = [error for error in self.errors.values() if error]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from peft import PeftModel
 
 from .align import ModuleMap
 from .diagnosis import diagnose, list_not_carried
+from .files import complete_folder, write_json
 from .tuner import CastConfig
 
 
@@ -45,7 +47,8 @@ class TranslationResult:
             which the LoRA changes the source's predictions there; `source`: the adapter's `type`, the largest `rank` of its
             kernels, `converted` (relative error of each module's kernel that approximates another kind of adapter) and
             `not_carried` (what of the adapter no kernel expresses, by module); `closed_form`: held-out R² per target module; `phases`:
-            seconds and peak memory; `parameters`; `alignment`: among others `routes`, the map used, a line for each role, and `unmapped`, the modules
+            seconds and peak memory; `parameters`; `refinement`: the steps
+            taken, why it `stopped` early if it did, the batch size and gradient accumulation used; `alignment`: among others `routes`, the map used, a line for each role, and `unmapped`, the modules
             without a place and why; `text`; `settings`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
@@ -54,22 +57,28 @@ class TranslationResult:
 
     model: PeftModel
     metrics: dict[str, Any]
-    history: list[dict[str, float]]
+    history: Sequence[dict[str, float]]
     module_map: ModuleMap
     adapter_name: str = "default"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a README that says how to load it.
 
-        As in PEFT, an adapter of another name than "default" goes to a subfolder of its name.
+        As in PEFT, an adapter of another name than "default" goes to a subfolder of its name. The files appear together,
+        once all are written.
+
+        Raises:
+            OSError: If they cannot be written, with what was there before intact.
         """
-        folder = Path(folder)
-        self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
-        if isinstance(self.model.peft_config[self.adapter_name], CastConfig):
-            self._add_usage(folder / "README.md")
-        folder = folder if self.adapter_name == "default" else folder / self.adapter_name
-        report = {"metrics": self.metrics, "history": self.history}
-        (folder / "cast_metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        card = Path(folder, "README.md")
+        with complete_folder(folder) as partial:
+            if card.exists():  # PEFT keeps what one wrote into it
+                shutil.copy(card, partial / card.name)
+            self.model.save_pretrained(partial, selected_adapters=[self.adapter_name])
+            if isinstance(self.model.peft_config[self.adapter_name], CastConfig):
+                self._add_usage(partial / card.name)
+            own = partial if self.adapter_name == "default" else partial / self.adapter_name
+            write_json({"metrics": self.metrics, "history": self.history}, own / "cast_metrics.json")
 
     def _add_usage(self, card: Path) -> None:
         config = self.model.peft_config[self.adapter_name]
@@ -80,7 +89,9 @@ class TranslationResult:
             source=config.source_model_name_or_path,
             revision=revision,
         )
-        card.write_text(card.read_text(encoding="utf-8") + usage, encoding="utf-8")
+        text = card.read_text(encoding="utf-8")
+        if usage not in text:
+            card.write_text(text + usage, encoding="utf-8")
 
     def diagnosis(self) -> list[str]:
         """What limits this translation and what to do about it, a sentence each; empty when nothing stands out."""
