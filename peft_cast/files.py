@@ -100,7 +100,7 @@ def optional(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        warnings.warn(f"{what} could not be kept ({error}): the run goes on, but cannot take it up again if it stops.")
+        warnings.warn(f"{what} could not be kept ({error}): the run goes on, and a resumed one makes it anew.")
 
 
 def remove_partial(folder: Path) -> None:

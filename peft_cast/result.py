@@ -90,7 +90,7 @@ class TranslationResult:
             revision=revision,
         )
         text = card.read_text(encoding="utf-8")
-        if usage not in text:
+        if usage.strip() not in text:
             card.write_text(text + usage, encoding="utf-8")
 
     def diagnosis(self) -> list[str]:

@@ -88,8 +88,8 @@ class Run:
                 "pass `resume_from_checkpoint=True`, or catch this error and call `error.result.save_pretrained(...)`.",
                 result,
             ) from error
-        with optional("That the run is finished"):
-            write_json({**_read_json(self.folder / "run.json"), "finished": True}, self.folder / "run.json")
+        with optional("The note that the run is finished"):
+            write_json({**(_read_json(self.folder / "run.json") or {}), "finished": True}, self.folder / "run.json")
         for file in _work(self.folder).glob("predictions_*"):
             file.unlink(missing_ok=True)
 
@@ -133,12 +133,15 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
     if not resume and run and not run["finished"] and (last or (_work(folder) / "texts.json").exists()):
         raise ValueError(
             f"'{folder}' holds a run that was stopped: pass `resume_from_checkpoint=True` to go on with it, or another "
-            "`output_dir`."
+            "`output_dir` (or delete this one)."
         )
 
 
 def open_run(
-    output_dir: str | Path | None, cache_dir: str | Path | None, resume: bool, begun_with: Mapping[str, Any]
+    output_dir: str | Path | None,
+    cache_dir: str | Path | None,
+    resume: bool,
+    describe: Callable[[], Mapping[str, Any]],
 ) -> Run:
     """Begin a run in a folder, or go on with the one there.
 
@@ -146,7 +149,7 @@ def open_run(
         output_dir: The folder; nothing is kept when `None`.
         cache_dir: Where closed form and predictions are kept instead.
         resume (`bool`): Go on with the run in the folder, if there is one.
-        begun_with: What decides the result, see `described`.
+        describe: Gives what decides the result, see `described`.
 
     Raises:
         ValueError: If the run to go on with was begun with something else.
@@ -155,7 +158,7 @@ def open_run(
     if output_dir is None:
         return Run(cache=cache_dir)
     folder = Path(output_dir)
-    file, begun_with = folder / "run.json", json.loads(json.dumps(begun_with))
+    file, begun_with = folder / "run.json", describe()
     known = _read_json(file) if resume else None
     if known is not None:
         names = [name for name in begun_with if known["begun_with"].get(name) != begun_with[name]]

@@ -186,7 +186,8 @@ def translate(
                     dtype=dtype,
                 )  # fmt: skip
             )
-        run = open_run(output_dir, cache_dir, resume_from_checkpoint, described({**arguments, "bridge": bridge}, pair))
+        describe = partial(described, {**arguments, "bridge": bridge}, pair)
+        run = open_run(output_dir, cache_dir, resume_from_checkpoint, describe)
         stack.enter_context(run.advising())
         with phases.measure("text"):
             read = partial(

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..files import PARTIAL
+from ..files import PARTIAL, optional, replacing
 from .watch import FILE as WATCH
 from .watch import REMEDY, Watch, put_back
 
@@ -58,9 +58,6 @@ class _Boundary(TrainerCallback):
 
     def __init__(self) -> None:
         self.whole, self.random = False, None
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        state.train_batch_size = args.per_device_train_batch_size  # a checkpoint with larger batches brought its own
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.whole = False
@@ -150,6 +147,12 @@ class CheckpointedTrainer(Trainer):
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return
+            if (
+                state.train_batch_size != self.args.per_device_train_batch_size
+            ):  # memory ran out; Trainer takes its own
+                state.train_batch_size = self.args.per_device_train_batch_size
+                with optional("The smaller batch size"), replacing(checkpoint / STATE) as partial:
+                    state.save_to_json(str(partial))
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except FloatingPointError as error:
