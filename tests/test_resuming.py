@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -42,6 +43,15 @@ def translate(source_folder, lora_folder, target_folder):
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def plain(source_folder, lora_folder, target_folder, tmp_path_factory):
+    """The folder of an undisturbed run with a checkpoint of every step, and its result."""
+    folder, often = tmp_path_factory.mktemp("plain"), {"training_args": {"save_steps": 1, "save_total_limit": 20}}
+    return folder, peft_cast.translate(
+        source_folder, lora_folder, target_folder, output_dir=folder, **{**OPTIONS, **often}
+    )
 
 
 def at_step(patch, step, error, every=False):
@@ -117,12 +127,12 @@ def test_ctrl_c_gives_the_models_back(source_folder, lora_folder, target_folder,
     assert before == [[type(module) for module in model.modules()] for model in (source, target)]
 
 
-def test_a_finished_run_resumed_is_the_same_and_leaves_no_predictions(translate, tmp_path, monkeypatch):
-    first = translate(tmp_path)
-    before = adapter(tmp_path)
+def test_a_finished_run_resumed_is_the_same_and_leaves_no_predictions(translate, plain, tmp_path, monkeypatch):
+    shutil.copytree(plain[0], tmp_path, dirs_exist_ok=True)
     begun = at_step(monkeypatch, None, None)
     again = translate(tmp_path, resume_from_checkpoint=True)
-    assert not begun and same(before, adapter(tmp_path)) and again.metrics["kl"] == first.metrics["kl"]
+    assert not begun and same(adapter(plain[0]), adapter(tmp_path))
+    assert again.metrics["kl"] == plain[1].metrics["kl"]
     assert (tmp_path / "README.md").read_text().count("## Use\n") == 1
     assert not list((tmp_path / "work").glob("predictions_*"))
 
@@ -179,15 +189,14 @@ def test_what_cannot_be_resumed_is_one_clear_error(translate, tmp_path, monkeypa
         translate(tmp_path, resume_from_checkpoint=True)
 
 
-def test_a_new_run_takes_nothing_from_the_finished_one_before(translate, tmp_path, monkeypatch):
+def test_a_new_run_takes_nothing_from_the_finished_one_before(translate, plain, tmp_path, monkeypatch):
     translate(tmp_path, steps=STEPS + 4, text=c4_texts(30))
     with monkeypatch.context() as patch:  # a kill before the first checkpoint
         patch.setattr(TRANSLATE, "install", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             translate(tmp_path)
     translate(tmp_path, resume_from_checkpoint=True)
-    translate(tmp_path / "alone")
-    assert same(adapter(tmp_path), adapter(tmp_path / "alone"))
+    assert same(adapter(tmp_path), adapter(plain[0]))
 
 
 def test_several_adapters_cannot_be_resumed(source_folder, target_folder, lora_folder, tmp_path):
@@ -257,8 +266,7 @@ def full_disk(patch, where):
     patch.setattr("peft.peft_model.safe_save_file", check(sys.modules["peft.peft_model"].safe_save_file, 1))
 
 
-def test_a_full_disk_costs_the_caches_and_checkpoints_only(translate, tmp_path, monkeypatch):
-    alone = translate()
+def test_a_full_disk_costs_the_caches_and_checkpoints_only(translate, plain, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         full_disk(patch, "work/|checkpoint-")
         with pytest.warns(UserWarning) as raised:
@@ -266,7 +274,7 @@ def test_a_full_disk_costs_the_caches_and_checkpoints_only(translate, tmp_path, 
     said = [str(w.message) for w in raised if "No space left" in str(w.message)]
     for what, times in (("The text", 1), ("The closed form", 1), ("predictions", 1), ("checkpoint of step", 3)):
         assert sum(what in sentence for sentence in said) == times, said
-    assert result.metrics["kl"] == pytest.approx(alone.metrics["kl"]) and adapter(tmp_path)
+    assert result.metrics["kl"] == pytest.approx(plain[1].metrics["kl"]) and adapter(tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
@@ -287,8 +295,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(translate, t
         translate(tmp_path / "file" / "folder")
 
 
-def test_a_nan_ends_the_refinement_with_the_best_projections_so_far(translate, tmp_path, monkeypatch):
-    translate(tmp_path / "whole", training_args={"save_steps": 1, "save_total_limit": 20})
+def test_a_nan_ends_the_refinement_with_the_best_projections_so_far(translate, plain, tmp_path, monkeypatch):
     at_step(
         monkeypatch, 6, lambda self, _: raising(FloatingPointError("The loss became nan at step 7."))(), every=True
     )
@@ -298,12 +305,12 @@ def test_a_nan_ends_the_refinement_with_the_best_projections_so_far(translate, t
     kls = [entry["kl"] for entry in result.history if "kl" in entry]
     assert kls[best - 1] == min(kls) and result.metrics["refinement"]["steps"] == 6
     assert any("became nan" in sentence for sentence in result.diagnosis())
-    assert same(adapter(tmp_path / "nan"), adapter(tmp_path / "whole" / "checkpoints" / f"checkpoint-{best}"))
+    assert same(adapter(tmp_path / "nan"), adapter(plain[0] / "checkpoints" / f"checkpoint-{best}"))
     assert all(tensor.isfinite().all() for tensor in adapter(tmp_path / "nan").values())
     # a resumed run knows the best of before
     with pytest.warns(UserWarning, match="became nan"):
         translate(tmp_path / "nan", resume_from_checkpoint=True)
-    assert same(adapter(tmp_path / "nan"), adapter(tmp_path / "whole" / "checkpoints" / f"checkpoint-{best}"))
+    assert same(adapter(tmp_path / "nan"), adapter(plain[0] / "checkpoints" / f"checkpoint-{best}"))
 
 
 def test_a_nan_in_the_first_step_is_an_error(translate, monkeypatch):
@@ -365,8 +372,9 @@ def out_of_memory(self, inputs):
 
 
 @pytest.mark.parametrize("step", [0, 4])
-def test_where_memory_runs_out_the_batches_get_smaller_and_no_step_is_lost(step, translate, monkeypatch, tmp_path):
-    plain = translate()
+def test_where_memory_runs_out_the_batches_get_smaller_and_no_step_is_lost(
+    step, translate, plain, monkeypatch, tmp_path
+):
     sizes, loss = [], CastTrainer.compute_loss
 
     def small_memory(self, model, inputs, *args, **kwargs):
@@ -381,7 +389,7 @@ def test_where_memory_runs_out_the_batches_get_smaller_and_no_step_is_lost(step,
     used = result.metrics["refinement"]
     assert (used["batch_size"], used["gradient_accumulation_steps"], used["steps"]) == (2, 2, STEPS)
     assert sizes == [(s, 4) for s in range(step + 1)] + [(s, 2) for s in range(step, STEPS) for _ in range(2)]
-    assert result.metrics["kl"]["translated"] == pytest.approx(plain.metrics["kl"]["translated"], rel=0.05)
+    assert result.metrics["kl"]["translated"] == pytest.approx(plain[1].metrics["kl"]["translated"], rel=0.05)
     assert read_state(last_checkpoint(tmp_path / "out" / "checkpoints")).train_batch_size == 2
 
 
