@@ -17,10 +17,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..files import PARTIAL, optional, replacing
 from .watch import FILE as WATCH
-from .watch import REMEDY, Watch, put_back
+from .watch import Watch, put_back
 
 
 ADAPTER, STATE = "adapter_model.safetensors", "trainer_state.json"
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # a full disk, says Python, torch or safetensors
 PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
@@ -107,11 +108,7 @@ class CheckpointedTrainer(Trainer):
                 if place.exists():
                     shutil.rmtree(place)
                 written.replace(place)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # the latter two: a full disk, says torch or safetensors
+        except UNWRITABLE as error:
             warnings.warn(
                 f"The checkpoint of step {self.state.global_step} could not be written to '{folder}' ({error}): the "
                 "training goes on without it."
@@ -119,7 +116,8 @@ class CheckpointedTrainer(Trainer):
             return
         finally:
             self._writing = None
-        self.last_saved = place
+        if is_whole(place):  # not with `save_only_model`
+            self.last_saved = place
         others = [path for path in checkpoints(folder) if path != place]
         if self.args.save_total_limit:
             for old in others[: max(0, len(others) - self.args.save_total_limit + 1)]:
@@ -147,22 +145,21 @@ class CheckpointedTrainer(Trainer):
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return
-            if (
-                state.train_batch_size != self.args.per_device_train_batch_size
-            ):  # memory ran out; Trainer takes its own
-                state.train_batch_size = self.args.per_device_train_batch_size
+            size = self.args.per_device_train_batch_size
+            if state.train_batch_size != size:  # memory ran out; Trainer would take the old size from here
+                state.train_batch_size = size
                 with optional("The smaller batch size"), replacing(checkpoint / STATE) as partial:
                     state.save_to_json(str(partial))
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except FloatingPointError as error:
-            if not self.watch.best:
-                raise FloatingPointError(f"{error} {REMEDY}") from error
             self.watch.stop(str(error))
         except BaseException:
             self.save_last_step()
             raise
         if self.watch.stopped:
+            if not self.watch.best:
+                raise FloatingPointError(self.watch.stopped)
             put_back(self.model, self.watch.best)
             self.model.zero_grad()
             warnings.warn(self.watch.stopped)

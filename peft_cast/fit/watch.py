@@ -83,7 +83,8 @@ class Watch(TrainerCallback):
 
     def stop(self, why: str) -> None:
         """Note why the training ends early."""
-        self.stopped = f"{why} The projections of step {self.best_step}, the best so far, were kept. {REMEDY}"
+        kept = f" The projections of step {self.best_step}, the best so far, were kept." if self.best else ""
+        self.stopped = f"{why}{kept} {REMEDY}"
 
     def save(self, folder: Path) -> None:
         """Write what a resumed training must know; at a step's end."""
