@@ -2,9 +2,9 @@
 
     python tests/killed.py FOLDER --kills 20 --seed 0
 
-A moment is a call of a module, or something done to a file of the output folder (while models are loaded, to any file);
-they are numbered within each phase, so that short ones are hit as often as long ones. The phase "writing" is every writing of tensors, stopped with half of the
-file on the disk. One line of JSON for each kill.
+A moment is a call of a module, or something done to a file of the output folder (while models are loaded, to their
+files); they are numbered within each phase, so that short ones are hit as often as long ones. The phase "writing" is every
+writing of tensors, stopped with half of the file on the disk. One line of JSON for each kill.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from peft_cast.phases import Phases
 from peft_cast.run import Run
 
 
-PHASES = ("load", "text", "closed_form", "evaluate", "refine", "checkpoint", "save", "writing")
+PHASES = ("refine", "checkpoint", "writing", "save", "text", "closed_form", "evaluate", "load")
 FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
 
@@ -73,8 +73,9 @@ class Moments:
         def on_event(event: str, args: tuple) -> None:
             if event not in FILE_EVENTS or not args:
                 return
-            writes = str(args[0]).startswith(self.folder) and (event != "open" or "r" not in str(args[1]))
-            if writes or self.phase == "load":
+            path, reads = str(args[0]), event == "open" and "r" in str(args[1])
+            is_model = self.phase == "load" and path.startswith(os.path.dirname(self.folder))
+            if is_model or (path.startswith(self.folder) and not reads):
                 self.die_at()
 
         sys.addaudithook(on_event)
@@ -155,9 +156,8 @@ def main() -> None:
     whole = options.folder / "whole"
     assert run(whole, None, arguments, resume=False) == 0
     expected, counts = outcome(whole), json.loads(whole.with_suffix(".json").read_text())
-    phases = draw.sample(PHASES, len(PHASES))
     for i in range(options.kills):
-        phase = phases[i % len(phases)]
+        phase = PHASES[i % len(PHASES)]
         moment = draw.randint(1, counts[phase])
         folder = options.folder / f"killed{i}"
         killed = run(folder, (phase, moment), arguments, resume=False)
