@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import ModuleMap, align_texts
+from .files import complete_folder, write_json
 from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
 from .models import LoraKernel, default_device, load_model, skeleton
@@ -206,9 +207,9 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
 
     def _save(self, folder: Path) -> Path:
         """Save all but the card and return where."""
-        save_closed_form(self.maps, folder / BRIDGE_WEIGHTS_NAME)
-        config = json.dumps(self._config(), indent=1) + "\n"
-        (folder / BRIDGE_CONFIG_NAME).write_text(config, encoding="utf-8")
+        with complete_folder(folder, key=BRIDGE_CONFIG_NAME) as partial:
+            save_closed_form(self.maps, partial / BRIDGE_WEIGHTS_NAME)
+            write_json(self._config(), partial / BRIDGE_CONFIG_NAME)
         return folder
 
     def _config(self) -> dict[str, Any]:

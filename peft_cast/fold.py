@@ -16,12 +16,12 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors.torch import save_file
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from .files import write_tensors
 from .models import load_on_skeleton, read_adapter_config, skeleton
-from .sharing import METRICS_NAME, add_card, push_saved, write_metrics
+from .sharing import METRICS_NAME, add_card, push_saved, replacing_folder, write_metrics
 from .tuner import CastConfig, CastLayer
 from .tuner.merging import check_foldable
 
@@ -63,7 +63,8 @@ class FoldedLora:
         Raises:
             ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
         """
-        add_card(self._save(Path(folder)), evaluation, evaluated_as)
+        with replacing_folder(folder) as partial:
+            add_card(self._save(partial), evaluation, evaluated_as)
 
     def push_to_hub(
         self,
@@ -84,10 +85,7 @@ class FoldedLora:
         )  # fmt: skip
 
     def _save(self, folder: Path) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{SAFETENSORS_WEIGHTS_NAME}.partial"
-        save_file(self.weights, partial, metadata={"format": "pt"})
-        partial.replace(folder / SAFETENSORS_WEIGHTS_NAME)
+        write_tensors(self.weights, folder / SAFETENSORS_WEIGHTS_NAME, format="pt")
         self.config.save_pretrained(str(folder))
         folded = {"rank": self.config.r, "errors": self.errors, "origin": self.origin}
         # Scores of the CAST adapter are not those of a LoRA that lost something.

@@ -201,6 +201,25 @@ def untouched(*models: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the context the model has no dropout, and draws no random numbers for it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the context torch draws from the seed; the random state of before is put back after."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def moved(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Within the context the model is on `device`; models spread over devices or quantised stay where they are."""
     home = model.device

@@ -27,6 +27,7 @@ from .align import (
     monotone_map,
     shared_vocabulary,
 )
+from .files import optional
 from .fit import (
     ClosedForm,
     TeacherMemory,
@@ -223,7 +224,10 @@ def fitted(
         pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, progress=progress, **options
     )
     if file is not None:
-        save_closed_form(fit, file)
+        with optional("The closed form"):
+            save_closed_form(fit, file)
+            # As a later run will read it: another order of the numbers in memory shows in the last digits.
+            return load_closed_form(file)
     return fit
 
 

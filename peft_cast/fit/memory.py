@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..align import AlignedPair
+from ..files import optional, write_tensors
 from .losses import LikeliestKL, rows_at_once
 
 
@@ -73,7 +74,8 @@ class TeacherMemory:
     Args:
         k (`int`): How many of the likeliest tokens are kept at each position.
         temperature (`float`): The temperature of the predictions.
-        folder: Where they are kept between runs too, one safetensors file per text; only in memory when `None`.
+        folder: Where they are kept between runs too; only in memory when `None`. What is made at once is one file: a
+            batch's padding shows in the last digits, so that a run that takes them up again must find all of it or nothing.
         identity (`str`): What else decides the predictions (models, adapter, vocabulary); part of the files' names.
         limit (`int`): The most bytes kept in memory; what does not fit is made anew (or read from `folder`) each time.
     """
@@ -86,8 +88,10 @@ class TeacherMemory:
         identity: str = "",
         limit: int = 2**31,
     ) -> None:
-        self.k, self.temperature, self.identity, self.limit = k, temperature, identity, limit
+        self.k, self.temperature, self.limit = k, temperature, limit
+        self.prefix = f"predictions_{_digest(f'{identity} {k} {temperature}')}"
         self.folder = Path(folder) if folder is not None else None
+        self.files = self._look() if folder is not None else {}
         self.kept: dict[tuple[str, AlignedPair], Likeliest] = {}
         self.bytes = 0
 
@@ -111,11 +115,12 @@ class TeacherMemory:
         absent = [pair for pair, known in found.items() if known is None]
         if absent:
             made = Likeliest.of(make(absent), self.k, self.temperature).to(torch.device("cpu"))
-            for pair, part in zip(absent, made.split([sizes[pair] for pair in absent])):
-                found[pair] = part
+            parts = dict(zip(absent, made.split([sizes[pair] for pair in absent])))
+            found.update(parts)
+            for pair, part in parts.items():
                 self._keep(role, pair, part)
-                if self.folder is not None:
-                    self._write(self._file(role, pair), part)
+            if self.folder is not None:
+                self._write({_key(role, pair): part for pair, part in parts.items()})
         return Likeliest.cat([found[pair] for pair in pairs])
 
     def _keep(self, role: str, pair: AlignedPair, part: Likeliest) -> None:
@@ -125,25 +130,41 @@ class TeacherMemory:
             self.bytes += size
 
     def _find(self, role: str, pair: AlignedPair) -> Likeliest | None:
-        if (role, pair) in self.kept or self.folder is None:
+        key = _key(role, pair) if self.files else None
+        if (role, pair) in self.kept or key not in self.files:
             return self.kept.get((role, pair))
         try:
-            part = Likeliest(**load_file(self._file(role, pair)))
-        except (OSError, SafetensorError, TypeError):  # not there, or no file of ours: made anew
+            with safe_open(self.files[key], framework="pt") as saved:
+                part = Likeliest(saved.get_tensor(f"{key}.tokens"), saved.get_tensor(f"{key}.log_p"))
+        except (OSError, SafetensorError):  # gone or broken since: made anew
             return None
         self._keep(role, pair, part)
         return part
 
-    def _file(self, role: str, pair: AlignedPair) -> Path:
-        key = f"{self.identity} {self.k} {self.temperature} {role} {pair}"
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    def _look(self) -> dict[str, Path]:
+        """The files of the folder by the texts in them."""
+        files = {}
+        for file in sorted(self.folder.glob(f"{self.prefix}_*.safetensors")):
+            with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as saved:  # broken: made anew
+                files |= {name.partition(".")[0]: file for name in saved.keys()}
+        return files
 
-    @staticmethod
-    def _write(file: Path, part: Likeliest) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"tokens": part.tokens, "log_p": part.log_p}, partial)
-        partial.replace(file)  # a killed run leaves whole files only
+    def _write(self, parts: Mapping[str, Likeliest]) -> None:
+        tensors = {f"{key}.{name}": getattr(part, name) for key, part in parts.items() for name in ("tokens", "log_p")}
+        file = self.folder / f"{self.prefix}_{_digest(str(list(parts)))}.safetensors"
+        with optional("The teacher's predictions"):
+            write_tensors(tensors, file)
+            self.files |= dict.fromkeys(parts, file)
+            return
+        self.folder = None  # one warning is enough, and so is one attempt
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _key(role: str, pair: AlignedPair) -> str:
+    return _digest(f"{role} {pair}")
 
 
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:

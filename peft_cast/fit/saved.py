@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..files import write_tensors
 from .closed_form import ClosedForm, KernelFit
 
 
@@ -35,10 +35,7 @@ def save_closed_form(fit: ClosedForm, file: Path) -> None:
         for name, fits in fit.kernels.items()
     }  # fmt: skip
     metadata = {"kernels": kernels, "hidden_r2": fit.hidden_r2, "positions": fit.positions}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"peft_cast": json.dumps(metadata)})
-    partial.replace(file)
+    write_tensors(tensors, file, peft_cast=json.dumps(metadata))
 
 
 def load_closed_form(file: Path) -> ClosedForm:
