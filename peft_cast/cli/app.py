@@ -121,7 +121,8 @@ def translate_command(
     config: Config = None,
     settings: Set = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in the output folder that was stopped, if there is one.")
+        bool,
+        typer.Option("--resume", help="Go on with the run in the output folder that was stopped, if there is one."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     quiet: Quiet = False,
@@ -146,7 +147,9 @@ def translate_command(
         if dry_run:
             return _print(planned.as_dict(), "", as_json)
         err.print(f"Translating {adapter} to {target}, into {output}\n")
-    result = translate(*models, progress=not quiet, **{"output_dir": output, "resume_from_checkpoint": resume, **arguments})
+    result = translate(
+        *models, progress=not quiet, **{"output_dir": output, "resume_from_checkpoint": resume, **arguments}
+    )
     _print(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
         f"{result}\nSaved in {output}; the report is {output / 'report.html'}",
