@@ -74,7 +74,7 @@ def elsewhere() -> dict[str, Any]:
     plans = {}
     with tempfile.TemporaryDirectory() as folder:
         lora = make_lora(LLAMA_2_7B, Path(folder))
-        options = {"steps": 1000, "batch_size": 16, "max_length": 512}
+        options = {"steps": 1000, "batch_size": 16, "max_length": 512, "gradient_checkpointing": True}
         for name, target, device in (
             ("Llama-2-7B to Mistral-7B, one H100", MISTRAL_7B, "h100"),
             ("Llama-2-7B to Mistral-7B, one A100", MISTRAL_7B, "a100"),

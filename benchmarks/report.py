@@ -134,6 +134,30 @@ def demo() -> str:
     return "\n".join(lines)
 
 
+def plans() -> str:
+    """The plan beside what was measured, and what it says of models that do not fit here."""
+    found = json.loads((setting.FIGURES / "plan.json").read_text(encoding="utf-8"))
+    lines = [
+        "| translation | phase | seconds, planned | measured | memory (MB), planned | measured |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["measured"]:
+        run = row["run"].removeprefix("run_").removesuffix("_all_CAST_seed0").replace("_", ", ")
+        numbers = (row[key] for key in ("planned_seconds", "seconds", "planned_mb", "mb"))
+        lines.append(f"| {run} | {row['phase']} | " + " | ".join(f"{number:.0f}" for number in numbers) + " |")
+    lines += [
+        "",
+        "| plan | steps | closed form | refinement | memory (GiB) | groups of layers | fits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, planned in found["elsewhere"].items():
+        minutes = [f"{planned['phases'][phase]['seconds'] / 60:.0f} min" for phase in ("closed_form", "refine")]
+        cells = [str(planned["assumed"]["steps"]), *minutes, f"{planned['memory'] / 2**30:.0f}"]
+        cells += [str(planned["assumed"]["fit_groups"]), "yes" if planned["fits"] else "no"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def put(page: Path, mark: str, end: str, text: str) -> None:
     old = page.read_text(encoding="utf-8")
     new = re.sub(f"{mark}\n.*?{end}", lambda _: f"{mark}\n{text}\n{end}", old, flags=re.DOTALL)
@@ -144,4 +168,6 @@ if __name__ == "__main__":
     results = ROOT / "docs" / "results.md"
     put(results, "<!-- tables -->", "<!-- end tables -->", tables())
     put(results, "<!-- experiments -->", "<!-- end experiments -->", sweeps())
+    if (setting.FIGURES / "plan.json").exists():
+        put(ROOT / "docs" / "planning.md", "<!-- plan -->", "<!-- end plan -->", plans())
     put(ROOT / "README.md", "<!-- figures -->", "<!-- end -->", demo())

@@ -34,14 +34,15 @@ class _Memory(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
         def free(_) -> None:
             self.live -= size
             del self.seen[key]
 
         self.seen[key] = weakref.ref(storage, free)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
 
 
 @dataclass

@@ -100,7 +100,7 @@ class Plan:
         if not self.fits:
             lines.append(
                 f"It does not fit: {_size(self.memory)} are needed and {self.device.name} has {_size(self.device.memory)}. "
-                "Lower `batch_size` or `max_length`, or take a larger device."
+                "Lower `batch_size` or `max_length`, pass `training_args={'gradient_checkpointing': True}`, or take a larger device."
             )
         return "\n".join(lines)
 
@@ -127,6 +127,7 @@ def plan(
     projection_bias: bool = False,
     projection_sharing: str | None = None,
     source_rank: int | float | None = None,
+    gradient_checkpointing: bool = False,
     dtype: torch.dtype | None = None,
     source_revision: str | None = None,
     adapter_revision: str | None = None,
@@ -144,6 +145,8 @@ def plan(
         tokens (`int`, *optional*): Tokens of a text of the refinement in either model; `max_length`, the most, when not
             given. Texts of the closed form are taken to have as many as that in any case.
         aligned (`float`): Share of the positions at which both tokenizers have a boundary.
+        gradient_checkpointing (`bool`): `training_args={"gradient_checkpointing": True}` of `translate`: activations are made a
+            second time instead of kept. The memory planned for it is an upper bound (docs/planning.md).
         dtype (`torch.dtype`, *optional*): Of the models; bfloat16 for named devices, what is fast here otherwise.
         Everything else as in `translate`.
 
@@ -188,6 +191,8 @@ def plan(
                     source, target, _batch(min(batch_size, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, group
                 )  # fmt: skip
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
+            if gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             goal, step, check = _refinement(read.model, model, batch_size, length, aligned, vocabulary, settings)
     texts = steps * batch_size
     # Folded, every module gets the largest rank, as servers want it.
