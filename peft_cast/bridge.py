@@ -21,8 +21,10 @@ from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
 from .models import LoraKernel, default_device, load_model, skeleton
 from .pair import open_pair
+from .safety import check_model_config, one_line, secrets_removed, without_secrets
 from .source import adapted_source, load_source
 from .text import read_corpus
+from .tuner.checks import check_fields, is_name, read_json, shown
 
 
 CONFIG_NAME, WEIGHTS_NAME = "bridge_config.json", "bridge_model.safetensors"
@@ -44,11 +46,23 @@ class Side:
 
     @classmethod
     def of(cls, model: PreTrainedModel, revision: str | None) -> Side:
-        return cls(model.name_or_path, revision, json.loads(model.config.to_json_string(use_diff=False)))
+        return cls(
+            without_secrets(model.name_or_path), revision, json.loads(model.config.to_json_string(use_diff=False))
+        )
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without weights, on the meta device."""
-        model = skeleton(AutoConfig.for_model(**self.config))
+        """The model without weights, on the meta device.
+
+        Raises:
+            ValueError: If the configuration is none of a model.
+        """
+        try:
+            model = skeleton(AutoConfig.for_model(**self.config))
+        except Exception as error:  # the values may come from a file, and lead to anything in a model's code
+            raise ValueError(
+                f"The model '{self.name}' cannot be built from its configuration in the bridge ({one_line(error)}): fit the bridge "
+                "anew, or pass a loaded model."
+            ) from error
         model.name_or_path = self.name
         return model
 
@@ -174,38 +188,89 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision=None,
-        cache_dir=None,
-        force_download=False,
-        local_files_only=False,
-        token=None,
-        **_,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **_: Any,
     ) -> Bridge:
+        """Read a bridge from a folder or the hub; it may be a stranger's, everything in it is checked.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            revision, cache_dir, force_download, local_files_only, token: As in `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            ValueError: If it holds no bridge, or a broken one.
+        """
+        # The mixin's own would read a `config.json` too, which a bridge does not have.
+        folder, named = Path(pretrained_model_name_or_path), f"'{without_secrets(pretrained_model_name_or_path)}'"
         options = {
             "revision": revision, "cache_dir": cache_dir, "force_download": force_download,
             "local_files_only": local_files_only, "token": token,
         }  # fmt: skip
 
         def file(name: str) -> Path:
-            return (
-                Path(model_id, name) if Path(model_id).is_dir() else Path(hf_hub_download(model_id, name, **options))
-            )
+            if folder.is_dir():
+                return folder / name
+            with secrets_removed():
+                return Path(hf_hub_download(str(pretrained_model_name_or_path), name, **options))
 
         try:
-            config = json.loads(file(CONFIG_NAME).read_text(encoding="utf-8"))
-            source, target = Side(**config["source"]), Side(**config["target"])
+            config = read_json(file(CONFIG_NAME))
+            check_fields(_BridgeConfig, config)
+            source, target = (_side(config, which) for which in ("source", "target"))
             layers = {int(s): t for s, t in config["layers"].items()}
+            found = {name: _route(name, route) for name, route in config["found"].items()}
             reasons, metrics = dict(config["unmapped"]), config["metrics"]
-            found = {name: tuple(route) for name, route in config["found"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"'{model_id}' holds no bridge ({CONFIG_NAME} is missing or broken): {error}") from error
-        maps = load_closed_form(file(WEIGHTS_NAME))
+            what = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else without_secrets(error)
+            raise ValueError(
+                f"{named} holds no bridge ({CONFIG_NAME} is missing or broken): {what} Get it again, or fit it anew."
+            ) from error
+        try:
+            maps = load_closed_form(file(WEIGHTS_NAME))
+        except OSError as error:
+            raise ValueError(f"{named} holds no bridge: {WEIGHTS_NAME} is missing. Get it again.") from error
         kernels = {name: [fit.source_module for fit in fits] for name, fits in maps.kernels.items()}
+        if not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):
+            raise ValueError(
+                f"{named} holds no bridge, or one on which a module of the source lands twice: fit it anew."
+            )
         return cls(maps, ModuleMap(kernels, layers, reasons, found), source, target, metrics)
+
+
+@dataclass
+class _BridgeConfig:
+    """The types in `bridge_config.json`."""
+
+    source: dict[str, Any]
+    target: dict[str, Any]
+    layers: dict[str, int]
+    unmapped: dict[str, str]
+    found: dict[str, list[str | None]]
+    metrics: dict[str, Any]
+
+
+def _side(config: Mapping[str, Any], which: str) -> Side:
+    side = config[which]
+    if set(side) != {"name", "revision", "config"} or not isinstance(side["config"], dict):
+        raise ValueError(f"`{which}` must have a name, a revision and a config.")
+    if not is_name(side["name"]) or not (side["revision"] is None or is_name(side["revision"])):
+        raise ValueError(f"`{which}` must have texts as its name and revision.")
+    check_model_config(side["config"], f"the config of its {which}")
+    return Side(**side)
+
+
+def _route(name: str, route: list) -> tuple[str | None, str, str, str]:
+    if len(route) != 4 or not all(isinstance(part, str) for part in route[1:]):
+        raise ValueError(f"`found` of {shown(name)} must hold four texts.")
+    return tuple(route)
 
 
 def _applied(kernel: LoraKernel, maps):

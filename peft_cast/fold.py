@@ -13,10 +13,11 @@ from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .models import load_on_skeleton, read_adapter_config, skeleton
+from .models import load_on_skeleton, skeleton
+from .safety import check_model_config, check_weights, one_line, read_adapter_config, secrets_removed, without_secrets
 from .tuner import CastConfig, CastLayer
 from .tuner.merging import check_foldable
 
@@ -134,14 +135,19 @@ def _load(adapter: str | Path, revision: str | None) -> PeftModel:
         raise ValueError(
             f"'{adapter}' is of type {config.peft_type.value}, not a CAST adapter: there is nothing to fold."
         )
+    check_weights(adapter, config, revision)
+    name = config.base_model_name_or_path
     try:
-        base = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
-    except (OSError, ValueError) as error:
+        with secrets_removed():
+            values, _ = PretrainedConfig.get_config_dict(name, revision=config.revision)
+            check_model_config(values, "its configuration")
+            base = skeleton(AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False))
+    except Exception as error:  # a configuration's values can lead to anything in a model's code
         raise ValueError(
-            f"The configuration of the target model '{config.base_model_name_or_path}' could not be read ({error}): load the "
+            f"The configuration of the target model '{without_secrets(name)}' could not be read ({one_line(error)}): load the "
             "adapter on its model and pass the PeftModel."
         ) from error
-    return load_on_skeleton(skeleton(base), adapter, "default", revision)
+    return load_on_skeleton(base, adapter, "default", revision)
 
 
 def target_modules(factors: Mapping[str, tuple], model: PeftModel) -> list[str]:

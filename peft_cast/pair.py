@@ -19,6 +19,7 @@ from .align import (
     ModuleMap,
     SharedVocabulary,
     align_texts,
+    layer_pairs,
     layer_paths,
     linear_cka,
     linear_layers,
@@ -39,6 +40,7 @@ from .fit import (
 )
 from .fit.batches import ANCHOR_EVERY, side_of
 from .fit.capture import layer_outputs
+from .install import check_shapes
 from .models import (
     LoraKernel,
     default_device,
@@ -200,8 +202,10 @@ def fitted(
         key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}"
         file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         try:
-            return load_closed_form(file)
-        except (FileNotFoundError, ValueError):  # not there, or broken: fitted anew
+            fit = load_closed_form(file)
+            if _belongs_to(fit, pair, bool(options.get("hidden"))):
+                return fit
+        except (FileNotFoundError, ValueError, KeyError):  # not there, broken, or another pair's: fitted anew
             pass
     fit = fit_closed_form(
         pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, progress=progress, **options
@@ -209,6 +213,18 @@ def fitted(
     if file is not None:
         save_closed_form(fit, file)
     return fit
+
+
+def _belongs_to(fit: ClosedForm, pair: Pair, hidden: bool) -> bool:
+    """Whether a closed form from the cache is one of this pair, whatever its file is called."""
+    check_shapes(pair.target, pair.kernels, fit)
+    widths = [model.config.get_text_config().hidden_size for model in (pair.target, pair.source)]
+    kernels = {name: [f.source_module for f in fits] for name, fits in fit.kernels.items()}
+    return (
+        kernels == pair.modules.kernels
+        and set(fit.hidden_maps) == (set(layer_pairs(pair.modules)) if hidden else set())
+        and all(weight.shape == (widths[0], widths[1] + 1) for weight in fit.hidden_maps.values())
+    )
 
 
 def teacher_memory(pair: Pair, settings: TeacherSettings, folder: str | Path | None) -> TeacherMemory | None:

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..environment import environment
-from ..models import default_device, load_model, load_tokenizer, moved, read_adapter_config, unload_adapters, untouched
+from ..models import default_device, load_model, load_tokenizer, moved, unload_adapters, untouched
 from ..result import TranslationResult
+from ..safety import check_weights, read_adapter_config, without_secrets
 from ..text import read_corpus
 from .drift import drift
 from .rows import BASE, Evaluation, Measurement
@@ -84,7 +85,7 @@ def evaluate(
             "adapter off first (`result.model.unload()`)."
         )
     settings = {
-        "target": str(model.name_or_path),
+        "target": without_secrets(model.name_or_path),
         "dtype": str(model.dtype).removeprefix("torch."),
         "tasks": [_describe(task) for task in tasks],
         "drift_documents": len(texts),
@@ -157,7 +158,9 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
         if adapter is None:
             yield model
             return
-        if getattr(read_adapter_config(adapter), "bias", "none") != "none":
+        config = read_adapter_config(adapter)
+        check_weights(adapter, config, model=model)
+        if getattr(config, "bias", "none") != "none":
             raise ValueError(
                 f"The adapter '{adapter}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
                 "a copy of the target."

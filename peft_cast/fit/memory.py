@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..align import AlignedPair
+from ..tuner.checks import TensorInfo, read_header
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class TeacherMemory:
             make: Logits (positions, vocabulary) of some texts one after another.
         """
         sizes = dict(zip(pairs, counts))
-        found = {pair: self._find(role, pair) for pair in sizes}
+        found = {pair: self._find(role, pair, count) for pair, count in sizes.items()}
         absent = [pair for pair, known in found.items() if known is None]
         if absent:
             made = Likeliest.of(make(absent), self.k, self.temperature).to(torch.device("cpu"))
@@ -127,12 +128,17 @@ class TeacherMemory:
             self.kept[role, pair] = part
             self.bytes += size
 
-    def _find(self, role: str, pair: AlignedPair) -> Likeliest | None:
+    def _find(self, role: str, pair: AlignedPair, count: int) -> Likeliest | None:
         if (role, pair) in self.kept or self.folder is None:
             return self.kept.get((role, pair))
+        file = self._file(role, pair)
         try:
-            part = Likeliest(**load_file(self._file(role, pair)))
-        except (OSError, SafetensorError, TypeError):  # not there, or no file of ours: made anew
+            if not _is_likeliest(read_header(file), count, self.k):
+                return None
+            part = Likeliest(**load_file(file))
+        except (OSError, SafetensorError, ValueError):  # not there, or no file of ours: made anew
+            return None
+        if part.tokens.min() < 0 or torch.isnan(part.log_p).any():
             return None
         self._keep(role, pair, part)
         return part
@@ -147,6 +153,15 @@ class TeacherMemory:
         partial = file.with_suffix(".partial")
         save_file({"tokens": part.tokens, "log_p": part.log_p}, partial)
         partial.replace(file)  # a killed run leaves whole files only
+
+
+def _is_likeliest(header: Mapping[str, TensorInfo], count: int, k: int) -> bool:
+    """Whether a file in the folder holds predictions at `count` positions: it is not always ours."""
+    if set(header) != {"tokens", "log_p"} or len(header["tokens"].shape) != 2:
+        return False
+    kept = header["tokens"].shape[1]
+    wanted = {"tokens": TensorInfo("I32", (count, kept)), "log_p": TensorInfo("F16", (count, kept + 1))}
+    return 1 <= kept <= k and header == wanted
 
 
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:
