@@ -229,7 +229,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             found = {name: _route(name, route) for name, route in config["found"].items()}
             reasons, metrics = dict(config["unmapped"]), config["metrics"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else without_secrets(error)
+            what = f"`{error.args[0]}` is missing." if isinstance(error, KeyError) else one_line(error)
             raise ValueError(
                 f"{named} holds no bridge ({CONFIG_NAME} is missing or broken): {what} Get it again, or fit it anew."
             ) from error

@@ -147,7 +147,15 @@ def _load(adapter: str | Path, revision: str | None) -> PeftModel:
             f"The configuration of the target model '{without_secrets(name)}' could not be read ({one_line(error)}): load the "
             "adapter on its model and pass the PeftModel."
         ) from error
-    return load_on_skeleton(base, adapter, "default", revision)
+    try:
+        return load_on_skeleton(base, adapter, "default", revision)
+    except MemoryError:
+        raise
+    except Exception as error:  # PEFT raises whatever a wrong configuration leads to
+        raise ValueError(
+            f"The adapter '{without_secrets(adapter)}' does not fit its model '{without_secrets(name)}' ({one_line(error)}): get "
+            "both again."
+        ) from error
 
 
 def target_modules(factors: Mapping[str, tuple], model: PeftModel) -> list[str]:

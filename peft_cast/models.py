@@ -128,6 +128,8 @@ def load_on_skeleton(
     peft_model = PeftModel.from_pretrained(model, str(adapter), adapter_name=adapter_name, revision=revision)
     # PEFT put the adapter where its base is, on the meta device.
     weights = load_peft_weights(str(adapter), device="cpu", **({"revision": revision} if revision else {}))
+    # A file may mix precisions, which PEFT would bring to that of its base.
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     state = type(peft_model.base_model)._remap_adapter_state_dict_for_load(
         model=peft_model, config=peft_model.peft_config[adapter_name], adapter_name=adapter_name, state_dict=weights
     )

@@ -113,7 +113,7 @@ def check_adapter_values(values: Mapping[str, Any]) -> None:
         if values.get(name):
             raise ValueError(f"`{name}` makes PEFT import a module that the file names: set it to null.")
     for name in ("rank_pattern", "alpha_pattern"):
-        if name in values and values[name] is None:
+        if name in values and values[name] is None and config_class is LoraConfig:
             raise ValueError(f"`{name}` must be an object, got null.")
 
 
@@ -236,8 +236,8 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of a message; of errors that say nothing to a user, their kind."""
+    """The first line of a message. Errors from the depths (`AttributeError`) say nothing to a user; they stay the cause."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not line:
-        line = f"its values do not make sense together ({type(error).__name__}: {line})."
+        line = f"its settings do not make sense together, {type(error).__name__}"
     return line if line.endswith((".", "!", "?")) else f"{line}."

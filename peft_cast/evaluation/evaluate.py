@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..environment import environment
 from ..models import default_device, load_model, load_tokenizer, moved, unload_adapters, untouched
 from ..result import TranslationResult
-from ..safety import check_weights, read_adapter_config, without_secrets
+from ..safety import check_weights, one_line, read_adapter_config, without_secrets
 from ..text import read_corpus
 from .drift import drift
 from .rows import BASE, Evaluation, Measurement
@@ -168,9 +168,11 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
         try:
             try:
                 adapted = PeftModel.from_pretrained(model, str(adapter))
-            except (OSError, ValueError, RuntimeError) as error:
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:  # PEFT raises whatever a wrong configuration leads to
                 raise ValueError(
-                    f"The adapter '{adapter}' could not be loaded on '{model.name_or_path}': {error}"
+                    f"The adapter '{adapter}' could not be loaded on '{model.name_or_path}': {one_line(error)}"
                 ) from error
             yield adapted.eval()
         finally:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..safety import one_line
 from ..tuner.checks import FLOATS, check_finite, check_number, is_name, read_header, shown
 from .closed_form import ClosedForm, KernelFit
 
@@ -81,7 +82,9 @@ def load_closed_form(file: Path) -> ClosedForm:
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"'{file}' holds no closed form, or is broken: delete it and fit again. ({error})") from error
+        raise ValueError(
+            f"'{file}' holds no closed form, or is broken: delete it and fit again. ({one_line(error)})"
+        ) from error
 
 
 def _finite(name: str, value: Any) -> float:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..models import load_model, load_on_skeleton, unload_adapters
 from ..safety import check_weights, one_line, read_adapter_config, without_secrets
+from ..tuner.checks import TensorInfo
 from .kernels import SourceAdapter, check_rank, read_adapter
 
 
@@ -84,7 +85,7 @@ def adapted_source(
     kept = {name: parameters[name].detach().clone() for name in names}
     lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
     try:
-        model = _load(source, adapter, config, revision, parameters, shapes)
+        model = _load(source, adapter, config, revision, parameters, header)
         changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
         if changed:
             model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
@@ -103,14 +104,14 @@ def _load(
     config: PeftConfig,
     revision: str | None,
     own: Mapping[str, nn.Parameter],
-    shapes: Mapping[str, tuple[int, ...]],
+    header: Mapping[str, TensorInfo],
 ) -> PeftModel:
     try:
         if source.device.type == "meta":
             model = load_on_skeleton(source, adapter, _NAME, revision)
         else:
             model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_NAME, revision=revision)
-        _check_same_keys(model, own, shapes)
+        _check_same_keys(model, own, header)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
@@ -205,15 +206,14 @@ def _base_name(key: str) -> str:
     return key.replace(".base_layer.", ".")
 
 
-def _check_same_keys(model: PeftModel, own: Mapping[str, nn.Parameter], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_same_keys(model: PeftModel, own: Mapping[str, nn.Parameter], header: Mapping[str, TensorInfo]) -> None:
     """PEFT ignores weights in the file that the model has no place for; here they mean the wrong model."""
-    state = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
-    in_model = {key.removeprefix(_PREFIX) for key in state}
-    in_file = {key for key in shapes if key in in_model or _base_name(key) not in own}
+    in_model = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
+    in_file = {key for key in header if key in in_model or _base_name(key.removeprefix(_PREFIX)) not in own}
     if in_file != in_model:
         odd = sorted(in_file ^ in_model)
         where = "file, not in the model" if odd[0] in in_file else "model, not in the file"
-        raise ValueError(f"'{odd[0]}' is in the {where}; {len(odd)} such tensors")
+        raise ValueError(f"'{odd[0][:200]}' is in the {where}; {len(odd)} such tensors")
 
 
 def _first_line(error: Exception) -> str:

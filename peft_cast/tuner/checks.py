@@ -46,15 +46,17 @@ def read_json(file: str | Path) -> dict[str, Any]:
     """
     file = Path(file)
     if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{file.name} has {file.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are read.")
+        raise ValueError(
+            f"'{file}' has {file.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are read: it is no configuration."
+        )
     try:
         found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except RecursionError:
-        raise ValueError(f"{file.name} is nested too deeply.") from None
+        raise ValueError(f"'{file}' is nested too deeply: get it again.") from None
     except ValueError as error:
-        raise ValueError(f"{file.name} is no JSON ({error}).") from None
+        raise ValueError(f"'{file}' is no JSON ({error}): get it again.") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{file.name} holds a {type(found).__name__} instead of an object.")
+        raise ValueError(f"'{file}' holds no object, but {shown(found)}: get it again.")
     return found
 
 
@@ -84,8 +86,10 @@ def check_fields(config_class: type, values: Mapping[str, Any]) -> None:
         if not _fits(value, hint):
             raise ValueError(f"`{field.name}` must be {_in_words(hint)}, got {shown(value)}.")
         if name := _odd_text(value):
-            raise ValueError(f"`{field.name}` has a name that is too long or has control characters: {shown(name)}.")
-        check_ranks(field.name, value)
+            raise ValueError(
+                f"`{field.name}` has a name that is too long or has control characters, {shown(name)}: rename it."
+            )
+        check_ranks(field.name, value, least=0 if field.default == 0 else 1)  # OFT's may be 0
     for name in values:
         if name in _REGEXES and isinstance(values[name], str):
             check_patterns([values[name]], f"`{name}`")
@@ -95,13 +99,13 @@ def check_fields(config_class: type, values: Mapping[str, Any]) -> None:
             check_patterns(values[name], f"`{name}`", behind=True)
 
 
-def check_ranks(name: str, value: Any) -> None:
+def check_ranks(name: str, value: Any, least: int = 1) -> None:
     """
     Raises:
         ValueError: If `value` is no sensible rank although `name` is that of one, or of ranks or alphas by module.
     """
     if name in ("r", "init_r", "target_r", "projection_size") and value is not None:
-        check_number(f"`{name}`", value, 1, MAX_RANK, whole=True)
+        check_number(f"`{name}`", value, least, MAX_RANK, whole=True)
     elif name == "rank_pattern" and isinstance(value, dict):
         for module, rank in value.items():
             if not isinstance(rank, list):  # AdaLoRA's masks
@@ -192,18 +196,18 @@ def read_header(file: str | Path) -> dict[str, TensorInfo]:
     with file.open("rb") as start:
         declared = int.from_bytes(start.read(8), "little")
     if size < 8 or declared > min(size - 8, MAX_HEADER_BYTES):
-        raise ValueError(f"{file.name} is no safetensors file, or cut off: its header has {declared} of {size} bytes.")
+        raise ValueError(
+            f"'{file}' is no safetensors file, or cut off: its header has {declared} of {size} bytes: get it again."
+        )
     try:
         with safe_open(file, framework="pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}
             header = {name: TensorInfo(str(s.get_dtype()), tuple(s.get_shape())) for name, s in parts.items()}
     except (SafetensorError, ValueError, OverflowError) as error:
-        raise ValueError(f"{file.name} is broken ({error}).") from None
+        raise ValueError(f"'{file}' is broken ({error}): get it again.") from None
     for name in header:
         if not is_name(name):
-            raise ValueError(
-                f"{file.name} has a tensor whose name is too long or has control characters: {shown(name)}."
-            )
+            raise ValueError(f"'{file}' has a tensor whose name is too long or has control characters: {shown(name)}.")
     return header
 
 

@@ -258,6 +258,10 @@ class CastConfig(PeftConfig):
             wanted.update({(module, i): spec for i, spec in enumerate(specs)})
         if not wanted:
             raise ValueError(f"The weights of this CAST adapter hold no kernel at all: {_AGAIN}.")
+        if self.modules_to_save and not any(f".{m}." in name for m in self.modules_to_save for name in header):
+            raise ValueError(
+                f"The weights of this CAST adapter lack `modules_to_save`, {self.modules_to_save}: {_AGAIN}."
+            )
         for (module, i), spec in wanted.items():
             r, ins, outs = (spec.r, spec.in_features, spec.out_features) if spec else (self.r, None, None)
             size = self.projection_size or r
