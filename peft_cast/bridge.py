@@ -168,7 +168,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             closed_form, modules = self.closed_form(read.kernels)
             config = cast_config(
                 read.kernels, modules,
-                source_model_name_or_path=self.source.name, source_model_revision=self.source.revision,
+                source_model_name_or_path=without_secrets(self.source.name), source_model_revision=self.source.revision,
                 source_adapter_name_or_path=adapter_name_of(adapter), source_adapter_revision=adapter_revision,
             )  # fmt: skip
             model = install(
@@ -185,7 +185,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             "unmapped": self.modules.reasons, "found": self.modules.found, "metrics": self.metrics,
         }  # fmt: skip
         save_closed_form(self.maps, save_directory / WEIGHTS_NAME)
-        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        text = without_secrets(json.dumps(config, indent=1))
+        (save_directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(

@@ -133,7 +133,7 @@ def _load(adapter: str | Path, revision: str | None) -> PeftModel:
     config = read_adapter_config(adapter, revision)
     if not isinstance(config, CastConfig):
         raise ValueError(
-            f"'{adapter}' is of type {config.peft_type.value}, not a CAST adapter: there is nothing to fold."
+            f"'{without_secrets(adapter)}' is of type {config.peft_type.value}, not a CAST adapter: there is nothing to fold."
         )
     check_weights(adapter, config, revision)
     name = config.base_model_name_or_path

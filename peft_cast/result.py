@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from .align import ModuleMap
 from .diagnosis import diagnose, list_not_carried
+from .safety import without_secrets
 from .tuner import CastConfig
 
 
@@ -69,7 +70,9 @@ class TranslationResult:
             self._add_usage(folder / "README.md")
         folder = folder if self.adapter_name == "default" else folder / self.adapter_name
         report = {"metrics": self.metrics, "history": self.history}
-        (folder / "cast_metrics.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (folder / "cast_metrics.json").write_text(
+            without_secrets(json.dumps(report, indent=1)) + "\n", encoding="utf-8"
+        )
 
     def _add_usage(self, card: Path) -> None:
         config = self.model.peft_config[self.adapter_name]
@@ -80,7 +83,7 @@ class TranslationResult:
             source=config.source_model_name_or_path,
             revision=revision,
         )
-        card.write_text(card.read_text(encoding="utf-8") + usage, encoding="utf-8")
+        card.write_text(card.read_text(encoding="utf-8") + without_secrets(usage), encoding="utf-8")
 
     def diagnosis(self) -> list[str]:
         """What limits this translation and what to do about it, a sentence each; empty when nothing stands out."""

@@ -30,7 +30,7 @@ from .tuner.quantized import linear_size
 
 MAX_LAYERS = 2048  # of a model that is built from a configuration in a file
 _COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|experts?|blocks?|stages?)|depths?", re.IGNORECASE)
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9_-]{8,}|\bapi_org_[A-Za-z0-9_-]{8,}")
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 # Settings with which PEFT would import a module that the file names.

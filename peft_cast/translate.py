@@ -22,6 +22,7 @@ from .models import count_parameters, shared_head, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .result import TranslationResult
+from .safety import without_secrets
 from .several import translate_several
 
 
@@ -202,7 +203,7 @@ def translate(
         }  # fmt: skip
         config = cast_config(
             pair.kernels, pair.modules, **shape,
-            source_model_name_or_path=pair.source.name_or_path, source_model_revision=source_revision,
+            source_model_name_or_path=without_secrets(pair.source.name_or_path), source_model_revision=source_revision,
             source_adapter_name_or_path=adapter_name_of(adapter), source_adapter_revision=adapter_revision,
         )  # fmt: skip
         try:

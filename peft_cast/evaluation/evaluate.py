@@ -162,7 +162,7 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
         check_weights(adapter, config, model=model)
         if getattr(config, "bias", "none") != "none":
             raise ValueError(
-                f"The adapter '{adapter}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
+                f"The adapter '{without_secrets(adapter)}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
                 "a copy of the target."
             )
         try:
@@ -172,7 +172,8 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
                 raise
             except Exception as error:  # PEFT raises whatever a wrong configuration leads to
                 raise ValueError(
-                    f"The adapter '{adapter}' could not be loaded on '{model.name_or_path}': {one_line(error)}"
+                    f"The adapter '{without_secrets(adapter)}' could not be loaded on "
+                    f"'{without_secrets(model.name_or_path)}': {one_line(error)}"
                 ) from error
             yield adapted.eval()
         finally:
@@ -249,5 +250,6 @@ class _Known:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         known = {key: dataclasses.asdict(scores) for key, scores in self.found.items()}
-        partial.write_text(json.dumps({**evaluation.to_dict(), "known": known}, indent=1) + "\n", encoding="utf-8")
+        text = without_secrets(json.dumps({**evaluation.to_dict(), "known": known}, indent=1))
+        partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(self.path)

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ..safety import without_secrets
+
 
 BASE = "base"
 
@@ -129,7 +131,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(without_secrets(json.dumps(self.to_dict(), indent=1)) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:

@@ -116,8 +116,10 @@ def _load(
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
         raise ValueError(
-            f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; it was trained on "
-            f"'{config.base_model_name_or_path}'. ({_first_line(error)})"
+            without_secrets(
+                f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; it was trained on "
+                f"'{config.base_model_name_or_path}'. ({_first_line(error)})"
+            )
         ) from error
     return model
 
@@ -195,7 +197,7 @@ def _check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapp
         shape = shapes.get(f"{name}.weight") or shapes.get(f"{name}.base_layer.weight")
         if shape and shape[0] != part.weight.shape[0]:
             raise ValueError(
-                f"The adapter '{adapter}' was trained with a vocabulary of {shape[0]} tokens and the source model has "
+                f"The adapter '{without_secrets(adapter)}' was trained with a vocabulary of {shape[0]} tokens and the source model has "
                 f"{part.weight.shape[0]}: load the model, call `resize_token_embeddings({shape[0]})` and pass it with the "
                 "adapter's tokenizer as `source_tokenizer`."
             )

@@ -89,7 +89,9 @@ def check_fields(config_class: type, values: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"`{field.name}` has a name that is too long or has control characters, {shown(name)}: rename it."
             )
-        check_ranks(field.name, value, least=0 if field.default == 0 else 1)  # OFT's may be 0
+        check_ranks(
+            field.name, value, least=0 if field.default == 0 else 1, masks=config_class.__name__ == "AdaLoraConfig"
+        )
     for name in values:
         if name in _REGEXES and isinstance(values[name], str):
             check_patterns([values[name]], f"`{name}`")
@@ -99,16 +101,23 @@ def check_fields(config_class: type, values: Mapping[str, Any]) -> None:
             check_patterns(values[name], f"`{name}`", behind=True)
 
 
-def check_ranks(name: str, value: Any, least: int = 1) -> None:
-    """
+def check_ranks(name: str, value: Any, least: int = 1, masks: bool = False) -> None:
+    """Check a field that holds a rank, or ranks or alphas by module; others are left alone.
+
+    Args:
+        name (`str`): The field.
+        value: What it holds.
+        least (`int`): The least rank: OFT says 0 for "unset".
+        masks (`bool`): Whether ranks by module may be lists, as AdaLoRA keeps them.
+
     Raises:
-        ValueError: If `value` is no sensible rank although `name` is that of one, or of ranks or alphas by module.
+        ValueError: If it is no sensible rank.
     """
     if name in ("r", "init_r", "target_r", "projection_size") and value is not None:
         check_number(f"`{name}`", value, least, MAX_RANK, whole=True)
     elif name == "rank_pattern" and isinstance(value, dict):
         for module, rank in value.items():
-            if not isinstance(rank, list):  # AdaLoRA's masks
+            if not (masks and isinstance(rank, list)):
                 check_number(f"`{name}` of '{module[:80]}'", rank, 1, MAX_RANK, whole=True)
     elif name == "alpha_pattern" and isinstance(value, dict):
         for module, alpha in value.items():

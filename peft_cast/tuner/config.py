@@ -258,7 +258,8 @@ class CastConfig(PeftConfig):
             wanted.update({(module, i): spec for i, spec in enumerate(specs)})
         if not wanted:
             raise ValueError(f"The weights of this CAST adapter hold no kernel at all: {_AGAIN}.")
-        if self.modules_to_save and not any(f".{m}." in name for m in self.modules_to_save for name in header):
+        others = [name for name in header if not _KERNEL.fullmatch(name)]
+        if self.modules_to_save and not any(f".{m}." in name for m in self.modules_to_save for name in others):
             raise ValueError(
                 f"The weights of this CAST adapter lack `modules_to_save`, {self.modules_to_save}: {_AGAIN}."
             )
