@@ -28,6 +28,7 @@ _MOST_REPEATS = 1000
 _REPEATS = tuple(
     getattr(ops, name) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if hasattr(ops, name)
 )
+_BRANCHES = frozenset("*+?{|(")
 _ASSERTIONS = (ops.ASSERT, ops.ASSERT_NOT)
 _ONE_CHARACTER = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
 
@@ -53,6 +54,9 @@ def check_patterns(patterns: Iterable[str], where: str, behind: bool = False) ->
     for pattern in patterns:
         shown = pattern if len(pattern) <= 80 else f"{pattern[:80]}..."
         try:
+            if not _BRANCHES & set(pattern):  # a name, the usual case
+                parser.parse(pattern)
+                continue
             work.follow(parser.parse(pattern), [1] * (NAME_LENGTH + 1) if behind else [1] + [0] * NAME_LENGTH)
         except (re.error, RecursionError, OverflowError) as error:
             reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is none ({error})"
