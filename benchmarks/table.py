@@ -73,7 +73,10 @@ def make(row: str, seed: int, source, target, args) -> Path | None:
     partial.rename(folder)
     if isinstance(result, peft_cast.TranslationResult):
         setting.FIGURES.mkdir(parents=True, exist_ok=True)
-        report = {"metrics": result.metrics, "history": result.history, "diagnosis": result.diagnosis()}
+        metrics = {
+            name: part for name, part in result.metrics.items() if name != "report"
+        }  # that is a page of its own
+        report = {"metrics": metrics, "history": result.history, "diagnosis": result.diagnosis()}
         report["environment"] = peft_cast.environment.environment()
         run = f"run_{folder.parent.name}_{folder.name}.json"
         (setting.FIGURES / run).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

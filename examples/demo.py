@@ -79,7 +79,7 @@ def main() -> int:
     print(sample(*(written(evaluation, name) for name in ("base", "translated"))))
     report = {
         "scores": scores,
-        "translation": result.metrics,
+        "translation": {name: part for name, part in result.metrics.items() if name != "report"},
         "phases": phases.costs,
         "seed": args.seed,
         "settings": {"steps": args.steps, "problems": args.problems, "generate": args.generate},

@@ -4,7 +4,10 @@ from . import baselines
 from .bridge import Bridge, fit_bridge
 from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
 from .fold import FoldedLora, to_lora
+from .planning import Plan, plan
+from .report import write_report
 from .result import TranslationResult
+from .sharing import push
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
 from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear, Rows
@@ -27,12 +30,16 @@ __all__ = [
     "KernelSpec",
     "Linear",
     "Mixture",
+    "Plan",
     "Rows",
     "SelfWritten",
     "TranslationResult",
     "baselines",
     "evaluate",
     "fit_bridge",
+    "plan",
+    "push",
     "to_lora",
     "translate",
+    "write_report",
 ]

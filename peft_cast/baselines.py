@@ -191,7 +191,7 @@ def distill_lora(
             model = get_peft_model(pair.target, config).eval()
             ids = pair.vocabulary
             with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
-                kl, history = imitate(
+                kl, history, excitement = imitate(
                     model, Teacher(pair.adapted, settings, memory=memory), TrainingTexts(texts.train, texts.anchors),
                     texts.held_out, batch_size, phases, steps=steps, learning_rate=learning_rate, relative_steps=False, seed=seed,
                     output_dir=output_dir, training_args=training_args, progress=progress,
@@ -204,7 +204,7 @@ def distill_lora(
         config.inference_mode = True
     metrics = {
         "kl": {"target": kl["target"], "translated": kl["end"]},
-        "excitement": kl["excitement"],
+        "excitement": float(torch.cat(excitement).mean()),
         "parameters": {
             "trained": trained,
             "source_lora": count_parameters(pair.kernels),

@@ -5,72 +5,44 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import ModuleMap, align_texts
+from .bridge_config import Side, read_bridge_config
 from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
-from .models import LoraKernel, default_device, load_model, skeleton
+from .models import LoraKernel, default_device, load_model
 from .pair import open_pair
-from .safety import check_model_config, one_line, secrets_removed, without_secrets
+from .safety import one_line, secrets_removed, without_secrets
+from .sharing import (
+    BRIDGE_CONFIG_NAME,
+    BRIDGE_WEIGHTS_NAME,
+    METRICS_NAME,
+    Artifact,
+    add_card,
+    make_card,
+    push_saved,
+    read_licences,
+)
 from .source import adapted_source, load_source
 from .text import read_corpus
-from .tuner.checks import check_fields, is_name, read_json, shown
-
-
-CONFIG_NAME, WEIGHTS_NAME = "bridge_config.json", "bridge_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two models of a bridge.
-
-    Args:
-        name (`str`): Hub id or path.
-        revision (`str`, *optional*): Its revision.
-        config (`dict`): The model's configuration, with its `model_type`: enough for a skeleton without weights.
-    """
-
-    name: str
-    revision: str | None
-    config: dict[str, Any]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, revision: str | None) -> Side:
-        return cls(
-            without_secrets(model.name_or_path), revision, json.loads(model.config.to_json_string(use_diff=False))
-        )
-
-    def skeleton(self) -> PreTrainedModel:
-        """The model without weights, on the meta device.
-
-        Raises:
-            ValueError: If the configuration is none of a model.
-        """
-        try:
-            model = skeleton(AutoConfig.for_model(**self.config))
-        except Exception as error:  # the values may come from a file, and lead to anything in a model's code
-            raise ValueError(
-                f"The model '{self.name}' cannot be built from its configuration in the bridge ({one_line(error)}): fit the bridge "
-                "anew, or pass a loaded model."
-            ) from error
-        model.name_or_path = self.name
-        return model
 
 
 class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
     """The maps between two models, which carry any LoRA of the one over to the other: `A' = A P_in`, `B' = P_out B`.
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` are those of `huggingface_hub.ModelHubMixin`.
+    `save_pretrained` and `from_pretrained` are those of `huggingface_hub.ModelHubMixin`.
 
     Args:
         maps (`ClosedForm`): For every target place and source place that lands on it `P_in` (in_S, in_T) as `A_P_in`
@@ -155,9 +127,36 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Raises:
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
-        self._cast(adapter, self.target.skeleton(), None, gain, None, "default", adapter_revision).save_pretrained(
-            folder
-        )
+        model = self._cast(adapter, self.target.skeleton(), None, gain, None, "default", adapter_revision)
+        model.save_pretrained(folder)
+        (Path(folder) / METRICS_NAME).unlink(missing_ok=True)  # of another adapter that was there before
+        add_card(Path(folder))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        branch: str | None = None,
+        model_card_kwargs: None = None,
+    ) -> CommitInfo:
+        """Publish the bridge with a model card; arguments, result and errors are those of `peft_cast.push`.
+
+        `branch` is what `ModelHubMixin` calls `revision`; its `model_card_kwargs` mean nothing here.
+        """
+        return push_saved(
+            self._save, repo_id, private=private, token=token, revision=revision or branch,
+            commit_message=commit_message, create_pr=create_pr,
+        )  # fmt: skip
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """The card that `save_pretrained` writes."""
+        artifact = Artifact.of_bridge(self._config())
+        return make_card(artifact, read_licences(artifact))
 
     def _cast(self, adapter, target, source, gain, source_rank, adapter_name, adapter_revision) -> PeftModel:
         if source is None and not isinstance(adapter, PeftModel):
@@ -180,13 +179,20 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = {
+        add_card(self._save(save_directory))  # the mixin would keep what there is, a card of another bridge too
+
+    def _save(self, folder: Path) -> Path:
+        """Save all but the card and return where."""
+        save_closed_form(self.maps, folder / BRIDGE_WEIGHTS_NAME)
+        config = without_secrets(json.dumps(self._config(), indent=1)) + "\n"
+        (folder / BRIDGE_CONFIG_NAME).write_text(config, encoding="utf-8")
+        return folder
+
+    def _config(self) -> dict[str, Any]:
+        return {
             "source": vars(self.source), "target": vars(self.target), "layers": self.modules.layers,
             "unmapped": self.modules.reasons, "found": self.modules.found, "metrics": self.metrics,
         }  # fmt: skip
-        save_closed_form(self.maps, save_directory / WEIGHTS_NAME)
-        text = without_secrets(json.dumps(config, indent=1))
-        (save_directory / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -223,55 +229,23 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
                 return Path(hf_hub_download(str(pretrained_model_name_or_path), name, **options))
 
         try:
-            config = read_json(file(CONFIG_NAME))
-            check_fields(_BridgeConfig, config)
-            source, target = (_side(config, which) for which in ("source", "target"))
-            layers = {int(s): t for s, t in config["layers"].items()}
-            found = {name: _route(name, route) for name, route in config["found"].items()}
-            reasons, metrics = dict(config["unmapped"]), config["metrics"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what = f"`{error.args[0]}` is missing." if isinstance(error, KeyError) else one_line(error)
-            raise ValueError(
-                f"{named} holds no bridge ({CONFIG_NAME} is missing or broken): {what} Get it again, or fit it anew."
-            ) from error
-        try:
-            maps = load_closed_form(file(WEIGHTS_NAME))
+            (source, target), modules, metrics = read_bridge_config(file(BRIDGE_CONFIG_NAME))
+            maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME))
+        except (EntryNotFoundError, FileNotFoundError, ValueError) as error:
+            if isinstance(error, (LocalEntryNotFoundError, HFValidationError)):
+                raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {_PASS}") from error
+            raise ValueError(f"{named} holds no bridge, or a broken one: {one_line(error)} {_PASS}") from error
         except OSError as error:
-            raise ValueError(f"{named} holds no bridge: {WEIGHTS_NAME} is missing. Get it again.") from error
+            raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {_PASS}") from error
         kernels = {name: [fit.source_module for fit in fits] for name, fits in maps.kernels.items()}
         if not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):
             raise ValueError(
                 f"{named} holds no bridge, or one on which a module of the source lands twice: fit it anew."
             )
-        return cls(maps, ModuleMap(kernels, layers, reasons, found), source, target, metrics)
+        return cls(maps, replace(modules, kernels=kernels), source, target, metrics)
 
 
-@dataclass
-class _BridgeConfig:
-    """The types in `bridge_config.json`."""
-
-    source: dict[str, Any]
-    target: dict[str, Any]
-    layers: dict[str, int]
-    unmapped: dict[str, str]
-    found: dict[str, list[str | None]]
-    metrics: dict[str, Any]
-
-
-def _side(config: Mapping[str, Any], which: str) -> Side:
-    side = config[which]
-    if set(side) != {"name", "revision", "config"} or not isinstance(side["config"], dict):
-        raise ValueError(f"`{which}` must have a name, a revision and a config.")
-    if not is_name(side["name"]) or not (side["revision"] is None or is_name(side["revision"])):
-        raise ValueError(f"`{which}` must have texts as its name and revision.")
-    check_model_config(side["config"], f"the config of its {which}")
-    return Side(**side)
-
-
-def _route(name: str, route: list) -> tuple[str | None, str, str, str]:
-    if len(route) != 4 or not all(isinstance(part, str) for part in route[1:]):
-        raise ValueError(f"`found` of {shown(name)} must hold four texts.")
-    return tuple(route)
+_PASS = "Pass a folder or hub id of one."
 
 
 def _applied(kernel: LoraKernel, maps):
@@ -344,7 +318,11 @@ def fit_bridge(
             batch_size=batch_size, ridge=ridge, hidden=False, progress=partial(bar, desc="fitting bridge"),
         )  # fmt: skip
         sides = Side.of(pair.source, source_revision), Side.of(pair.target, target_revision)
-    metrics = {"texts": len(texts), "positions": maps.positions, "ridge": ridge, "max_length": max_length}
+    fits = [fit for group in maps.kernels.values() for fit in group]
+    metrics = {
+        "texts": len(texts), "positions": maps.positions, "ridge": ridge, "max_length": max_length,
+        "r2_in": mean(fit.r2_in for fit in fits), "r2_out": mean(fit.r2_out for fit in fits),
+    }  # fmt: skip
     return Bridge(_rounded(maps), pair.modules, *sides, metrics)
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import CommitInfo, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -18,8 +21,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .models import load_on_skeleton, skeleton
 from .safety import check_model_config, check_weights, one_line, read_adapter_config, secrets_removed, without_secrets
+from .sharing import METRICS_NAME, add_card, push_saved, write_metrics
 from .tuner import CastConfig, CastLayer
+from .tuner.checks import read_json
 from .tuner.merging import check_foldable
+
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -31,20 +40,61 @@ class FoldedLora:
         weights (`dict[str, torch.Tensor]`): By the keys of an adapter file: `….lora_A.weight` (r, in_T) and
             `….lora_B.weight` (out_T, r).
         errors (`dict[str, float]`): For each module `‖ΔW − B A‖ / ‖ΔW‖` in the Frobenius norm; 0.0 where nothing was cut.
+        origin (`dict[str, str]`): The fields of the CAST adapter's configuration that name its source model and adapter.
+        report (`dict`): What the `cast_metrics.json` of the CAST adapter holds; empty if it has none.
     """
 
     config: LoraConfig
     weights: dict[str, torch.Tensor]
     errors: dict[str, float]
+    origin: Mapping[str, str | None] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write an ordinary LoRA folder: `PeftModel.from_pretrained`, vLLM and others load it."""
-        folder = Path(folder)
+    def save_pretrained(
+        self, folder: str | Path, *, evaluation: Evaluation | None = None, evaluated_as: str | None = None
+    ) -> None:
+        """Write an ordinary LoRA folder, which `PeftModel.from_pretrained`, vLLM and others load, with a model card.
+
+        `cast_metrics.json` says what it was folded from, and with which errors.
+
+        Args:
+            folder: Where.
+            evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
+
+        Raises:
+            ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
+        """
+        add_card(self._save(Path(folder)), evaluation, evaluated_as)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        evaluation: Evaluation | None = None,
+        evaluated_as: str | None = None,
+    ) -> CommitInfo:
+        """Publish the LoRA with a model card; arguments, result and errors are those of `peft_cast.push`."""
+        return push_saved(
+            self._save, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
+            create_pr=create_pr, evaluation=evaluation, evaluated_as=evaluated_as,
+        )  # fmt: skip
+
+    def _save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{SAFETENSORS_WEIGHTS_NAME}.partial"
         save_file(self.weights, partial, metadata={"format": "pt"})
         partial.replace(folder / SAFETENSORS_WEIGHTS_NAME)
         self.config.save_pretrained(str(folder))
+        folded = {"rank": self.config.r, "errors": self.errors, "origin": self.origin}
+        # Scores of the CAST adapter are not those of a LoRA that lost something.
+        kept = {k: v for k, v in self.report.items() if k != "evaluation" or not any(self.errors.values())}
+        write_metrics(folder, {**kept, "folded": folded})
+        return folder
 
     def __str__(self) -> str:
         cut = [error for error in self.errors.values() if error]
@@ -114,7 +164,9 @@ def to_lora(
         ),
     )
     _warn_of_experts(lora, model)
-    return FoldedLora(lora, weights, errors)
+    origin = {key: value for key, value in vars(config).items() if key.startswith("source_")}
+    report = {} if isinstance(adapter, PeftModel) else _read_report(adapter, revision)
+    return FoldedLora(lora, weights, errors, origin, report)
 
 
 def _warn_of_experts(lora: LoraConfig, model: PeftModel) -> None:
@@ -156,6 +208,20 @@ def _load(adapter: str | Path, revision: str | None) -> PeftModel:
             f"The adapter '{without_secrets(adapter)}' does not fit its model '{without_secrets(name)}' ({one_line(error)}): get "
             "both again."
         ) from error
+
+
+def _read_report(adapter: str | Path, revision: str | None) -> dict[str, Any]:
+    """The metrics beside a CAST adapter; one may have none."""
+    try:
+        folder = Path(adapter)
+        file = (
+            folder / METRICS_NAME
+            if folder.is_dir()
+            else hf_hub_download(str(adapter), METRICS_NAME, revision=revision)
+        )
+        return read_json(file)
+    except (OSError, ValueError, EntryNotFoundError):
+        return {}
 
 
 def target_modules(factors: Mapping[str, tuple], model: PeftModel) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -125,8 +126,10 @@ def load_on_skeleton(
     model: PreTrainedModel, adapter: str | Path, adapter_name: str, revision: str | None = None
 ) -> PeftModel:
     """An adapter on a model without weights; the adapter itself has its own, on the CPU."""
-    peft_model = PeftModel.from_pretrained(model, str(adapter), adapter_name=adapter_name, revision=revision)
-    # PEFT put the adapter where its base is, on the meta device.
+    with warnings.catch_warnings():
+        # PEFT puts the adapter where its base is, on the meta device, and torch warns of every tensor.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        peft_model = PeftModel.from_pretrained(model, str(adapter), adapter_name=adapter_name, revision=revision)
     weights = load_peft_weights(str(adapter), device="cpu", **({"revision": revision} if revision else {}))
     # A file may mix precisions, which PEFT would bring to that of its base.
     weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}

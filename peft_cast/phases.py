@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import psutil
 import torch
+
+
+def give_back_memory() -> None:
+    """Give what was freed back to the system: glibc keeps it otherwise, gigabytes after a closed form."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # no glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @dataclass
@@ -43,6 +52,7 @@ class Phases:
         finally:
             done.set()
             watcher.join()
+            give_back_memory()
             cost = {"seconds": round(time.perf_counter() - start, 2), "peak_memory_mb": round(peak[0] / 2**20, 1)}
             if torch.cuda.is_available():
                 cost["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)

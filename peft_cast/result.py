@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import CommitInfo
 from peft import PeftModel
 
 from .align import ModuleMap
 from .diagnosis import diagnose, list_not_carried
-from .safety import without_secrets
+from .report import write_report
+from .sharing import REPORT_NAME, add_card, push_saved, write_json, write_metrics
 from .tuner import CastConfig
 
 
-USAGE = """
-## Use
-
-This is a [CAST](https://arxiv.org/abs/2510.17902) adapter, a LoRA translated from another base model. It needs
-`pip install peft-cast`, and the import below before it is loaded:
-
-```python
-import peft_cast  # registers the CAST adapter type with PEFT
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{target}")
-model = PeftModel.from_pretrained(model, "path or hub id of this adapter")
-```
-
-Translated from the LoRA `{adapter}` of `{source}`{revision}.
-"""
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -47,7 +33,7 @@ class TranslationResult:
             kernels, `converted` (relative error of each module's kernel that approximates another kind of adapter) and
             `not_carried` (what of the adapter no kernel expresses, by module); `closed_form`: held-out R² per target module; `phases`:
             seconds and peak memory; `parameters`; `alignment`: among others `routes`, the map used, a line for each role, and `unmapped`, the modules
-            without a place and why; `text`; `settings`.
+            without a place and why; `text`; `settings`; `report`: what only the report shows, see `report.gather_report`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
         adapter_name (`str`): Its name on the model.
@@ -59,31 +45,54 @@ class TranslationResult:
     module_map: ModuleMap
     adapter_name: str = "default"
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Save an ordinary PEFT adapter folder, with `cast_metrics.json` beside it and a README that says how to load it.
+    def save_pretrained(
+        self, folder: str | Path, *, evaluation: Evaluation | None = None, evaluated_as: str | None = None
+    ) -> None:
+        """Save an ordinary PEFT adapter folder, and beside it `cast_metrics.json`, a model card and the report
+        (`report.html`, `report.md`, see `write_report`).
 
-        As in PEFT, an adapter of another name than "default" goes to a subfolder of its name.
+        As in PEFT, an adapter of another name than "default" goes to a subfolder of its name. The card names the licences
+        of both models and of the source adapter where it finds them; one that you changed is kept (docs/sharing.md).
+
+        Args:
+            folder: Where.
+            evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
+
+        Raises:
+            ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
         """
-        folder = Path(folder)
-        self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
-        if isinstance(self.model.peft_config[self.adapter_name], CastConfig):
-            self._add_usage(folder / "README.md")
-        folder = folder if self.adapter_name == "default" else folder / self.adapter_name
-        report = {"metrics": self.metrics, "history": self.history}
-        (folder / "cast_metrics.json").write_text(
-            without_secrets(json.dumps(report, indent=1)) + "\n", encoding="utf-8"
-        )
+        saved = self._save(Path(folder))
+        if isinstance(self.model.peft_config[self.adapter_name], CastConfig):  # distilled LoRAs keep PEFT's card
+            add_card(saved, evaluation, evaluated_as)
+        # What quotes texts stays in a file of its own, which is never pushed.
+        write_json(saved / REPORT_NAME, self.metrics.get("report", {}))
+        write_report(self, saved, evaluation=evaluation)
 
-    def _add_usage(self, card: Path) -> None:
-        config = self.model.peft_config[self.adapter_name]
-        revision = f" at revision `{config.source_adapter_revision}`" if config.source_adapter_revision else ""
-        usage = USAGE.format(
-            target=config.base_model_name_or_path,
-            adapter=config.source_adapter_name_or_path,
-            source=config.source_model_name_or_path,
-            revision=revision,
-        )
-        card.write_text(card.read_text(encoding="utf-8") + without_secrets(usage), encoding="utf-8")
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        evaluation: Evaluation | None = None,
+        evaluated_as: str | None = None,
+    ) -> CommitInfo:
+        """Publish the adapter, its metrics and a model card; arguments, result and errors are those of `peft_cast.push`."""
+        return push_saved(
+            self._save, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
+            create_pr=create_pr, evaluation=evaluation, evaluated_as=evaluated_as,
+        )  # fmt: skip
+
+    def _save(self, folder: Path) -> Path:
+        """Save adapter and metrics, and return the folder that has them."""
+        self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
+        folder = folder if self.adapter_name == "default" else folder / self.adapter_name
+        metrics = {name: part for name, part in self.metrics.items() if name != "report"}
+        write_metrics(folder, {"metrics": metrics, "history": self.history})
+        return folder
 
     def diagnosis(self) -> list[str]:
         """What limits this translation and what to do about it, a sentence each; empty when nothing stands out."""

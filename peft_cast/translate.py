@@ -21,6 +21,7 @@ from .install import adapter_name_of, cast_config, install
 from .models import count_parameters, shared_head, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
+from .report import gather_report
 from .result import TranslationResult
 from .safety import without_secrets
 from .several import translate_several
@@ -67,6 +68,8 @@ def translate(
     dtype: torch.dtype | None = None,
     output_dir: str | Path | None = None,
     training_args: Mapping[str, Any] | None = None,
+    report_samples: int = 2,
+    report_similarity: bool = True,
     progress: bool = True,
 ) -> TranslationResult | list[TranslationResult]:
     """Translate a LoRA, or another adapter that changes linear layers, from `source` so that it works on `target`.
@@ -137,6 +140,10 @@ def translate(
         output_dir: Where Trainer writes checkpoints and the finished adapter is saved; nothing is written when `None`.
         training_args: Further `transformers.TrainingArguments`, which take precedence (gradient accumulation, bf16,
             logging, save_steps, ...).
+        report_samples (`int`): How many held-out texts the report quotes: so many that the target continues without and
+            with the adapter, and so many of those that excite it most and least. Quotes are saved beside the adapter and
+            never pushed; 0 for none.
+        report_similarity (`bool`): Whether the report compares the layers of the two models.
         progress (`bool`): Show progress bars.
 
     Returns:
@@ -158,6 +165,8 @@ def translate(
         raise ValueError(
             "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
         )
+    if report_samples < 0:
+        raise ValueError(f"`report_samples` must be 0 or more, got {report_samples}.")
     bridge = Bridge.from_pretrained(bridge) if isinstance(bridge, (str, Path)) else bridge
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
@@ -215,11 +224,15 @@ def translate(
             teacher_at_work = Teacher(pair.adapted, settings, hidden, memory)
             ids = pair.vocabulary
             with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
-                kl, history = imitate(
+                kl, history, excitement = imitate(
                     model, teacher_at_work, TrainingTexts(texts.train, texts.anchors), texts.held_out, batch_size,
                     phases, steps=steps, learning_rate=learning_rate, seed=seed, output_dir=output_dir,
                     training_args=training_args, progress=progress,
                 )  # fmt: skip
+            with phases.measure("report"):
+                report = gather_report(
+                    pair, model, texts, excitement, arguments, samples=report_samples, similarity=report_similarity
+                )
         except BaseException:
             unload_adapters(pair.target)
             raise
@@ -228,7 +241,7 @@ def translate(
         config.inference_mode = True
     metrics = {
         "kl": {"target": kl["target"], "closed_form": kl["start"], "translated": kl["end"]},
-        "excitement": kl["excitement"],
+        "excitement": float(torch.cat(excitement).mean()),
         "source": pair.adapter.metrics,
         "parameters": {
             "trained": trained, "source_lora": count_parameters(pair.kernels),
@@ -251,6 +264,7 @@ def translate(
             "learning_rate": learning_rate, "max_length": max_length, "gain": gain, "ridge": ridge, "seed": seed,
             **shape, "rank": config.r,
         },
+        "report": report,
     }  # fmt: skip
     result = TranslationResult(model, metrics, history, pair.modules, adapter_name)
     if output_dir is not None:

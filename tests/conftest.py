@@ -2,7 +2,12 @@
 
 import os
 
+from hub_server import HUB
 
+
+os.environ["HF_ENDPOINT"] = HUB.url  # where the `hub` fixture goes online; everywhere else it is offline
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -14,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -192,6 +198,17 @@ def target_folder(tmp_path_factory, piece_tokenizer):
 def lora_folder(tmp_path_factory, source_folder):
     model = AutoModelForCausalLM.from_pretrained(source_folder)
     return make_lora(model, tmp_path_factory.mktemp("adapters") / "tiny-lora")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """An empty hub on loopback and a client that is online, logged in as "user", with a cache of its own."""
+    HUB.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setenv("HF_TOKEN", "hf_user")
+    return HUB
 
 
 @pytest.fixture(autouse=True)

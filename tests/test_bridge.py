@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import Bridge, fit_bridge
-from peft_cast.bridge import CONFIG_NAME, WEIGHTS_NAME
 from peft_cast.fit.losses import kl_divergence
+from peft_cast.sharing import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
 
 
 INPUTS = torch.randint(3, 300, (4, 30), generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def test_saved_bridges_are_the_same(same, tmp_path):
     # q, k and v read the same: their map is kept once
     attention = again.maps.kernels["model.layers.0.self_attn.q_proj"][0].A_P_in
     assert attention is again.maps.kernels["model.layers.0.self_attn.v_proj"][0].A_P_in
-    assert (tmp_path / "bridge" / WEIGHTS_NAME).exists() and (tmp_path / "bridge" / "README.md").exists()
+    assert (tmp_path / "bridge" / BRIDGE_WEIGHTS_NAME).exists() and (tmp_path / "bridge" / "README.md").exists()
 
 
 def test_models_of_different_families_meet(source_folder, lora_folder, target_folder, tmp_path):
@@ -123,12 +123,12 @@ def test_broken_bridges_are_one_clear_error(same, tmp_path):
     with pytest.raises(ValueError, match="holds no bridge"):
         Bridge.from_pretrained(str(tmp_path))
     bridge.save_pretrained(tmp_path)
-    (tmp_path / WEIGHTS_NAME).write_bytes(b"broken")
+    (tmp_path / BRIDGE_WEIGHTS_NAME).write_bytes(b"broken")
     with pytest.raises(ValueError, match="is broken"):
         Bridge.from_pretrained(str(tmp_path))
-    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    config = json.loads((tmp_path / BRIDGE_CONFIG_NAME).read_text())
     del config["layers"]
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
+    (tmp_path / BRIDGE_CONFIG_NAME).write_text(json.dumps(config))
     with pytest.raises(ValueError, match="holds no bridge"):
         Bridge.from_pretrained(str(tmp_path))
 

@@ -1,71 +1,13 @@
 """Hub ids: the real huggingface_hub client against a small hub on loopback."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import pytest
-
 import peft_cast
-
-
-COMMIT = "a" * 40
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Serves `repos` (id → folder) the way huggingface.co serves files: HEAD and GET of /{id}/resolve/{revision}/{path}."""
-
-    repos: dict[str, str] = {}
-
-    def do_HEAD(self):
-        self.answer()
-
-    def do_GET(self):
-        self.answer()
-
-    def answer(self):
-        parts = self.path.split("?")[0].strip("/").split("/")
-        if parts[0] == "api" and "/".join(parts[2:4]) in self.repos and len(parts) in (4, 6):
-            return self.send(json.dumps({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": []}).encode())
-        if parts[0] == "api" and "tree" in parts:
-            return self.send(b"", 404, {"X-Error-Code": "EntryNotFound"})  # no repository here has folders
-        folder = self.repos.get("/".join(parts[:2]))
-        if folder is None:
-            return self.send(b"", 404, {"X-Error-Code": "RepoNotFound"})
-        if len(parts) < 5 or parts[2] != "resolve" or parts[3] not in ("main", COMMIT):
-            return self.send(b"", 404, {"X-Error-Code": "RevisionNotFound"})
-        path = Path(folder, *parts[4:])
-        if not path.is_file():
-            return self.send(b"", 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        body = path.read_bytes()
-        etag = f'"{hashlib.sha256(body).hexdigest()}"'
-        return self.send(body, 200, {"ETag": etag, "X-Repo-Commit": COMMIT})
-
-    def send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None):
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
 
 
 SCRIPT = """
@@ -126,16 +68,13 @@ def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_
     bridge.source = dataclasses.replace(bridge.source, name="user/source")
     bridge.target = dataclasses.replace(bridge.target, name="user/target")
     bridge.save_pretrained(tmp_path / "bridge")
-    Hub.repos = {
-        "user/bridge": str(tmp_path / "bridge"),
-        "user/pickled": str(pickled),
-        "user/source": source_folder,
-        "user/target": target_folder,
-        "user/lora": str(lora),
-        "user/cast": str(cast),
-    }
+    for name, folder in (
+        ("bridge", tmp_path / "bridge"), ("pickled", pickled), ("source", source_folder), ("target", target_folder),
+        ("lora", lora), ("cast", cast),
+    ):  # fmt: skip
+        hub.add(f"user/{name}", folder)
     environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
-    environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [

@@ -36,6 +36,26 @@ def test_gradients_are_finite_where_the_teacher_is_certain():
     assert torch.isfinite(student.grad).all()
 
 
+@pytest.mark.parametrize(("k", "temperature"), [(8, 1.0), (8, 2.0), (50, 1.0)])
+def test_its_gradient_is_that_of_its_value(k, temperature, monkeypatch):
+    monkeypatch.setattr("peft_cast.fit.losses.rows_at_once", lambda _: 3)  # blocks, the last of them smaller
+    goal = Likeliest.of(3 * torch.randn(7, 50), k, temperature)
+    tokens = goal.tokens.long()
+    p = goal.log_p[:, : 9 if k == 8 else 50].double().exp()
+    student = (3 * torch.randn(7, 50)).double().requires_grad_(True)
+    q = (student / temperature).softmax(-1)
+    at = q.gather(-1, tokens)
+    q = torch.cat([at, 1 - at.sum(-1, keepdim=True)], -1) if k == 8 else at
+    expected = (p * (p / q).log()).sum(-1) * temperature**2
+    weights = torch.rand(7)
+    (expected * weights).sum().backward()
+    mine = student.detach().float().requires_grad_(True)
+    found = goal.kl_divergence(mine, temperature)
+    (found * weights).sum().backward()
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine.grad, student.grad.float(), rtol=1e-3, atol=1e-5)
+
+
 def pair_of_texts(tokenizer, count=3):
     return peft_cast.align.align_texts(c4_texts(count), tokenizer, tokenizer, max_length=40)
 

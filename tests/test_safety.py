@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import peft_cast
 from peft_cast import Bridge, CastConfig, TranslationResult
 from peft_cast.align import linear_layers, map_layers, map_modules, split_place
-from peft_cast.bridge import Side
+from peft_cast.bridge_config import Side
 from peft_cast.evaluation.tasks import Scores
 from peft_cast.fit import ClosedForm, KernelFit, TeacherMemory
 from peft_cast.models import unload_adapters, untouched

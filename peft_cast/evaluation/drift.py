@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from ..fit.losses import rows_at_once
 from .likelihood import by_length
 
 
@@ -49,14 +51,15 @@ def drift(
             base = model(**inputs).logits
         for parameter, flag in flags:  # PEFT has made the adapter trainable, and then its factors are not kept
             parameter.requires_grad = flag
-        for row in range(len(chunk)):  # one text at a time: log-probabilities of a large vocabulary in float32
-            length = int(mask[row].sum())
-            p, q = (logits[row, : length - 1].float().log_softmax(-1) for logits in (base, adapted))
-            next_tokens = rows[row, 1:length, None]
-            divergence += float((p.exp() * (p - q)).sum())
-            loss_base -= float(p.gather(1, next_tokens).sum())
-            loss -= float(q.gather(1, next_tokens).sum())
-            predicted += length - 1
+        at = (mask[:, 1:] * mask[:, :-1]).nonzero(as_tuple=True)  # what has a next token
+        next_tokens = rows[:, 1:][at].unsqueeze(-1)
+        size = rows_at_once(base)
+        for row, position, token in zip(at[0].split(size), at[1].split(size), next_tokens.split(size)):
+            p, q = (z[row, position].float().log_softmax(-1) for z in (base, adapted))
+            divergence += float(F.kl_div(q, p, log_target=True, reduction="sum"))
+            loss_base -= float(p.gather(1, token).sum())
+            loss -= float(q.gather(1, token).sum())
+        predicted += len(next_tokens)
     perplexity = [float(torch.tensor(total / predicted, dtype=torch.float64).exp()) for total in (loss_base, loss)]
     return {
         "drift": divergence / predicted,

@@ -54,6 +54,16 @@ class Row:
     scores: tuple[float, ...]
     lift: tuple[float, ...]
 
+    @property
+    def score_text(self) -> str:
+        """Mean of the runs, with the standard deviation where there are several."""
+        return _with_spread(self.scores)
+
+    @property
+    def lift_text(self) -> str:
+        """Likewise for recovered lift; empty for the untouched target and where there is none."""
+        return _with_spread(self.lift, 2) if self.lift and self.adapter != BASE else ""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -103,6 +113,24 @@ class Evaluation:
             if (row.adapter, row.task) == (adapter, task):
                 return row
         raise KeyError(f"'{adapter}' was not measured on '{task}'.")
+
+    def of(self, adapter: str | None = None) -> list[Row]:
+        """The rows of one adapter, drift included.
+
+        Args:
+            adapter (`str`, *optional*): Its name; not needed if only one is neither the target nor a retrained one.
+
+        Raises:
+            ValueError: If there is no such adapter, or several could be meant.
+        """
+        names = list(dict.fromkeys(m.adapter for m in self.measurements))
+        judged = [name for name in names if name != BASE and name not in self.retrained.values()]
+        if adapter is None and len(judged) == 1:
+            adapter = judged[0]
+        if adapter not in names:
+            wanted = "Several adapters were evaluated" if adapter is None else f"'{adapter}' was not evaluated"
+            raise ValueError(f"{wanted}: name one of {', '.join(names)}.")
+        return [row for row in self.rows if row.adapter == adapter]
 
     def table(self) -> str:
         """A markdown table: adapters down, tasks across, recovered lift in brackets, mean ± spread over runs."""
@@ -177,8 +205,7 @@ class Evaluation:
 def _cell(row: Row | None) -> str:
     if row is None:
         return ""
-    text = _with_spread(row.scores)
-    return f"{text} ({_with_spread(row.lift, 2)})" if row.lift and row.adapter != BASE else text
+    return f"{row.score_text} ({row.lift_text})" if row.lift_text else row.score_text
 
 
 def _with_spread(values: Sequence[float], digits: int = 3) -> str:

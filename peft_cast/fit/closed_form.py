@@ -90,11 +90,11 @@ class _Regressions:
         first: dict[int, str] = {}
         for name in seen:
             # Kernels differ where inputs do not; without them one map serves q, k and v.
-            pointer = source.input(name).data_ptr()
+            pointer = id(source.input(name).untyped_storage())
             self.same_input[name] = name if self.kernels is not None else first.setdefault(pointer, name)
         groups: dict[int, list[str]] = {}
         for name in self.module_map.kernels:
-            groups.setdefault(target.input(name).data_ptr(), []).append(name)
+            groups.setdefault(id(target.input(name).untyped_storage()), []).append(name)
         self.input_groups = list(groups.values())
         for names in self.input_groups:
             columns = [self.same_input[s] for name in names for s in self.module_map.kernels[name]]

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..align import AlignedPair
 from ..tuner.checks import TensorInfo, read_header
+from .losses import LikeliestKL, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,12 @@ class Likeliest:
     @classmethod
     def of(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> Likeliest:
         """The k likeliest of logits (n, vocabulary), at a temperature."""
-        log_p, tokens = (logits.float() / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
-        rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-6).log()
-        return cls(tokens.to(torch.int32), torch.cat([log_p, rest], dim=-1).to(torch.float16))
+        parts = []
+        for rows in logits.split(rows_at_once(logits)):
+            log_p, tokens = (rows.float() / temperature).log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+            rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(1e-6).log()
+            parts.append(cls(tokens.to(torch.int32), torch.cat([log_p, rest], dim=-1).to(torch.float16)))
+        return cls.cat(parts)
 
     @classmethod
     def cat(cls, parts: Sequence[Likeliest]) -> Likeliest:
@@ -59,16 +63,9 @@ class Likeliest:
         Returns:
             `torch.Tensor`: Shape (n,).
         """
-        student = student.float() / temperature
-        tokens, log_p = self.tokens.long(), self.log_p.float()
-        log_q = student.gather(-1, tokens)
-        rest = student.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
-        if tokens.shape[-1] == student.shape[-1]:  # no others: their mass is rounding
-            log_p, log_q = log_p[:, :-1], log_q.log_softmax(-1)
-        else:
-            log_q = torch.cat([log_q, rest], dim=-1)
-            log_q = log_q - log_q.logsumexp(-1, keepdim=True)
-        return (log_p.exp() * (log_p - log_q)).sum(-1) * temperature**2
+        whole = self.tokens.shape[-1] == student.shape[-1]  # no others: their mass is rounding
+        log_p = self.log_p[:, :-1] if whole else self.log_p
+        return LikeliestKL.apply(student, self.tokens, log_p, temperature)
 
 
 class TeacherMemory:

@@ -147,7 +147,7 @@ class Teacher:
     def _own_anchors(target: PeftModel, batch: dict) -> torch.Tensor:
         """Logits (a, vocabulary) of the untouched target at the anchors, whose rows are the last ones."""
         rows, positions = anchors_of(batch, target.device)
-        first = int(rows[0])
+        first = len(batch["source_input_ids"])
         inputs = {name: batch[f"target_{name}"][first:].to(target.device) for name in ("input_ids", "attention_mask")}
         with target.disable_adapter(), logits_at(target.get_base_model(), rows - first, positions):
             return target(**inputs, use_cache=False).logits
@@ -335,7 +335,7 @@ def imitate(
     batch_size: int,
     phases: Phases,
     **options: Any,
-) -> tuple[dict[str, float], list[dict[str, float]]]:
+) -> tuple[dict[str, float], list[dict[str, float]], list[torch.Tensor]]:
     """Refine, and measure the distance to the teacher on held-out texts before and after.
 
     Args:
@@ -344,14 +344,15 @@ def imitate(
         phases: Where the costs are noted, as `evaluate` and `refine`.
 
     Returns:
-        KL in nats per position of the untouched `target`, the `start` and the `end`; how much the held-out text excites
-        the adapter, `excitement`; and Trainer's log.
+        KL in nats per position of the untouched `target`, the `start` and the `end`; Trainer's log; and for each held-out
+        text how much it excites the adapter, nats at its aligned positions, shape (positions,).
     """
     with phases.measure("evaluate"):
-        excitement = [
-            teacher.excitement(collate_pairs(held_out[i : i + batch_size]))
-            for i in range(0, len(held_out), batch_size)
-        ]
+        excitement: list[torch.Tensor] = []
+        for i in range(0, len(held_out), batch_size):
+            chunk = held_out[i : i + batch_size]
+            nats = teacher.excitement(collate_pairs(chunk)).cpu()
+            excitement += nats.split([len(pair.source_positions) for pair in chunk])
         with model.disable_adapter():
             kl = {"target": distance_to_teacher(model, teacher, held_out, batch_size)}
         kl["start"] = distance_to_teacher(model, teacher, held_out, batch_size)
@@ -359,4 +360,4 @@ def imitate(
         history = refine(model, teacher, texts, batch_size=batch_size, **options)
     with phases.measure("evaluate"):
         kl["end"] = distance_to_teacher(model, teacher, held_out, batch_size) if history else kl["start"]
-    return {**kl, "excitement": float(torch.cat(excitement).mean())}, history
+    return kl, history, excitement

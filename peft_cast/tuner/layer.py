@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .batches import add_mixed_batch
 from .checks import check_memory
 from .config import CastConfig, KernelSpec
+from .factors import CachedFactors, stack_factors
 from .merging import check_foldable, merged_weight
 from .offload import fetched
 from .quantized import quantization_backend
@@ -206,7 +207,7 @@ class CastLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, **kwargs) -> None:
         self.base_layer = base_layer
         self.peft_cast_kernels = nn.ModuleDict({})
-        self._factor_cache: dict[str, tuple] = {}
+        self._factor_cache: dict[str, CachedFactors | None] = {}
         self.quantization_backend = quantization_backend(self.get_base_layer(), **kwargs)
         self.kwargs = kwargs
 
@@ -270,16 +271,14 @@ class CastLayer(BaseTunerLayer):
         """
         kernels = self.peft_cast_kernels[adapter_name]
         if torch.compiler.is_compiling():
-            return _stack_factors(kernels)
-        tensors = [*kernels.parameters(), *kernels.buffers()]
-        if any(t.requires_grad or t.is_inference() for t in tensors):  # inference tensors count no versions at all
-            self._factor_cache.pop(adapter_name, None)
-            return _stack_factors(kernels)
-        state = [(t.data_ptr(), t._version, t.dtype, t.device) for t in tensors]
+            return stack_factors(kernels)
         cached = self._factor_cache.get(adapter_name)
-        if cached is None or cached[0] != state:
-            self._factor_cache[adapter_name] = cached = (state, _stack_factors(kernels))
-        return cached[1]
+        if cached is not None and cached.current():
+            return cached.factors
+        with fetched(kernels):
+            factors = stack_factors(kernels)
+            self._factor_cache[adapter_name] = CachedFactors.of(kernels, factors)
+        return factors
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._factor_cache.pop(adapter_name, None)
@@ -291,11 +290,6 @@ class CastLayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.is_foldable(adapter_name)
-
-
-def _stack_factors(kernels: nn.ModuleList) -> tuple[torch.Tensor, torch.Tensor]:
-    A, B = zip(*(kernel.factors() for kernel in kernels))
-    return (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B, dim=1))
 
 
 class Linear(nn.Module, CastLayer):
@@ -363,12 +357,12 @@ class Linear(nn.Module, CastLayer):
     def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """What one adapter adds to the output: (..., in_T) → (..., out_T), in the dtype of the adapter."""
         kernels = self.peft_cast_kernels[adapter_name]
-        x = self._cast_input_dtype(x, kernels[0].A.dtype)
+        # Only foldable adapters have factors in the cache: asking it first saves walking through the kernels.
+        if self._factor_cache.get(adapter_name) is not None or self.is_foldable(adapter_name):
+            A, B = self.get_factors(adapter_name)
+            return F.linear(F.linear(self._cast_input_dtype(x, A.dtype), A), B)
         with fetched(kernels):
-            if self.is_foldable(adapter_name):
-                A, B = self.get_factors(adapter_name)
-                return F.linear(F.linear(x, A), B)
-            return sum(kernel(x) for kernel in kernels)
+            return sum(kernel(self._cast_input_dtype(x, kernel.A.dtype)) for kernel in kernels)
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any

@@ -1,0 +1,113 @@
+"""The plan beside what was measured, and plans for models that do not fit here.
+
+    .venv/bin/python benchmarks/plan.py
+
+Reads the costs of docs/figures/run_*_CAST_seed0.json (`benchmarks/table.py`) and writes docs/figures/plan.json.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import setting
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig
+
+import peft_cast
+from peft_cast.environment import environment
+from peft_cast.planning import Device, this_machine
+
+
+LLAMA_2_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
+MISTRAL_7B = MistralConfig(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8, vocab_size=32000
+)
+LLAMA_3_70B = LlamaConfig(
+    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+    vocab_size=128256,
+)  # fmt: skip
+OPTIONS = ("steps", "batch_size", "max_length")
+
+
+def main() -> None:
+    device = this_machine()
+    report = {"measured": compare(device), "elsewhere": elsewhere(), "environment": environment()}
+    (setting.FIGURES / "plan.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def compare(device: Device) -> list[dict[str, Any]]:
+    """Plan and measurement of every phase of the tables' translations."""
+    rows = []
+    for file in sorted(setting.FIGURES.glob("run_*_CAST_seed0.json")):
+        pair, task, modules = file.stem.removeprefix("run_").removesuffix("_CAST_seed0").split("_")
+        source, target = setting.PAIRS[pair]
+        metrics = json.loads(file.read_text(encoding="utf-8"))["metrics"]
+        text = metrics["text"]
+        count = text["train"] + text["held_out"]
+        planned = peft_cast.plan(
+            source.folder(), source.adapter(task, modules), target.folder(), device=device,
+            tokens=round(text["target_tokens"] / count), aligned=text["aligned_positions"] / text["target_tokens"],
+            fit_samples=text["closed_form"], eval_samples=text["held_out"],
+            **{name: metrics["settings"][name] for name in OPTIONS},
+        )  # fmt: skip
+        for name, phase in planned.phases.items():
+            found = metrics["phases"][name]
+            row = {
+                "run": file.stem, "phase": name, "planned_seconds": phase.seconds, "seconds": found["seconds"],
+                "planned_mb": phase.memory / 2**20, "mb": found["peak_memory_mb"],
+            }  # fmt: skip
+            rows.append(row)
+            print(
+                f"{pair} {task} {name:<12} time {phase.seconds:7.1f} of {found['seconds']:7.1f} s   "
+                f"memory {row['planned_mb']:7.0f} of {row['mb']:7.0f} MB"
+            )
+    return rows
+
+
+def elsewhere() -> dict[str, Any]:
+    """Plans for models that cannot be run here, for a LoRA of rank 16 on all linear layers of the source."""
+    plans = {}
+    with tempfile.TemporaryDirectory() as folder:
+        lora = make_lora(LLAMA_2_7B, Path(folder))
+        options = {"steps": 1000, "batch_size": 16, "max_length": 512}
+        for name, target, device in (
+            ("Llama-2-7B to Mistral-7B, one H100", MISTRAL_7B, "h100"),
+            ("Llama-2-7B to Mistral-7B, one A100", MISTRAL_7B, "a100"),
+            ("Llama-2-7B to Llama-3-70B, one H200", LLAMA_3_70B, "h200"),
+        ):
+            planned = peft_cast.plan(LLAMA_2_7B, lora, target, device=device, **options)
+            print(f"\n{name}\n{planned}")
+            plans[name] = planned.as_dict()
+    return plans
+
+
+def make_lora(config: PretrainedConfig, folder: Path, r: int = 16) -> str:
+    """The file of a LoRA on all linear layers, all zeros."""
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = width // config.num_attention_heads * config.num_key_value_heads
+    shapes = {
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (width, kv), "self_attn.v_proj": (width, kv),
+        "self_attn.o_proj": (width, width), "mlp.gate_proj": (width, inner), "mlp.up_proj": (width, inner),
+        "mlp.down_proj": (inner, width),
+    }  # fmt: skip
+    weights = {}
+    for layer in range(layers):
+        for name, (read, written) in shapes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.zeros(r, read, dtype=torch.bfloat16)
+            weights[f"{prefix}.lora_B.weight"] = torch.zeros(written, r, dtype=torch.bfloat16)
+    save_file(weights, folder / "adapter_model.safetensors")
+    names = [name.split(".")[-1] for name in shapes]
+    LoraConfig(r=r, target_modules=names, task_type="CAUSAL_LM", base_model_name_or_path="llama").save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+if __name__ == "__main__":
+    main()

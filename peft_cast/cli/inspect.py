@@ -1,0 +1,172 @@
+"""What a folder or hub repository holds: a CAST adapter, a bridge, or another PEFT adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from ..align.places import split_name
+from ..bridge import Bridge
+from ..safety import read_adapter_config
+from ..sharing import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
+from ..tuner import CastConfig
+
+
+def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """An account of an adapter or a bridge, JSON-ready; no model is loaded.
+
+    Returns:
+        `kind` (`"CAST adapter"`, `"bridge"` or the PEFT type), `base_model`; `file` with `bytes`, `tensors`, `parameters` and
+        `dtypes`; for a CAST adapter also `source` (model, adapter, revisions), `projections`, `kernels` (by module name within
+        a layer: how many, their ranks and where from) and `layers` (target layer → source layers), and `metrics` if they were
+        saved beside it.
+
+    Raises:
+        ValueError: If there is neither an adapter nor a bridge.
+    """
+    if _file(adapter, BRIDGE_CONFIG_NAME, revision) is not None:
+        return _bridge(adapter, revision)
+    config = read_adapter_config(adapter, revision)
+    account: dict[str, Any] = {
+        "kind": "CAST adapter"
+        if isinstance(config, CastConfig)
+        else getattr(config.peft_type, "value", config.peft_type),
+        "base_model": config.base_model_name_or_path,
+        "revision": config.revision,
+        "file": _weights(_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision)),
+    }
+    if isinstance(config, CastConfig):
+        account |= _cast(config)
+    elif hasattr(config, "r"):
+        modules = config.target_modules
+        account |= {"rank": config.r, "alpha": getattr(config, "lora_alpha", None)}
+        account["modules"] = sorted(modules) if isinstance(modules, (set, list)) else modules
+    metrics = _file(adapter, METRICS_NAME, revision)
+    if metrics is not None:
+        account["metrics"] = _metrics(metrics)
+    return account
+
+
+def describe(account: Mapping[str, Any]) -> str:
+    """The account as a few lines of text."""
+    file = account["file"]
+    lines = [
+        f"{account['kind']} for {account['base_model']}"
+        + (f" at {account['revision']}" if account.get("revision") else "")
+    ]
+    if "source" in account:
+        source = account["source"]
+        lines.append(f"translated from {source['adapter'] or 'no adapter'} of {source['model']}")
+    if file:
+        types = ", ".join(file["dtypes"])
+        lines.append(
+            f"file         {file['bytes'] / 2**20:.1f} MiB, {file['tensors']} tensors, {file['parameters']:,} numbers ({types})"
+        )
+    if "projections" in account:
+        p = account["projections"]
+        extras = (
+            [f"inner size {p['size'] or 'the rank'}"]
+            + ["bias"] * p["bias"]
+            + [f"shared by {p['sharing']}"] * bool(p["sharing"])
+        )
+        lines.append(f"projections  {p['type']}, {', '.join(extras)}")
+    if "rank" in account:
+        lines.append(f"rank         {account['rank']}, alpha {account['alpha']}, on {account['modules']}")
+    for row in account.get("kernels", ()):
+        ranks = ", ".join(map(str, row["ranks"]))
+        lines.append(f"  {row['target']:<24} ← {row['source']:<24} × {row['count']}, rank {ranks}")
+    if account.get("layers"):
+        lines.append("layers       " + ", ".join(f"{'+'.join(map(str, s))}→{t}" for t, s in account["layers"].items()))
+    if "bridge" in account:
+        lines.append(
+            f"from {account['bridge']['source']}: {account['bridge']['maps']} maps, fitted on {account['bridge']['texts']} texts"
+        )
+    if "metrics" in account:
+        kl = account["metrics"]["kl"]
+        lines.append(
+            "KL from the teacher (nats per position): "
+            + ", ".join(f"{name} {value:.3f}" for name, value in kl.items())
+        )
+    return "\n".join(lines)
+
+
+def _cast(config: CastConfig) -> dict[str, Any]:
+    rows: dict[tuple[str, str], list[int]] = {}
+    layers: dict[int, set[int]] = {}
+    for name, specs in (config.kernels or {}).items():
+        target_layer, target_label = split_name(name) or (None, name)
+        for spec in specs:
+            source_layer, source_label = split_name(spec.source_module or "") or (None, spec.source_module or "")
+            rows.setdefault((target_label, source_label), []).append(spec.r)
+            if target_layer is not None and source_layer is not None:
+                layers.setdefault(target_layer, set()).add(source_layer)
+    return {
+        "source": {
+            "model": config.source_model_name_or_path, "revision": config.source_model_revision,
+            "adapter": config.source_adapter_name_or_path, "adapter_revision": config.source_adapter_revision,
+        },
+        "projections": {
+            "type": config.projection_type, "size": config.projection_size, "bias": config.projection_bias,
+            "sharing": config.projection_sharing,
+        },
+        "kernels": [
+            {"target": target, "source": source or "random", "count": len(ranks), "ranks": sorted(set(ranks))}
+            for (target, source), ranks in rows.items()
+        ],
+        "layers": {target: sorted(sources) for target, sources in sorted(layers.items())},
+    }  # fmt: skip
+
+
+def _bridge(folder: str | Path, revision: str | None) -> dict[str, Any]:
+    bridge = Bridge.from_pretrained(str(folder), revision=revision)
+    found = Counter(sum((fits for fits in bridge.modules.kernels.values()), []))
+    return {
+        "kind": "bridge",
+        "base_model": bridge.target.name,
+        "revision": bridge.target.revision,
+        "file": _weights(_file(folder, BRIDGE_WEIGHTS_NAME, revision)),
+        "bridge": {"source": bridge.source.name, "maps": len(found), "texts": bridge.metrics.get("texts")},
+    }
+
+
+def _metrics(path: Path) -> dict[str, Any]:
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        return {
+            name: metrics[name] for name in ("kl", "excitement", "parameters", "phases", "settings") if name in metrics
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{path}' could not be read: {error!r}. Delete it; the adapter does not need it.") from error
+
+
+def _file(folder: str | Path, name: str, revision: str | None) -> Path | None:
+    path = Path(folder, name)
+    if Path(folder).is_dir():
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(str(folder), name, revision=revision))
+    except (EntryNotFoundError, OSError, ValueError):
+        return None
+
+
+def _weights(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = [file.get_slice(key) for key in file.keys()]
+            shapes = [s.get_shape() for s in slices]
+            dtypes = sorted({s.get_dtype() for s in slices})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"'{path}' is no whole safetensors file ({error}): download it again.") from error
+    numbers = sum(math.prod(shape) for shape in shapes)
+    return {"bytes": path.stat().st_size, "tensors": len(shapes), "parameters": numbers, "dtypes": dtypes}

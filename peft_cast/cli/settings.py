@@ -1,0 +1,163 @@
+"""From files and words on the command line to the arguments of the package's functions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..evaluation import AnswerLikelihood, Classification, Generation, HarnessTask
+from ..text import Corpus, Mixture, SelfWritten
+
+
+TASKS = {
+    "likelihood": AnswerLikelihood,
+    "classification": Classification,
+    "generation": Generation,
+    "harness": HarnessTask,
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The arguments in a YAML or JSON file (JSON is YAML).
+
+    Raises:
+        ValueError: If it cannot be read, or is no mapping.
+    """
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"The config file '{path}' could not be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"The config file '{path}' must hold `name: value` lines, it holds {type(config).__name__}.")
+    return {str(name).replace("-", "_"): value for name, value in config.items()}
+
+
+def read_settings(words: Iterable[str]) -> dict[str, Any]:
+    """`["gamma=0.5", "depth_map=similarity"]` as a dictionary; values are YAML.
+
+    Raises:
+        ValueError: If a word is no `name=value`.
+    """
+    settings = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ValueError(f"`--set` takes name=value, got '{word}'.")
+        try:
+            settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"The value of `--set {word}` could not be read: {error}") from error
+    return settings
+
+
+def arguments_for(function: Callable, *layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments from several places, later ones first; `None` counts as not given.
+
+    Args:
+        function: What they are for.
+        layers: Dictionaries; text and dtype are made into what the function takes.
+
+    Raises:
+        ValueError: If the function has no such argument.
+    """
+    known = inspect.signature(function).parameters
+    given = {name: value for layer in layers for name, value in layer.items() if value is not None}
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"`{function.__name__}` has no argument '{unknown[0]}': choose from {', '.join(known)}.")
+    for name in ("text", "fit_text", "drift_text"):
+        if name in given:
+            given[name] = text_of(given[name])
+    if isinstance(given.get("dtype"), str):
+        given["dtype"] = dtype_of(given["dtype"])
+    if isinstance(given.get("depth_map"), dict):
+        given["depth_map"] = {int(source): int(target) for source, target in given["depth_map"].items()}
+    return given
+
+
+def dtype_of(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got '{name}'.")
+    return dtype
+
+
+def text_of(value: Any) -> Any:
+    """A text as the command line and config files write it.
+
+    Args:
+        value: `"c4"`; a hub dataset id or file; `"self"` for text that the models write; a mapping with the arguments of
+            `SelfWritten` under `self` or of `Corpus` under `corpus`; or a list of mappings with `text` and `weight`. The
+            `prompts` of `self` may be a file, see `read_prompts`.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if isinstance(value, str):
+        return {"self": SelfWritten(), "c4": None, "C4": None}.get(value, value)
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "text" in part for part in value):
+        return Mixture(*((text_of(part["text"]), part.get("weight", 1)) for part in value))
+    if isinstance(value, dict) and set(value) == {"self"}:
+        options = dict(value["self"] or {})
+        if isinstance(options.get("prompts"), str):
+            options["prompts"] = read_prompts(Path(options["prompts"]))
+        if "corpus" in options:
+            options["corpus"] = text_of(options["corpus"])
+        return _made(SelfWritten, options, "self")
+    if isinstance(value, dict) and set(value) == {"corpus"}:
+        return _made(Corpus, value["corpus"], "corpus")
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        return value
+    raise ValueError(
+        "A text is a file, a hub dataset id, 'c4', 'self', {self: {prompts: ...}}, {corpus: {source: ...}}, a list of strings, "
+        f"or a list of {{text: ..., weight: ...}}, got {value!r}."
+    )
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt per line, `\\n` for a line break within it.
+
+    Raises:
+        ValueError: If the file cannot be read or is empty.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The prompts '{path}' could not be read: {error}") from error
+    prompts = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"The file '{path}' holds no prompt: write one per line.")
+    return prompts
+
+
+def tasks_of(value: Any) -> list:
+    """Tasks from a config file: a list of mappings, each with a `type` (see `TASKS`) and the arguments of that class."""
+    if not isinstance(value, list) or not all(isinstance(task, dict) for task in value):
+        raise ValueError(f"`tasks` must be a list of mappings with a `type`, one of {', '.join(TASKS)}.")
+    tasks = []
+    for task in value:
+        options = dict(task)
+        kind = options.pop("type", None)
+        if kind not in TASKS:
+            raise ValueError(f"A task's `type` must be one of {', '.join(TASKS)}, got {kind!r}.")
+        if isinstance(options.get("labels"), list):
+            options["labels"] = tuple(options["labels"])
+        tasks.append(_made(TASKS[kind], options, kind))
+    return tasks
+
+
+def _made(kind: type, options: Any, name: str) -> Any:
+    if not isinstance(options, dict):
+        raise ValueError(f"`{name}` takes a mapping of its options, got {options!r}.")
+    known = [field.name for field in fields(kind)]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"`{name}` has no option '{unknown[0]}': choose from {', '.join(known)}.")
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ValueError(f"`{name}` lacks an option: {error}.") from error

@@ -1,0 +1,93 @@
+"""How fast and large a device is."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from ..models import default_dtype
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device as far as the cost of a translation depends on it.
+
+    Args:
+        name (`str`): What it is called.
+        flops (`float`): Half-precision matrix multiplication, floating-point operations per second that passes of a
+            language model reach.
+        flops32 (`float`): Likewise in float32.
+        bandwidth (`float`): Memory, bytes per second.
+        memory (`int`): Bytes.
+        runtime (`int`): Bytes taken before the first model is loaded: the process on a CPU, the context on a GPU.
+        kernel (`float`): Seconds that one small operation takes at least.
+    """
+
+    name: str
+    flops: float
+    flops32: float
+    bandwidth: float
+    memory: int
+    runtime: int
+    kernel: float = 1e-5
+
+
+def _accelerator(name: str, flops: float, flops32: float, bandwidth: float, gigabytes: int) -> Device:
+    """By its data sheet; passes reach about 40% of the peak, and the context takes half a gigabyte."""
+    return Device(name, 0.4 * flops, 0.4 * flops32, 0.7 * bandwidth, gigabytes * 2**30, 2**29)
+
+
+# Peak rates by NVIDIA's data sheets (dense bfloat16; TF32 is off in PyTorch by default, so float32 is plain), bytes/s.
+DEVICES = {
+    device.name: device
+    for device in (
+        _accelerator("h200", 989e12, 67e12, 4.8e12, 141),
+        _accelerator("h100", 989e12, 67e12, 3.35e12, 80),
+        _accelerator("a100", 312e12, 19.5e12, 2.0e12, 80),
+        _accelerator("l40s", 362e12, 91.6e12, 0.86e12, 48),
+        _accelerator("rtx4090", 165e12, 82.6e12, 1.01e12, 24),
+    )
+}
+
+
+def this_machine() -> Device:
+    """The device that `translate` would use here, its rates measured within about a second."""
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        memory = torch.cuda.mem_get_info()[1] if device.type == "cuda" else psutil.virtual_memory().total
+        name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+        runtime = 2**29
+    else:
+        device, memory = torch.device("cpu"), psutil.virtual_memory().total
+        name, runtime = (
+            f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            psutil.Process().memory_info().rss,
+        )
+    # A pass reaches less than a large product: norms, attention and activations wait for memory.
+    half, single = (0.6 * _matmul_rate(device, dtype) for dtype in (default_dtype(device), torch.float32))
+    return Device(name, half, single, _bandwidth(device), memory, runtime)
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a product, the best of a few."""
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    return max(2 * n**3 / _seconds(lambda: a @ a, device) for _ in range(6))
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Bytes per second of reading and writing, the best of a few."""
+    a = torch.ones(2**25, dtype=torch.float32, device=device)
+    return max(2 * a.nbytes / _seconds(lambda: a + 1, device) for _ in range(4))
+
+
+def _seconds(work, device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,91 @@
+"""Models without memory: their passes are run on shapes alone, and what they would take is counted."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class _Memory(TorchDispatchMode):
+    """Bytes of the tensors that are made within and still alive, and the most there ever were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if id(storage) not in given and id(storage) not in self.seen:
+                    self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def free(_) -> None:
+            self.live -= size
+            del self.seen[key]
+
+        self.seen[key] = weakref.ref(storage, free)
+
+
+@dataclass
+class Cost:
+    """What some work takes.
+
+    Args:
+        flops (`int`): Floating-point operations of matrix products and attention.
+        peak (`int`): Most bytes of tensors made within the work that were alive at once.
+        kept (`int`): Bytes of them that are alive at its end.
+    """
+
+    flops: int = 0
+    peak: int = 0
+    kept: int = 0
+
+
+@contextmanager
+def counted() -> Iterator[Cost]:
+    """Count the enclosed work; to be entered within a `FakeTensorMode`."""
+    cost = Cost()
+    with FlopCounterMode(display=False) as flops, _Memory() as memory:
+        yield cost
+    cost.flops, cost.peak, cost.kept = flops.get_total_flops(), memory.peak, memory.live
+
+
+def materialise(model: nn.Module) -> nn.Module:
+    """Put tensors where a skeleton has none, in place; to be called within a `FakeTensorMode`, whose tensors are fake."""
+    known: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in known:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    known[id(tensor)] = fake
+                store[name] = known[id(tensor)]
+    return model
+
+
+def size_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each counted once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.nbytes for t in tensors.values())

@@ -1,0 +1,319 @@
+"""The plan of a translation: parameters, files, memory and time by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from ..align import AlignedPair, ModuleMap, map_layers, map_modules
+from ..fit.batches import ANCHOR_EVERY, collate_pairs
+from ..fit.capture import capture
+from ..fit.closed_form import _pass, _Regressions
+from ..fit.losses import kl_divergence
+from ..fit.memory import Likeliest
+from ..fit.refine import Teacher, TeacherSettings
+from ..install import cast_config
+from ..models import LoraKernel, check_remote_code, default_dtype, layer_count, shared_head, skeleton
+from ..safety import read_adapter_config, secrets_removed, without_secrets
+from ..source import adapted_source
+from ..tuner import CastConfig
+from .devices import DEVICES, Device, this_machine
+from .fake import Cost, counted, materialise, size_of
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """What one phase will take.
+
+    Args:
+        seconds (`float`): Time.
+        memory (`int`): Most bytes at once, models and runtime included.
+        above_weights (`int`): Those of them that are not the two models' weights.
+        flops (`float`): Floating-point operations of matrix products.
+    """
+
+    seconds: float
+    memory: int
+    above_weights: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a translation will take.
+
+    Args:
+        device (`Device`): Where.
+        weights (`dict[str, int]`): Bytes of the `source` and `target` weights.
+        parameters (`dict[str, int]`): `trained` and `source_lora`.
+        files (`dict[str, int]`): Bytes of the `adapter`, of the same `folded` to a LoRA (float32 both), and of the optimizer's
+            `checkpoint`.
+        phases (`dict[str, PhasePlan]`): `load`, `closed_form`, `evaluate`, `refine`: those of `TranslationResult.metrics`.
+        assumed (`dict`): Tokens per text and what else the plan rests on.
+    """
+
+    device: Device
+    weights: dict[str, int]
+    parameters: dict[str, int]
+    files: dict[str, int]
+    phases: dict[str, PhasePlan]
+    assumed: dict[str, Any]
+
+    @property
+    def memory(self) -> int:
+        """Most bytes at once."""
+        return max(phase.memory for phase in self.phases.values())
+
+    @property
+    def seconds(self) -> float:
+        """Time of all phases; text that the models write is not among them."""
+        return sum(phase.seconds for phase in self.phases.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device's memory suffices."""
+        return self.memory <= self.device.memory
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "memory": self.memory, "seconds": self.seconds, "fits": self.fits}
+
+    def __str__(self) -> str:
+        lines = [
+            f"Plan for {self.device.name} ({_size(self.device.memory)})",
+            f"  weights      source {_size(self.weights['source'])}, target {_size(self.weights['target'])}",
+            f"  parameters   {self.parameters['trained']:,} trained (source LoRA {self.parameters['source_lora']:,})",
+            f"  files        adapter {_size(self.files['adapter'])}, folded LoRA {_size(self.files['folded'])}, "
+            f"checkpoint {_size(self.files['checkpoint'])}",
+            f"  {'phase':<12} {'time':>9}  {'memory':>9}  above weights",
+        ]
+        for name, phase in self.phases.items():
+            time, memory, above = _time(phase.seconds), _size(phase.memory), _size(phase.above_weights)
+            lines.append(f"  {name:<12} {time:>9}  {memory:>9}  {above:>13}")
+        lines.append(f"  {'in all':<12} {_time(self.seconds):>9}  {_size(self.memory):>9}")
+        if not self.fits:
+            lines.append(
+                f"It does not fit: {_size(self.memory)} are needed and {self.device.name} has {_size(self.device.memory)}. "
+                "Lower `batch_size` or `max_length`, or take a larger device."
+            )
+        return "\n".join(lines)
+
+
+def plan(
+    source: str | Path | PretrainedConfig | None,
+    adapter: str | Path | CastConfig,
+    target: str | Path | PretrainedConfig,
+    *,
+    device: str | Device | None = None,
+    tokens: int | None = None,
+    aligned: float = 0.9,
+    steps: int = 100,
+    batch_size: int = 8,
+    max_length: int = 256,
+    fit_samples: int = 64,
+    eval_samples: int = 16,
+    gamma: float = 1.0,
+    teacher_top_k: int | None = 128,
+    depth_map: str | Mapping[int, int] = "proportional",
+    module_map: Mapping[str, str] | None = None,
+    projection_type: str = "factored",
+    projection_size: int | None = None,
+    projection_bias: bool = False,
+    projection_sharing: str | None = None,
+    source_rank: int | float | None = None,
+    dtype: torch.dtype | None = None,
+    source_revision: str | None = None,
+    adapter_revision: str | None = None,
+    target_revision: str | None = None,
+) -> Plan:
+    """Tell what `translate` with these arguments will take, without loading the models.
+
+    One batch of every phase runs through the package's own code on tensors that have shapes and no memory (PyTorch's
+    `FakeTensorMode`); operations and bytes are counted and multiplied.
+
+    Args:
+        source, target: Hub ids or folders with a `config.json`, or configurations. `None` takes the source from the adapter.
+        adapter: The LoRA: hub id or folder; only this small file is read.
+        device: A name in `peft_cast.planning.DEVICES`, a `Device`, or `None` for this machine, whose rates are measured.
+        tokens (`int`, *optional*): Tokens of a text of the refinement in either model; `max_length`, the most, when not
+            given. Texts of the closed form are taken to have as many as that in any case.
+        aligned (`float`): Share of the positions at which both tokenizers have a boundary.
+        dtype (`torch.dtype`, *optional*): Of the models; bfloat16 for named devices, what is fast here otherwise.
+        Everything else as in `translate`.
+
+    Returns:
+        `Plan`
+
+    Raises:
+        ValueError: If the device is unknown, or the adapter or a configuration cannot be used; the message says why.
+    """
+    device = _device(device)
+    dtype = dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
+    if source is None:
+        source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
+    source = skeleton(_config(source, "source", source_revision)).to(dtype).eval().requires_grad_(False)
+    target = skeleton(_config(target, "target", target_revision)).to(dtype).eval().requires_grad_(False)
+    layers = map_layers(
+        layer_count(source), layer_count(target), "proportional" if depth_map == "similarity" else depth_map
+    )
+    length = min(tokens or max_length, max_length)
+    with adapted_source(source, adapter, adapter_revision, source_rank) as read:
+        kernels = dict(read.kernels)
+        modules = map_modules(kernels, target, layers, module_map, source)
+        config = cast_config(
+            kernels, modules, projection_type=projection_type, projection_size=projection_size,
+            projection_bias=projection_bias, projection_sharing=projection_sharing,
+        )  # fmt: skip
+        weights = {"source": sum(p.nbytes for p in source.parameters() if p.is_meta), "target": size_of(target)}
+        batches = -(-fit_samples // batch_size)
+        model = get_peft_model(target, config, low_cpu_mem_usage=True)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        own = [t for n, t in model.state_dict().items() if "peft_cast_kernels" in n]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            materialise(read.model)
+            materialise(model)
+            vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (source, target))
+            with read.model.disable_adapter(), model.disable_adapter():
+                passes, moments, kept = _closed_form(
+                    source, target, _batch(min(batch_size, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, modules
+                )  # fmt: skip
+            settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
+            goal, step, check = _refinement(read.model, model, batch_size, length, aligned, vocabulary, settings)
+    texts = steps * batch_size
+    # Folded, every module gets the largest rank, as servers want it.
+    ranks = [sum(kernel.spec.r for kernel in m.peft_cast_kernels["default"]) for m in _layers(model)]
+    folded = max(ranks) * sum(m.in_features + m.out_features for m in _layers(model))
+    heads = 2 * vocabulary * sum(m.config.get_text_config().hidden_size for m in (source, target))
+    optimizer = 16 * trained  # float32 parameters, gradients and Adam's two moments
+    remembered = texts * length * aligned * (teacher_top_k or 0) * 6 * (1 + 0.25 * (gamma > 0))
+    solve = 40 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2  # float64 copies of the largest
+    base = sum(weights.values()) + device.runtime
+
+    def phase(flops: float, flops32: float, above: float, small: float = 0) -> PhasePlan:
+        seconds = flops / device.flops + flops32 / device.flops32 + small * device.kernel
+        return PhasePlan(seconds, int(base + above), int(above + device.runtime), flops + flops32)
+
+    cubes = sum(m.in_features**3 + m.out_features**3 for m in _layers(model))
+    evaluations = 3 * -(-eval_samples // batch_size)
+    phases = {
+        "load": PhasePlan(sum(weights.values()) / 1e9, base, device.runtime, 0.0),
+        "closed_form": phase(
+            batches * passes.flops, batches * moments.flops + 4 * cubes, heads + max(kept + passes.peak, kept + solve)
+        ),
+        "evaluate": phase(evaluations * check.flops, 0, heads + check.peak + optimizer // 4),
+        "refine": phase(
+            steps * (step.flops + goal.flops), 0, heads + max(step.peak, goal.peak) + optimizer + min(remembered, 2**31)
+        ),
+    }  # fmt: skip
+    files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
+    assumed = {
+        "tokens": length, "aligned": aligned, "vocabulary": vocabulary, "steps": steps, "batch_size": batch_size,
+        "fit_samples": fit_samples, "fit_tokens": max_length, "dtype": str(dtype),
+    }  # fmt: skip
+    lora = sum(len(kernel.A) * (kernel.A.shape[1] + kernel.B.shape[0]) for kernel in kernels.values())
+    return Plan(device, weights, {"trained": trained, "source_lora": lora}, files, phases, assumed)
+
+
+def _layers(model) -> list:
+    return [module for module in model.modules() if hasattr(module, "peft_cast_kernels")]
+
+
+def _device(device: str | Device | None) -> Device:
+    if device is None:
+        return this_machine()
+    if isinstance(device, str) and device not in DEVICES:
+        raise ValueError(f"There is no device '{device}': choose from {', '.join(DEVICES)}, or pass a `Device`.")
+    return DEVICES[device] if isinstance(device, str) else device
+
+
+def _config(model: str | Path | PretrainedConfig, which: str, revision: str | None) -> PretrainedConfig:
+    if isinstance(model, PretrainedConfig):
+        return model
+    try:
+        with secrets_removed():
+            return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        check_remote_code(error, f"The {which} model '{without_secrets(model)}'", which)
+        raise ValueError(
+            f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {error} Pass a hub id, a "
+            "folder with config.json or a configuration."
+        ) from error
+
+
+def _batch(rows: int, length: int, aligned: float, anchors: int = 0) -> dict[str, torch.Tensor]:
+    """Texts of one length, aligned at their first positions, and anchors of half the length."""
+    positions = tuple(range(max(1, int(aligned * length))))
+    text = AlignedPair(tuple([0] * length), tuple([0] * length), positions, positions)
+    half = max(length // 2, 1)
+    anchor = AlignedPair(tuple([0] * half), tuple([0] * half), tuple(range(half)), tuple(range(half)))
+    return collate_pairs([text] * rows, [anchor] * anchors)
+
+
+def _closed_form(
+    source: PreTrainedModel,
+    target: PreTrainedModel,
+    batch: dict[str, torch.Tensor],
+    vocabulary: int,
+    kernels: Mapping[str, LoraKernel],
+    modules: ModuleMap,
+) -> tuple[Cost, Cost, int]:
+    """Cost of both models' passes and of the moments of one batch, and the bytes of all moments."""
+    sources = {s for names in modules.kernels.values() for s in names}
+    regressions = _Regressions({s: kernels[s] for s in sources}, modules)
+    ids = torch.arange(vocabulary)
+    with (
+        shared_head(source, ids),
+        shared_head(target, ids),
+        capture(source, sources) as at_source,
+        capture(target, modules.kernels) as at_target,
+    ):
+        with counted() as passes:
+            for side, model in (("source", source), ("target", target)):
+                inputs = {name: batch[f"{side}_{name}"] for name in ("input_ids", "attention_mask")}
+                _pass(model, {**inputs, "use_cache": False}, ids)
+        at = {side: (batch["rows"], batch[f"{side}_positions"]) for side in ("source", "target")}
+        with counted() as moments:
+            regressions.update(at_source, at_target, at["source"], at["target"], False)
+    return passes, moments, moments.kept
+
+
+def _refinement(
+    source, model, rows: int, length: int, aligned: float, vocabulary: int, settings: TeacherSettings
+) -> tuple[Cost, Cost, Cost]:
+    """Cost of a batch's teacher predictions, of one step, and of one batch of the evaluation."""
+    anchors = -(-rows // ANCHOR_EVERY) if settings.gamma else 0
+    batch, ids = _batch(rows, length, aligned, anchors), torch.arange(vocabulary)
+    teacher = Teacher(source, settings)
+    base = source.get_base_model(), model.get_base_model()
+    with shared_head(base[0], ids), shared_head(base[1], ids):
+        with counted() as goal, torch.no_grad():
+            goals, _ = teacher.goals(model, batch)
+            likeliest = Likeliest.of(goals, settings.top_k) if settings.top_k else goals
+        model.train()
+        with counted() as step:
+            logits, _ = teacher.student(model, model, batch)
+            divergence = likeliest.kl_divergence(logits) if settings.top_k else kl_divergence(likeliest, logits)
+            divergence.mean().backward()
+        del logits, divergence, goals, likeliest
+        batch = _batch(rows, length, aligned)
+        with counted() as check, torch.no_grad():
+            goals, _ = teacher.goals(model, batch)
+            kl_divergence(goals, teacher.student(model, model, batch)[0])
+    return goal, step, check
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**29 else f"{number / 2**20:.1f} MiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

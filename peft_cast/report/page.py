@@ -1,0 +1,114 @@
+"""The report of a translation as files: `report.html`, complete in itself, and a short `report.md`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from markupsafe import Markup, escape
+from peft.utils import CONFIG_NAME
+
+from ..sharing import METRICS_NAME, REPORT_NAME
+from .contents import LEVELS, Contents, contents, with_code
+from .markdown import to_markdown
+
+
+if TYPE_CHECKING:
+    from ..evaluation import Evaluation
+    from ..result import TranslationResult
+
+
+HERE = Path(__file__).parent
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+    lstrip_blocks=True,
+)  # fmt: skip
+TEMPLATES.filters["code"] = lambda text: Markup("").join(
+    Markup("<code>{}</code>").format(part.strip("`")) if code else escape(part) for part, code in with_code(text)
+)
+TABLE = TEMPLATES.from_string(
+    '<div class="scroll" tabindex="0" role="region" aria-label="table">\n<table{% if style %} class="{{ style }}"{% endif %}>\n<thead><tr>'
+    '{% for head in heads %}<th scope="col">{{ head }}</th>{% endfor %}</tr></thead>\n<tbody>\n{% for row in rows %}<tr>'
+    '{% for cell in row %}{% if loop.first %}<th scope="row">{{ cell }}</th>{% else %}<td>{{ cell }}</td>{% endif %}'
+    "{% endfor %}</tr>\n{% endfor %}</tbody>\n</table>\n</div>"
+)
+
+
+def write_report(
+    result: TranslationResult | str | Path,
+    folder: str | Path | None = None,
+    *,
+    evaluation: Evaluation | None = None,
+) -> Path:
+    """Write the report of a translation: `report.html`, one page that loads nothing else, and the short `report.md`.
+
+    `TranslationResult.save_pretrained` does it; call it again with what `evaluate` measured to add that.
+
+    Args:
+        result: What `translate` returned, or a folder that it was saved to, with `cast_metrics.json`. Those of older
+            versions lack parts, which the report then leaves out.
+        folder: Where to write; by default the folder that was read.
+        evaluation: Recovered lift and drift, see `evaluate`.
+
+    Returns:
+        `Path`: The page, `report.html`.
+
+    Raises:
+        ValueError: If there are no metrics in the folder, or no folder to write to is given.
+    """
+    if isinstance(result, (str, Path)):
+        metrics, history, models = _read(Path(result))
+        folder = Path(result) if folder is None else Path(folder)
+    elif folder is None:
+        raise ValueError("`write_report` needs the `folder` to write to when it is given a result.")
+    else:
+        metrics, history, models, folder = result.metrics, result.history, {}, Path(folder)
+    report = contents(metrics, history, evaluation, models)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(to_html(report), encoding="utf-8")
+    return folder / "report.html"
+
+
+def to_html(report: Contents) -> str:
+    """The page."""
+    style = Markup((HERE / "page.css").read_text(encoding="utf-8"))  # ours, not to be escaped
+    return TEMPLATES.get_template("page.html.jinja").render(report=report, style=style, table=_table, levels=LEVELS)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]], style: str = "") -> Markup:
+    return Markup(TABLE.render(heads=heads, rows=rows, style=style))
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]], dict[str, str]]:
+    """Metrics, history and the names of the models from a saved adapter's folder."""
+    file = folder / METRICS_NAME
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        metrics, history = saved["metrics"], saved.get("history", [])
+        if not isinstance(metrics, dict) or not isinstance(history, list):
+            raise TypeError
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"'{file}' with a translation's metrics could not be read ({type(error).__name__}): pass the folder of an "
+            "adapter that `translate` made and `save_pretrained` saved."
+        ) from error
+    config, gathered = (_read_json(folder / name) for name in (CONFIG_NAME, REPORT_NAME))
+    if gathered:
+        metrics["report"] = gathered
+    keys = {
+        "source": "source_model_name_or_path", "adapter": "source_adapter_name_or_path", "target": "base_model_name_or_path"
+    }  # fmt: skip
+    return metrics, history, {name: config[key] for name, key in keys.items() if config.get(key)}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What a file holds; nothing if it is not there or broken."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

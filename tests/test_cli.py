@@ -1,0 +1,207 @@
+"""The command line."""
+
+import functools
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import c4_texts
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import peft_cast
+from peft_cast.cli.app import app
+from peft_cast.cli.settings import arguments_for, read_prompts, read_settings, tasks_of, text_of
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in c4_texts(40)))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory, corpus):
+    """A config file that makes a translation take seconds."""
+    file = tmp_path_factory.mktemp("config") / "quick.yaml"
+    options = {"text": corpus, "fit-samples": 8, "eval_samples": 4, "max_length": 48, "batch_size": 4, "steps": 2}
+    file.write_text(yaml.safe_dump(options))
+    return str(file)
+
+
+def call(*words, code: int = 0):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def replace_translate(monkeypatch, function):
+    """The command line asks `translate` for its arguments, so the replacement keeps them."""
+    monkeypatch.setattr("peft_cast.cli.app.translate", functools.wraps(peft_cast.translate)(function))
+
+
+@pytest.fixture(scope="module")
+def translated(source_folder, lora_folder, target_folder, tmp_path_factory, quick):
+    folder = tmp_path_factory.mktemp("translated")
+    result = call(
+        "translate", source_folder, lora_folder, target_folder, "-o", folder, "--config", quick, "--steps", 3, "--json"
+    )  # fmt: skip
+    return folder, result
+
+
+def test_translates_and_says_what_it_will_cost(translated, target_folder):
+    folder, result = translated
+    account = json.loads(result.stdout)
+    assert account["metrics"]["settings"]["steps"] == 3  # the option, not the file
+    assert account["metrics"]["text"]["closed_form"] == 8
+    assert "Plan for" in result.stderr and "Plan for" not in result.stdout
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(target_folder), folder)
+    assert model.active_peft_config.peft_type == "CAST"
+
+
+def test_a_dry_run_writes_nothing(source_folder, lora_folder, target_folder, tmp_path, quick, monkeypatch):
+    replace_translate(monkeypatch, lambda *_, **__: pytest.fail("it translated"))
+    result = call(
+        "translate", "-", lora_folder, target_folder, "-o", tmp_path / "out", "--config", quick, "--dry-run", "--json"
+    )
+    assert json.loads(result.stdout)["assumed"]["batch_size"] == 4
+    assert not (tmp_path / "out").exists()
+
+
+def test_quiet_says_nothing(source_folder, lora_folder, target_folder, tmp_path, quick):
+    command = [sys.executable, "-m", "peft_cast", "translate", source_folder, lora_folder, target_folder, "-q"]
+    command += ["-o", str(tmp_path), "--config", quick, "--set", "steps=0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "" and done.stderr == ""
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_plans(source_folder, lora_folder, target_folder):
+    result = call("plan", source_folder, lora_folder, target_folder, "--on", "h100", "--set", "batch_size=2")
+    assert "Plan for h100" in result.stdout and "refine" in result.stdout
+
+
+def test_inspects_a_cast_adapter(translated, source_folder, lora_folder):
+    folder, _ = translated
+    account = json.loads(call("inspect", folder, "--json").stdout)
+    assert account["kind"] == "CAST adapter"
+    assert account["source"]["model"] == source_folder and account["source"]["adapter"] == lora_folder
+    assert account["file"]["bytes"] == (folder / "adapter_model.safetensors").stat().st_size
+    assert {"target": "q_proj", "source": "q_proj", "count": 3, "ranks": [4]} in account["kernels"]
+    text = call("inspect", folder).stdout
+    assert "CAST adapter for" in text and "0+1→0, 2→1" in text and "KL from the teacher" in text
+
+
+def test_the_report_is_there_and_can_be_made_again(translated):
+    page = translated[0] / "report.html"
+    before = page.read_text()
+    page.unlink()
+    assert str(page) in call("report", translated[0]).stdout
+    assert page.read_text() == before and "Which layers resemble each other" in before
+
+
+def test_inspects_other_adapters(lora_folder, source_folder):
+    text = call("inspect", lora_folder).stdout
+    assert f"LORA for {source_folder}" in text and "rank         4" in text
+
+
+def test_folds(translated, tmp_path, target_folder):
+    account = json.loads(call("to-lora", translated[0], "--rank", 16, "-o", tmp_path, "--json").stdout)
+    assert account["rank"] == 16 and set(account["errors"].values()) == {0.0}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(target_folder), tmp_path)
+    assert model.active_peft_config.peft_type == "LORA" and model.active_peft_config.r == 16
+
+
+def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_folder, tmp_path, corpus):
+    call("bridge", source_folder, target_folder, "-o", tmp_path / "bridge", "--text", corpus, "--samples", 8, "-q")
+    assert "bridge for" in call("inspect", tmp_path / "bridge").stdout
+    call("cast", tmp_path / "bridge", lora_folder, "-o", tmp_path / "cast")
+    assert json.loads(call("inspect", tmp_path / "cast", "--json").stdout)["kind"] == "CAST adapter"
+
+
+@pytest.mark.filterwarnings("ignore:No licence is inherited", "ignore:The target model")
+def test_pushes_and_inspects_what_is_on_the_hub(translated, hub, monkeypatch):
+    account = json.loads(call("push", translated[0], "user/cast", "-m", "first", "--json").stdout)
+    assert {"cast_report.json", "report.html", "report.md"}.isdisjoint(
+        hub.repos["user/cast"].files()
+    )  # they quote texts
+    assert account["url"].startswith(hub.url) and "first" in hub.repos["user/cast"].messages.values()
+    assert json.loads(call("inspect", "user/cast", "--json").stdout)["kind"] == "CAST adapter"
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "Error" in call("push", translated[0], "user/other", code=1).stderr
+
+
+def test_evaluates(translated, target_folder, tmp_path):
+    rows, config = tmp_path / "rows.jsonl", tmp_path / "tasks.yaml"
+    rows.write_text("".join(json.dumps({"q": text[:40], "a": text[40:80]}) + "\n" for text in c4_texts(4)))
+    task = {"type": "likelihood", "name": "next", "data": str(rows), "prompt": "{q}", "answer": "{a}"}
+    config.write_text(yaml.safe_dump({"tasks": [task], "drift_samples": 2}))
+    result = call("evaluate", target_folder, f"mine={translated[0]}", "--config", config, "-o", tmp_path / "e.json")
+    assert "mine" in result.stdout and "next" in result.stdout
+    assert json.loads((tmp_path / "e.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "no/where"], "could not be read"),
+        (["cast", "no/where", "x", "-o", "y"], "bridge 'no/where' could not be read"),
+        (["plan", "a", "no/where", "b"], "could not be read"),
+        (["translate", "a", "b", "c", "-o", "d", "--set", "speed=3"], "has no argument 'speed'"),
+        (["translate", "a", "b", "c", "-o", "d", "--set", "speed"], "takes name=value"),
+        (["translate", "a", "b", "c", "-o", "d", "--config", "none.yaml"], "could not be read"),
+        (["translate", "a", "b", "c", "-o", "d", "--prompts", "none.txt"], "could not be read"),
+        (["translate", "a", "b", "c", "-o", "d", "--dtype", "int8"], "`dtype` must be"),
+        (["evaluate", "a", "b"], "name=folder"),
+        (["evaluate", "a", "b=c"], "nothing to evaluate on"),
+    ],
+)
+def test_what_you_can_mend_is_one_sentence(words, message):
+    result = call(*words, code=1)
+    assert message in result.stderr and "Traceback" not in result.output
+    assert result.stderr.startswith("Error")
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (FloatingPointError("it grew"), 3)])
+def test_exit_codes_tell_interruption_and_divergence(error, code, monkeypatch, tmp_path, quick):
+    def fail(*_, **__):
+        raise error
+
+    replace_translate(monkeypatch, fail)
+    call("translate", "a", "b", "c", "-o", tmp_path, "-q", "--config", quick, code=code)
+
+
+def test_wrong_options_exit_with_2():
+    call("translate", "only-one", code=2)
+
+
+def test_texts_are_made_from_words_and_files(tmp_path):
+    (tmp_path / "prompts.txt").write_text("Question: two?\\nAnswer:\n\nQuestion: three?\\nAnswer:\n")
+    prompts = ("Question: two?\nAnswer:", "Question: three?\nAnswer:")
+    assert read_prompts(tmp_path / "prompts.txt") == prompts
+    assert text_of({"self": {"prompts": str(tmp_path / "prompts.txt")}}).prompts == prompts
+    assert text_of("self") == peft_cast.SelfWritten() and text_of("c4") is None and text_of("a/b") == "a/b"
+    mixed = text_of([{"text": "self", "weight": 3}, {"text": {"corpus": {"source": "a/b", "split": "test"}}}])
+    assert mixed == peft_cast.Mixture((peft_cast.SelfWritten(), 3), (peft_cast.Corpus("a/b", split="test"), 1))
+    for wrong in (3, {"self": {"lines": 1}}, {"other": {}}, [], {"corpus": "x"}):
+        with pytest.raises(ValueError):
+            text_of(wrong)
+
+
+def test_settings_are_yaml_and_checked_by_the_functions_signature():
+    settings = read_settings(["depth-map={0: 1, 2: 3}", "gamma=0.5", "dtype=bfloat16"])
+    given = arguments_for(peft_cast.translate, settings, {"gamma": 2, "steps": None})
+    assert given["depth_map"] == {0: 1, 2: 3} and given["gamma"] == 2 and "steps" not in given
+    assert str(given["dtype"]) == "torch.bfloat16"
+
+
+def test_tasks_are_made_from_mappings():
+    made = tasks_of([{"type": "classification", "name": "n", "data": "d", "prompt": "{text}", "labels": ["a", "b"]}])
+    assert made == [peft_cast.Classification("n", "d", "{text}", ("a", "b"))]
+    for wrong in ([{"type": "poem"}], {"type": "harness"}, [{"type": "likelihood", "name": "n"}]):
+        with pytest.raises(ValueError):
+            tasks_of(wrong)

@@ -1,0 +1,110 @@
+"""What a translation will cost, told beforehand."""
+
+import json
+
+import pytest
+import torch
+from conftest import c4_texts, make_lora, tiny_config, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import peft_cast
+from peft_cast import plan, to_lora
+from peft_cast.planning import DEVICES, Device, this_machine
+from peft_cast.planning.fake import counted
+
+
+SLOW = Device("slow", flops=1e9, flops32=1e9, bandwidth=1e9, memory=2**40, runtime=0, kernel=0.0)
+
+
+def test_sizes_are_those_of_the_translation(source_folder, lora_folder, target_folder, tmp_path):
+    planned = plan(source_folder, lora_folder, target_folder, device=SLOW, dtype=torch.float32)
+    result = peft_cast.translate(
+        source_folder, lora_folder, target_folder, text=c4_texts(12), steps=0, max_length=32, progress=False
+    )
+    assert planned.parameters == result.metrics["parameters"]
+    result.save_pretrained(tmp_path / "cast")
+    to_lora(result.model).save_pretrained(tmp_path / "lora")
+    for name, folder in (("adapter", "cast"), ("folded", "lora")):
+        size = (tmp_path / folder / "adapter_model.safetensors").stat().st_size
+        assert planned.files[name] <= size < planned.files[name] + 20_000  # the file's header
+    assert planned.weights["target"] == pytest.approx(
+        sum(p.nbytes for p in result.model.unload().parameters()), rel=0.01
+    )
+
+
+def test_counts_memory_that_is_alive_at_once():
+    with FakeTensorMode():
+        a, b = torch.empty(64, 64), torch.empty(64, 64)
+        with counted() as cost:
+            c = a @ b
+            d = c + 1
+            del c
+            e = d.T + 1
+    assert cost.peak == 2 * 64 * 64 * 4  # c and d, later d and e; views take nothing
+    assert cost.kept == cost.peak and e.shape == (64, 64)
+    assert cost.flops == 2 * 64**3
+
+
+def test_counts_what_a_backward_pass_keeps():
+    with FakeTensorMode():
+        x, w = torch.empty(32, 64), torch.empty(64, 64, requires_grad=True)
+        with counted() as cost:
+            (x @ w).relu().sum().backward()
+    assert cost.flops == 2 * 2 * 32 * 64 * 64  # the product, and the weight's gradient
+    gradients = 32 * 64 * 4 + 64 * 64 * 4  # of the product and of the weight, at once
+    assert gradients <= cost.peak < 1.1 * gradients
+
+
+def test_a_step_costs_the_passes_it_cannot_avoid(source_folder, lora_folder, target_folder):
+    planned = plan(
+        source_folder, lora_folder, target_folder, device=SLOW, steps=10, batch_size=4, max_length=64, gamma=0.0
+    )
+    target = tiny_model("gemma3", 420)
+    weights = sum(p.numel() for p in target.model.layers.parameters() if p.ndim == 2)
+    passes = 2 * 2 * weights * 10 * 4 * 64  # forward and backward of the target's layers
+    assert passes < planned.phases["refine"].flops < 5 * passes
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 16}, {"max_length": 128}])
+def test_larger_batches_take_more_memory_and_time(source_folder, lora_folder, target_folder, change):
+    small = {"batch_size": 4, "max_length": 64, "device": SLOW, "fit_samples": 32}
+    before, after = (plan(source_folder, lora_folder, target_folder, **o) for o in (small, {**small, **change}))
+    for phase in ("closed_form", "refine"):
+        assert after.phases[phase].above_weights > 1.5 * before.phases[phase].above_weights
+    assert after.phases["refine"].seconds > 1.5 * before.phases["refine"].seconds
+
+
+def test_a_70b_model_is_planned_in_seconds_without_its_weights(tmp_path, lora_folder, source_folder):
+    llama = tiny_config(
+        "llama", 128_256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=128,
+    )  # fmt: skip
+    planned = plan(source_folder, lora_folder, llama, device="h100", batch_size=1, max_length=128)
+    assert 139e9 < planned.weights["target"] < 143e9
+    assert not planned.fits and "It does not fit" in str(planned)
+    # Of 80 GiB for 131 GiB of weights alone
+    assert planned.memory > planned.weights["target"]
+
+
+def test_is_json_ready_and_readable(source_folder, lora_folder, target_folder):
+    planned = plan(None, lora_folder, target_folder, device="a100", steps=7)
+    account = json.loads(json.dumps(planned.as_dict()))
+    assert account["assumed"]["steps"] == 7 and account["device"]["name"] == "a100" and account["fits"]
+    assert account["seconds"] == pytest.approx(sum(phase["seconds"] for phase in account["phases"].values()))
+    assert "refine" in str(planned) and "a100 (80.0 GiB)" in str(planned)
+
+
+def test_this_machine_is_measured():
+    device = this_machine()
+    assert device.flops > 1e9 and device.bandwidth > 1e8 and device.memory > 2**30
+    assert device.name not in DEVICES
+
+
+def test_what_cannot_be_planned_is_one_clear_error(source_folder, lora_folder, target_folder, tmp_path):
+    with pytest.raises(ValueError, match="no device 'abacus': choose from"):
+        plan(source_folder, lora_folder, target_folder, device="abacus")
+    with pytest.raises(ValueError, match="configuration of the target model .* could not be read"):
+        plan(source_folder, lora_folder, tmp_path / "nothing", device="h100")
+    foreign = make_lora(tiny_model("llama", 300, hidden_size=64), tmp_path / "foreign")
+    with pytest.raises(ValueError, match="does not fit|shape"):
+        plan(source_folder, foreign, target_folder, device="h100")
