@@ -128,7 +128,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
         model = self._cast(adapter, self.target.skeleton(), None, gain, None, "default", adapter_revision)
-        model.save_pretrained(folder)
+        # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
+        model.save_pretrained(folder, save_embedding_layers=False)
         (Path(folder) / METRICS_NAME).unlink(missing_ok=True)  # of another adapter that was there before
         add_card(Path(folder))
 

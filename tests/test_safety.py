@@ -388,6 +388,14 @@ def test_a_bridge_for_another_target_changes_nothing(valid):
     assert not any("peft_cast" in name for name, _ in other.named_modules())
 
 
+def test_file_to_file_whatever_vocabulary_the_target_has_on_disk(valid, tmp_path):
+    bridge = Bridge.from_pretrained(valid[0] / "bridge")
+    bridge.target = dataclasses.replace(bridge.target, config={**bridge.target.config, "vocab_size": 7})
+    bridge.cast_file(valid[0] / "lora", tmp_path / "cast")
+    same = [load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "cast", valid[0] / "cast")]
+    assert same[0].keys() == same[1].keys()
+
+
 def test_a_poisoned_cache_is_made_anew(tmp_path):
     made = []
 
