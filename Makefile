@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-oldest test-quantized lint bench
+.PHONY: setup demo test test-kill test-oldest test-quantized lint bench bench-speed
 
 setup: .venv/.ready
 
@@ -25,6 +25,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# Twenty translations killed at seeded moments and resumed; `make test` kills four.
+test-kill: setup
+	PEFT_CAST_KILLS=20 $(BIN)/python -m pytest tests/test_resuming.py -k killed
 
 TUNER_TESTS := tests/test_tuner.py tests/test_projections.py tests/test_fold.py $(wildcard tests/test_peft_*.py)
 
@@ -51,3 +55,7 @@ bench: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/table.py --pair $$pair --task $$task --seeds 0 1 2 || exit 1; \
 	done; done
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/experiments.py
+
+# What each part costs beside the least it could cost; nothing else should run on the machine.
+bench-speed: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/speed.py

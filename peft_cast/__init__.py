@@ -7,6 +7,7 @@ from .fold import FoldedLora, to_lora
 from .planning import Plan, plan
 from .report import write_report
 from .result import TranslationResult
+from .run import NotSavedError
 from .sharing import push
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
@@ -31,6 +32,7 @@ __all__ = [
     "Linear",
     "Mixture",
     "Plan",
+    "NotSavedError",
     "Rows",
     "SelfWritten",
     "TranslationResult",

@@ -191,7 +191,7 @@ def distill_lora(
             model = get_peft_model(pair.target, config).eval()
             ids = pair.vocabulary
             with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
-                kl, history, excitement = imitate(
+                kl, refinement, excitement = imitate(
                     model, Teacher(pair.adapted, settings, memory=memory), TrainingTexts(texts.train, texts.anchors),
                     texts.held_out, batch_size, phases, steps=steps, learning_rate=learning_rate, relative_steps=False, seed=seed,
                     output_dir=output_dir, training_args=training_args, progress=progress,
@@ -209,6 +209,7 @@ def distill_lora(
             "trained": trained,
             "source_lora": count_parameters(pair.kernels),
         },
+        "refinement": refinement.metrics,
         "text": texts.metrics,
         "phases": phases.costs,
         "settings": {
@@ -216,7 +217,7 @@ def distill_lora(
             "learning_rate": learning_rate, "max_length": max_length, "seed": seed, "rank": r,
         },
     }  # fmt: skip
-    result = TranslationResult(model, metrics, history, pair.modules)
+    result = TranslationResult(model, metrics, refinement.history, pair.modules)
     if output_dir is not None:
         result.save_pretrained(output_dir)
     return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import ModuleMap, align_texts
 from .bridge_config import Side, read_bridge_config
+from .files import complete_folder, write_json
 from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
 from .models import LoraKernel, default_device, load_model
@@ -184,9 +184,9 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
 
     def _save(self, folder: Path) -> Path:
         """Save all but the card and return where."""
-        save_closed_form(self.maps, folder / BRIDGE_WEIGHTS_NAME)
-        config = without_secrets(json.dumps(self._config(), indent=1)) + "\n"
-        (folder / BRIDGE_CONFIG_NAME).write_text(config, encoding="utf-8")
+        with complete_folder(folder, key=BRIDGE_CONFIG_NAME) as partial:
+            save_closed_form(self.maps, partial / BRIDGE_WEIGHTS_NAME)
+            write_json(self._config(), partial / BRIDGE_CONFIG_NAME)
         return folder
 
     def _config(self) -> dict[str, Any]:

@@ -20,6 +20,9 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
     trained = [entry["kl"] for entry in history if "kl" in entry]
     errors = [entry["mse"] for entry in history if "mse" in entry]
     covered = 1 - kl["translated"] / kl["target"] if kl["target"] > 0 else 1.0
+    stopped = metrics.get("refinement", {}).get("stopped")
+    if stopped:
+        found.append(stopped)
     if metrics["excitement"] < 0.05:
         found.append(
             f"The text hardly excites the adapter (it changes the source's predictions by {metrics['excitement']:.3f} nats "

@@ -15,13 +15,13 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from safetensors.torch import save_file
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .files import write_tensors
 from .models import load_on_skeleton, skeleton
 from .safety import check_model_config, check_weights, one_line, read_adapter_config, secrets_removed, without_secrets
-from .sharing import METRICS_NAME, add_card, push_saved, write_metrics
+from .sharing import METRICS_NAME, add_card, push_saved, replacing_folder, write_metrics
 from .tuner import CastConfig, CastLayer
 from .tuner.checks import read_json
 from .tuner.merging import check_foldable
@@ -64,7 +64,8 @@ class FoldedLora:
         Raises:
             ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
         """
-        add_card(self._save(Path(folder)), evaluation, evaluated_as)
+        with replacing_folder(folder) as partial:
+            add_card(self._save(partial), evaluation, evaluated_as)
 
     def push_to_hub(
         self,
@@ -85,10 +86,7 @@ class FoldedLora:
         )  # fmt: skip
 
     def _save(self, folder: Path) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{SAFETENSORS_WEIGHTS_NAME}.partial"
-        save_file(self.weights, partial, metadata={"format": "pt"})
-        partial.replace(folder / SAFETENSORS_WEIGHTS_NAME)
+        write_tensors(self.weights, folder / SAFETENSORS_WEIGHTS_NAME, format="pt")
         self.config.save_pretrained(str(folder))
         folded = {"rank": self.config.r, "errors": self.errors, "origin": self.origin}
         # Scores of the CAST adapter are not those of a LoRA that lost something.

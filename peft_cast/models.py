@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,6 +46,20 @@ def default_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return torch.bfloat16
     return torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    if device.type == "cuda":
+        # What PyTorch holds and does not use is free as well.
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    return 2**63 - 1  # nobody can tell
 
 
 def load_model(
@@ -195,6 +210,25 @@ def untouched(*models: PreTrainedModel) -> Iterator[None]:
         for current, before in settings:
             vars(current).clear()
             vars(current).update(before)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within the context the model has no dropout, and draws no random numbers for it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the context torch draws from the seed; the random state of before is put back after."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from .align import (
     monotone_map,
     shared_vocabulary,
 )
+from .files import optional
 from .fit import (
     ClosedForm,
     TeacherMemory,
@@ -227,7 +228,10 @@ def fitted(
         pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, progress=progress, **options
     )
     if file is not None:
-        save_closed_form(fit, file)
+        with optional("The closed form"):
+            save_closed_form(fit, file)
+            # As a later run will read it: another order of the numbers in memory shows in the last digits.
+            return load_closed_form(file)
     return fit
 
 
@@ -251,7 +255,7 @@ def teacher_memory(pair: Pair, settings: TeacherSettings, folder: str | Path | N
     if not settings.top_k:
         return None
     identity = f"{_identity(pair)} {settings.target_share}" if folder is not None else ""
-    return TeacherMemory(settings.top_k, settings.temperature, folder, identity)
+    return TeacherMemory(settings.top_k, settings.temperature, folder, identity, vocabulary=len(pair.vocabulary))
 
 
 def _identity(pair: Pair) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,9 @@ from peft import PeftModel
 
 from .align import ModuleMap
 from .diagnosis import diagnose, list_not_carried
+from .files import write_json
 from .report import write_report
-from .sharing import REPORT_NAME, add_card, push_saved, write_json, write_metrics
+from .sharing import REPORT_NAME, add_card, push_saved, replacing_folder, write_metrics
 from .tuner import CastConfig
 
 
@@ -32,8 +34,10 @@ class TranslationResult:
             which the LoRA changes the source's predictions there; `source`: the adapter's `type`, the largest `rank` of its
             kernels, `converted` (relative error of each module's kernel that approximates another kind of adapter) and
             `not_carried` (what of the adapter no kernel expresses, by module); `closed_form`: held-out R² per target module; `phases`:
-            seconds and peak memory; `parameters`; `alignment`: among others `routes`, the map used, a line for each role, and `unmapped`, the modules
-            without a place and why; `text`; `settings`; `report`: what only the report shows, see `report.gather_report`.
+            seconds and peak memory; `parameters`; `refinement`: the steps taken, why it `stopped` early if it did, the batch
+            size and gradient accumulation used; `alignment`: among others `routes`, the map used, a line for each role, and
+            `unmapped`, the modules without a place and why; `text`; `settings`; `report`: what only the report shows, see
+            `report.gather_report`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
         adapter_name (`str`): Its name on the model.
@@ -41,7 +45,7 @@ class TranslationResult:
 
     model: PeftModel
     metrics: dict[str, Any]
-    history: list[dict[str, float]]
+    history: Sequence[dict[str, float]]
     module_map: ModuleMap
     adapter_name: str = "default"
 
@@ -51,7 +55,8 @@ class TranslationResult:
         """Save an ordinary PEFT adapter folder, and beside it `cast_metrics.json`, a model card and the report
         (`report.html`, `report.md`, see `write_report`).
 
-        As in PEFT, an adapter of another name than "default" goes to a subfolder of its name. The card names the licences
+        As in PEFT, an adapter of another name than "default" goes to a subfolder of its name. The files appear together, once
+        all are written. The card names the licences
         of both models and of the source adapter where it finds them; one that you changed is kept (docs/sharing.md).
 
         Args:
@@ -60,13 +65,15 @@ class TranslationResult:
 
         Raises:
             ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
+            OSError: If the files cannot be written, with what was there before intact.
         """
-        saved = self._save(Path(folder))
-        if isinstance(self.model.peft_config[self.adapter_name], CastConfig):  # distilled LoRAs keep PEFT's card
-            add_card(saved, evaluation, evaluated_as)
-        # What quotes texts stays in a file of its own, which is never pushed.
-        write_json(saved / REPORT_NAME, self.metrics.get("report", {}))
-        write_report(self, saved, evaluation=evaluation)
+        with replacing_folder(folder) as partial:
+            saved = self._save(partial)
+            if isinstance(self.model.peft_config[self.adapter_name], CastConfig):  # distilled LoRAs keep PEFT's card
+                add_card(saved, evaluation, evaluated_as)
+            # What quotes texts stays in a file of its own, which is never pushed.
+            write_json(self.metrics.get("report", {}), saved / REPORT_NAME)
+            write_report(self, saved, evaluation=evaluation)
 
     def push_to_hub(
         self,

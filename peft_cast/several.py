@@ -77,7 +77,8 @@ def translate_several(
     """What `translate` does when it is given a list of adapters; arguments, results and errors as there."""
     if any(isinstance(adapter, PeftModel) for adapter in adapters):
         raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
-    for given, remedy in (("bridge", "pass no `bridge`"), ("output_dir", "save each result with `save_pretrained`")):
+    remedy = "save each result with `save_pretrained`, and to resume after a kill translate them in turn"
+    for given, remedy in (("bridge", "pass no `bridge`"), ("output_dir", remedy)):
         if options.get(given) is not None:
             raise ValueError(f"`{given}` is for one adapter at a time: {remedy}.")
     if options["beta"] > 0 or options["depth_map"] == "similarity":

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import layer_pairs
 from .bridge import Bridge
-from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
+from .fit import Teacher, TeacherSettings, TrainingTexts, imitate, within_memory
 from .install import adapter_name_of, cast_config, install
-from .models import count_parameters, shared_head, unload_adapters
+from .models import count_parameters, seeded, shared_head, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .report import gather_report
 from .result import TranslationResult
+from .run import check_folder, described, open_run
 from .safety import without_secrets
 from .several import translate_several
 
@@ -67,6 +68,7 @@ def translate(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     output_dir: str | Path | None = None,
+    resume_from_checkpoint: bool = False,
     training_args: Mapping[str, Any] | None = None,
     report_samples: int = 2,
     report_similarity: bool = True,
@@ -138,6 +140,8 @@ def translate(
         dtype (`torch.dtype`, *optional*): Precision of models loaded here; bfloat16 where the hardware is fast at it
             (GPU, CPU with AMX or AVX512-BF16), else float32.
         output_dir: Where Trainer writes checkpoints and the finished adapter is saved; nothing is written when `None`.
+        resume_from_checkpoint (`bool`): Go on with the run in `output_dir` that was stopped or killed, to the same result as
+            if it had not been; if there is none, begin one. See docs/resuming.md.
         training_args: Further `transformers.TrainingArguments`, which take precedence (gradient accumulation, bf16,
             logging, save_steps, ...).
         report_samples (`int`): How many held-out texts the report quotes: so many that the target continues without and
@@ -153,9 +157,12 @@ def translate(
     Raises:
         ValueError: For arguments, adapters, models, tokenizers or text that cannot be used; the message says why.
         OSError: If a model, adapter or corpus cannot be reached.
-        FloatingPointError: If the loss becomes NaN or infinite.
+        FloatingPointError: If the loss becomes NaN or infinite in the first steps; later the best projections until then
+            are the result, with a warning.
+        NotSavedError: If the finished adapter cannot be written to `output_dir`; `error.result` holds it.
     """
     arguments = dict(locals())
+    check_folder(output_dir, resume_from_checkpoint)
     if isinstance(adapter, (list, tuple)):
         options = {name: value for name, value in arguments.items() if name not in ("source", "adapter", "target")}
         return translate_several(translate, source, adapter, target, **options)
@@ -189,11 +196,15 @@ def translate(
                     dtype=dtype,
                 )  # fmt: skip
             )
+        describe = partial(described, {**arguments, "bridge": bridge}, pair)
+        run = open_run(output_dir, cache_dir, resume_from_checkpoint, describe)
+        stack.enter_context(run.advising())
         with phases.measure("text"):
-            texts = read_texts(
-                pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
+            read = partial(
+                read_texts, pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
                 anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar,
             )  # fmt: skip
+            texts = run.texts(read)
         with phases.measure("closed_form"), pair.adapted.disable_adapter():
             if bridge is not None:
                 closed_form, modules = bridge.closed_form(pair.kernels)
@@ -201,11 +212,12 @@ def translate(
             else:
                 if depth_map == "similarity":
                     pair = map_by_similarity(pair, texts.fit, module_map)
-                closed_form = fitted(
-                    pair, texts.fit, cache_dir, batch_size=batch_size, ridge=ridge, hidden=beta > 0,
+                fit = partial(
+                    fitted, pair, texts.fit, run.cache, ridge=ridge, hidden=beta > 0,
                     progress=partial(bar, desc="closed form"),
                 )  # fmt: skip
-        memory = teacher_memory(pair, settings, cache_dir)
+                closed_form = within_memory(lambda size: fit(batch_size=size), batch_size)
+        memory = teacher_memory(pair, settings, run.cache)
         shape = {
             "projection_type": projection_type, "projection_size": projection_size, "projection_bias": projection_bias,
             "projection_sharing": projection_sharing,
@@ -216,18 +228,19 @@ def translate(
             source_adapter_name_or_path=adapter_name_of(adapter), source_adapter_revision=adapter_revision,
         )  # fmt: skip
         try:
-            model = install(
-                pair.target, config, pair.kernels, closed_form,
-                gain=gain, adapter_name=adapter_name, revision=target_revision,
-            )  # fmt: skip
+            with seeded(seed):  # MLPs and spare inner directions start at random
+                model = install(
+                    pair.target, config, pair.kernels, closed_form,
+                    gain=gain, adapter_name=adapter_name, revision=target_revision,
+                )  # fmt: skip
             hidden = {path: (layer_pairs(pair.modules)[path], m) for path, m in closed_form.hidden_maps.items()}
             teacher_at_work = Teacher(pair.adapted, settings, hidden, memory)
             ids = pair.vocabulary
             with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
-                kl, history, excitement = imitate(
+                kl, refinement, excitement = imitate(
                     model, teacher_at_work, TrainingTexts(texts.train, texts.anchors), texts.held_out, batch_size,
                     phases, steps=steps, learning_rate=learning_rate, seed=seed, output_dir=output_dir,
-                    training_args=training_args, progress=progress,
+                    training_args=training_args, progress=progress, checkpoint=run.checkpoint,
                 )  # fmt: skip
             with phases.measure("report"):
                 report = gather_report(
@@ -257,6 +270,7 @@ def translate(
         "alignment": {
             "shared_tokens": len(pair.vocabulary), **pair.modules.metrics,
         },
+        "refinement": refinement.metrics,
         "text": texts.metrics,
         "phases": phases.costs,
         "settings": {
@@ -266,9 +280,8 @@ def translate(
         },
         "report": report,
     }  # fmt: skip
-    result = TranslationResult(model, metrics, history, pair.modules, adapter_name)
-    if output_dir is not None:
-        result.save_pretrained(output_dir)
+    result = TranslationResult(model, metrics, refinement.history, pair.modules, adapter_name)
+    run.save(result)
     return result
 
 

@@ -10,12 +10,13 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import peft_cast
-from peft_cast.fit import CastTrainer, Teacher, TeacherSettings, TrainingTexts
+from peft_cast.fit import CastTrainer, Teacher, TeacherSettings, TrainingTexts, fit_closed_form
 from peft_cast.fit.batches import collate_items, collate_pairs
 from peft_cast.fit.capture import capture, next_token_loss
 from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse
 from peft_cast.fit.moments import Moments
 from peft_cast.models import logits_at, shared_head, untouched
+from peft_cast.pair import open_pair, read_texts
 
 
 def test_moments_give_the_ridge_solution(monkeypatch):
@@ -69,6 +70,31 @@ def test_moments_refuse_nan():
     moments.update(torch.full((3, 2), torch.nan), torch.ones(3, 1), held_out=False)
     with pytest.raises(ValueError, match="NaN or infinite"):
         moments.solve([1])
+
+
+def test_only_so_many_held_out_positions_are_kept(monkeypatch):
+    monkeypatch.setattr("peft_cast.fit.moments.HELD_OUT", 25)
+    moments = Moments(3, 1, torch.device("cpu"))
+    for held_out in (False, True, True, True):
+        x = torch.randn(10, 3)
+        moments.update(x, x[:, :1], held_out)
+    assert sum(len(x) for x, _ in moments.held_out) == 25
+    assert moments.solve([1]).r2 > 0.99
+
+
+def test_layers_are_fitted_in_groups_where_memory_is_short(source_folder, lora_folder, target_folder):
+    with open_pair(source_folder, lora_folder, target_folder) as pair, pair.adapted.disable_adapter():
+        texts = read_texts(pair, c4_texts(20), train=8, held_out=2, fit=12).fit
+        models = pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules
+        seen: list[int] = []
+        whole = fit_closed_form(*models, batch_size=4)
+        parts = fit_closed_form(*models, batch_size=4, memory=1, progress=lambda work: seen.append(len(work)) or work)
+    assert seen == [2 * 3]  # two target layers, three batches
+    assert parts.positions == whole.positions and parts.hidden_r2 == whole.hidden_r2
+    assert list(parts.kernels) == list(whole.kernels)
+    for name, fits in whole.kernels.items():
+        for one, other in zip(fits, parts.kernels[name], strict=True):
+            assert torch.equal(one.A_P_in, other.A_P_in) and torch.equal(one.P_out_B, other.P_out_B)
 
 
 def test_captured_gradients_are_those_of_the_loss():

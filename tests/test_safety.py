@@ -399,24 +399,25 @@ def test_file_to_file_whatever_vocabulary_the_target_has_on_disk(valid, tmp_path
 def test_a_poisoned_cache_is_made_anew(tmp_path):
     made = []
 
-    def make(pairs):
-        made.append(pairs)
+    def make(texts):
+        made.append(texts)
         return torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
 
     def recall():
-        return TeacherMemory(5, folder=tmp_path).recall("source", ["a text"], [3], make)
+        return TeacherMemory(5, folder=tmp_path, vocabulary=40).recall("source", ["a text"], [3], make)
 
     good = recall()
     assert len(made) == 1 and torch.equal(recall().log_p, good.log_p) and len(made) == 1
     file = next(tmp_path.glob("*.safetensors"))
+    key = next(iter(load_file(file))).partition(".")[0]
     whole = {"tokens": good.tokens, "log_p": good.log_p}
     bad = [
         {"tokens": good.tokens}, {**whole, "tokens": good.tokens[:2].clone()}, {**whole, "tokens": good.tokens.long()},
-        {**whole, "tokens": -good.tokens - 1}, {**whole, "log_p": good.log_p * float("nan")},
-        {**whole, "more": good.tokens.clone()}, {"tokens": torch.zeros(3, 30).int(), "log_p": torch.zeros(3, 31).half()},
+        {**whole, "tokens": -good.tokens - 1}, {**whole, "tokens": good.tokens + 40}, {**whole, "log_p": good.log_p * float("nan")},
+        {"tokens": torch.zeros(3, 30).int(), "log_p": torch.zeros(3, 31).half()},
     ]  # fmt: skip
     for number, tensors in enumerate(bad, 2):
-        save_file(tensors, file)
+        save_file({f"{key}.{name}": value for name, value in tensors.items()}, file)
         assert torch.equal(recall().tokens, good.tokens) and len(made) == number
 
 

@@ -120,6 +120,10 @@ def translate_command(
     bridge: Annotated[str | None, typer.Option(help="A fitted bridge to start from.")] = None,
     config: Config = None,
     settings: Set = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in the output folder that was stopped, if there is one."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -143,7 +147,9 @@ def translate_command(
         if dry_run:
             return _print(planned.as_dict(), "", as_json)
         err.print(f"Translating {adapter} to {target}, into {output}\n")
-    result = translate(*models, progress=not quiet, **{"output_dir": output, **arguments})
+    result = translate(
+        *models, progress=not quiet, **{"output_dir": output, "resume_from_checkpoint": resume, **arguments}
+    )
     _print(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
         f"{result}\nSaved in {output}; the report is {output / 'report.html'}",
@@ -331,8 +337,8 @@ def _ending_well() -> Iterator[None]:
     transformers.logging.set_verbosity_error()
     try:
         yield
-    except KeyboardInterrupt:
-        err.print("\nInterrupted.")
+    except KeyboardInterrupt as interrupt:
+        err.print(f"\n{interrupt}" if interrupt.args else "\nInterrupted.", markup=False)
         sys.exit(130)
     except FloatingPointError as error:
         err.print(f"[red]Error[/red]  {error}", markup=True)

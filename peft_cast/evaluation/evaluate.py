@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..environment import environment
+from ..files import write_json
 from ..models import default_device, load_model, load_tokenizer, moved, unload_adapters, untouched
 from ..result import TranslationResult
 from ..safety import check_weights, one_line, read_adapter_config, without_secrets
@@ -247,9 +248,5 @@ class _Known:
     def write(self, evaluation: Evaluation) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
         known = {key: dataclasses.asdict(scores) for key, scores in self.found.items()}
-        text = without_secrets(json.dumps({**evaluation.to_dict(), "known": known}, indent=1))
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_json({**evaluation.to_dict(), "known": known}, self.path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from ..safety import without_secrets
+from ..files import replacing, write_json
 
 
 BASE = "base"
@@ -159,7 +159,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as a JSON file."""
-        Path(path).write_text(without_secrets(json.dumps(self.to_dict(), indent=1)) + "\n", encoding="utf-8")
+        write_json(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: str | Path) -> Evaluation:
@@ -199,7 +199,8 @@ class Evaluation:
             axis.set_title(task, fontsize=10, loc="left")
             axis.spines[["top", "right"]].set_visible(False)
         panels[-1].set_xlabel("recovered lift (0: untouched target, 1: LoRA retrained on it)")
-        figure.savefig(path, dpi=150)
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=150)
 
 
 def _cell(row: Row | None) -> str:

@@ -1,9 +1,12 @@
 """How projections are fitted (closed form) and trained (refinement)."""
 
 from .batches import TrainingTexts, collate_pairs
+from .checkpoints import checkpoints, last_checkpoint, read_state
 from .closed_form import ClosedForm, KernelFit, fit_closed_form
+from .imitate import distance_to_teacher, imitate
 from .memory import TeacherMemory, fingerprint
-from .refine import CastTrainer, Teacher, TeacherSettings, distance_to_teacher, imitate
+from .out_of_memory import within_memory
+from .refine import CastTrainer, Refinement, Teacher, TeacherSettings
 from .saved import load_closed_form, save_closed_form
 
 
@@ -11,15 +14,20 @@ __all__ = [
     "CastTrainer",
     "ClosedForm",
     "KernelFit",
+    "Refinement",
     "Teacher",
     "TeacherMemory",
     "TeacherSettings",
     "TrainingTexts",
+    "checkpoints",
     "collate_pairs",
     "distance_to_teacher",
     "fingerprint",
     "fit_closed_form",
     "imitate",
+    "last_checkpoint",
+    "read_state",
     "load_closed_form",
     "save_closed_form",
+    "within_memory",
 ]

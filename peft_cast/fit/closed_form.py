@@ -11,18 +11,21 @@ fitted directly (r outputs instead of in_S or out_S), with the same result at a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..align import AlignedPair, ModuleMap, SharedVocabulary, layer_pairs
-from ..models import LoraKernel, shared_head
+from ..align import AlignedPair, ModuleMap, SharedVocabulary, layer_pairs, split_place
+from ..align.places import layer_path
+from ..models import LoraKernel, free_memory, shared_head
 from .batches import collate_pairs, side_of
 from .capture import Captured, capture, layer_outputs, next_token_loss
-from .moments import Moments
+from .moments import Moments, RidgeFit
 
 
 @dataclass(frozen=True)
@@ -153,9 +156,13 @@ def fit_closed_form(
     batch_size: int = 8,
     ridge: float | None = None,
     hidden: bool = True,
+    memory: int | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> ClosedForm:
     """Fit every kernel's projections from one forward and one backward pass per model.
+
+    If the second moments of all target layers do not fit into `memory`, the text is read once for each group of layers
+    whose moments do; the result is the same.
 
     Every fifth batch (the last, if there are fewer) is held out: it chooses the ridge strength and gives the reported
     R².
@@ -170,6 +177,7 @@ def fit_closed_form(
         batch_size (`int`): Texts per pass.
         ridge (`float`, *optional*): Fixed ridge strength relative to the mean eigenvalue, instead of the held-out choice.
         hidden (`bool`): Also fit the maps between hidden states that the hidden-state loss needs.
+        memory (`int`, *optional*): Bytes for second moments; half of what is free on the target's device when not given.
         progress: Wrapper around the batches, e.g. `tqdm`.
 
     Raises:
@@ -182,25 +190,80 @@ def fit_closed_form(
             for name, k in kernels.items()
             if name in sources
         }
-    regressions = _Regressions(kernels, module_map)
-    hidden_moments: dict[str, Moments] = {}
-    pairs_of_layers = layer_pairs(module_map) if hidden else {}
     if len(pairs) < 2:
         raise ValueError("The closed form needs at least 2 texts, one to fit and one to check on: pass more text.")
     batch_size = min(batch_size, -(-len(pairs) // 2))
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
+    groups = layer_groups(module_map, target, free_memory(target.device) // 2 if memory is None else memory)
+    work = batches * len(groups)
+    work = iter(progress(work) if progress else work)
+    found: dict[str, list[KernelFit]] = {}
+    hidden_fits: dict[str, RidgeFit] = {}
+    for group in groups:
+        fits, states = _fit_group(source, target, work, len(batches), vocabulary, kernels, group, hidden, ridge)
+        found |= fits
+        hidden_fits |= states
+    for _ in work:  # the progress bar ends when the iterator does
+        pass
+    return ClosedForm(
+        kernels=found,
+        hidden_maps={path: fit.weight for path, fit in hidden_fits.items()},
+        hidden_r2={path: float(fit.r2[0]) for path, fit in hidden_fits.items()},
+        positions=sum(len(pair.target_positions) for pair in pairs),
+    )
+
+
+def layer_groups(module_map: ModuleMap, target: nn.Module, memory: int) -> list[ModuleMap]:
+    """The module map in parts of consecutive target layers, each as large as its second moments fit into `memory` bytes."""
+    groups: list[dict[str, list[str]]] = []
+    used, last = 0, None
+    for name, sources in module_map.kernels.items():
+        layer, size = layer_path(name), moments_size(target, name)
+        if not groups or (used + size > memory and layer != last):
+            groups.append({})
+            used = 0
+        used += size
+        groups[-1][name] = sources
+        last = layer
+    return [replace(module_map, kernels=group) for group in groups]
+
+
+def moments_size(target: nn.Module, place: str) -> int:
+    """Bytes of the second moments of one target place: the float32 squares of its widths.
+
+    Inputs that modules share are counted for each of them: rather too much than too little.
+    """
+    module = target.get_submodule(split_place(place)[0])
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return 4 * sum(width**2 for width in _get_in_out_features(module))
+
+
+def _fit_group(
+    source: PreTrainedModel,
+    target: PreTrainedModel,
+    work: Iterator[Sequence[AlignedPair]],
+    batches: int,
+    vocabulary: SharedVocabulary,
+    kernels: Mapping[str, LoraKernel] | None,
+    group: ModuleMap,
+    hidden: bool,
+    ridge: float | None,
+) -> tuple[dict[str, list[KernelFit]], dict[str, RidgeFit]]:
+    """The kernels' fits and the maps between hidden states of one group of layers, from the next `batches` of the work."""
+    regressions = _Regressions(kernels, group)
+    hidden_moments: dict[str, Moments] = {}
+    pairs_of_layers = layer_pairs(group) if hidden else {}
     # Something must be held out, or the regression on noisy gradients is trusted far too much.
-    held_out_batches = set(range(4, len(batches), 5)) or {len(batches) - 1}
-    count = 0
+    held_out_batches = set(range(4, batches, 5)) or {batches - 1}
     with (
         shared_head(source, vocabulary.source_ids),
         shared_head(target, vocabulary.target_ids),
-        capture(source, sources) as at_source,
-        capture(target, module_map.kernels) as at_target,
+        capture(source, {s for names in group.kernels.values() for s in names}) as at_source,
+        capture(target, group.kernels) as at_target,
         layer_outputs(source, set(pairs_of_layers.values())) as source_states,
         layer_outputs(target, pairs_of_layers) as target_states,
     ):
-        for number, chunk in enumerate(progress(batches) if progress else batches):
+        for number, chunk in enumerate(islice(work, batches)):
             batch = collate_pairs(chunk)
             index = {}
             for side, model, ids in (
@@ -218,14 +281,8 @@ def fit_closed_form(
                 if path not in hidden_moments:
                     hidden_moments[path] = Moments(x.shape[1], y.shape[1], y.device)
                 hidden_moments[path].update(x.to(y.device), y, held_out)
-            count += len(batch["rows"])
-    hidden_fits = {path: moments.solve([moments.yy.shape[1]], ridge) for path, moments in hidden_moments.items()}
-    return ClosedForm(
-        kernels=regressions.solve(ridge),
-        hidden_maps={path: fit.weight for path, fit in hidden_fits.items()},
-        hidden_r2={path: float(fit.r2[0]) for path, fit in hidden_fits.items()},
-        positions=count,
-    )
+    states = {path: moments.solve([moments.yy.shape[0]], ridge) for path, moments in hidden_moments.items()}
+    return regressions.solve(ridge), states
 
 
 def _pass(model: PreTrainedModel, inputs: dict, token_ids: torch.Tensor) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..align import AlignedPair
+from ..files import optional, write_tensors
 from ..tuner.checks import TensorInfo, read_header
 from .losses import LikeliestKL, rows_at_once
 
@@ -74,9 +75,11 @@ class TeacherMemory:
     Args:
         k (`int`): How many of the likeliest tokens are kept at each position.
         temperature (`float`): The temperature of the predictions.
-        folder: Where they are kept between runs too, one safetensors file per text; only in memory when `None`.
+        folder: Where they are kept between runs too; only in memory when `None`. What is made at once is one file: a
+            batch's padding shows in the last digits, so that a run that takes them up again must find all of it or nothing.
         identity (`str`): What else decides the predictions (models, adapter, vocabulary); part of the files' names.
         limit (`int`): The most bytes kept in memory; what does not fit is made anew (or read from `folder`) each time.
+        vocabulary (`int`): How many tokens there are; files that name others are not ours.
     """
 
     def __init__(
@@ -86,9 +89,13 @@ class TeacherMemory:
         folder: str | Path | None = None,
         identity: str = "",
         limit: int = 2**31,
+        vocabulary: int = 2**31,
     ) -> None:
-        self.k, self.temperature, self.identity, self.limit = k, temperature, identity, limit
+        self.k, self.temperature, self.limit, self.vocabulary = k, temperature, limit, vocabulary
+        self.prefix = f"predictions_{_digest(f'{identity} {k} {temperature}')}"
         self.folder = Path(folder) if folder is not None else None
+        self.files = self._look() if folder is not None else {}
+        self.headers: dict[Path, dict[str, TensorInfo]] = {}
         self.kept: dict[tuple[str, AlignedPair], Likeliest] = {}
         self.bytes = 0
 
@@ -112,11 +119,12 @@ class TeacherMemory:
         absent = [pair for pair, known in found.items() if known is None]
         if absent:
             made = Likeliest.of(make(absent), self.k, self.temperature).to(torch.device("cpu"))
-            for pair, part in zip(absent, made.split([sizes[pair] for pair in absent])):
-                found[pair] = part
+            parts = dict(zip(absent, made.split([sizes[pair] for pair in absent])))
+            found.update(parts)
+            for pair, part in parts.items():
                 self._keep(role, pair, part)
-                if self.folder is not None:
-                    self._write(self._file(role, pair), part)
+            if self.folder is not None:
+                self._write({_key(role, pair): part for pair, part in parts.items()})
         return Likeliest.cat([found[pair] for pair in pairs])
 
     def _keep(self, role: str, pair: AlignedPair, part: Likeliest) -> None:
@@ -126,39 +134,56 @@ class TeacherMemory:
             self.bytes += size
 
     def _find(self, role: str, pair: AlignedPair, count: int) -> Likeliest | None:
-        if (role, pair) in self.kept or self.folder is None:
+        key = _key(role, pair) if self.files else None
+        if (role, pair) in self.kept or key not in self.files:
             return self.kept.get((role, pair))
-        file = self._file(role, pair)
         try:
-            if not _is_likeliest(read_header(file), count, self.k):
+            if not self._fits(key, count):
                 return None
-            part = Likeliest(**load_file(file))
-        except (OSError, SafetensorError, ValueError):  # not there, or no file of ours: made anew
+            with safe_open(self.files[key], framework="pt") as saved:
+                part = Likeliest(saved.get_tensor(f"{key}.tokens"), saved.get_tensor(f"{key}.log_p"))
+        except (OSError, SafetensorError, ValueError):  # gone or broken since: made anew
             return None
-        if part.tokens.min() < 0 or torch.isnan(part.log_p).any():
+        least, most = part.tokens.min().item(), part.tokens.max().item()
+        if not 0 <= least <= most < self.vocabulary or torch.isnan(part.log_p).any():
             return None
         self._keep(role, pair, part)
         return part
 
-    def _file(self, role: str, pair: AlignedPair) -> Path:
-        key = f"{self.identity} {self.k} {self.temperature} {role} {pair}"
-        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    def _fits(self, key: str, count: int) -> bool:
+        """Whether a file in the folder, which is not always ours, holds predictions at `count` positions."""
+        file = self.files[key]
+        if file not in self.headers:
+            self.headers[file] = read_header(file)
+        tokens, log_p = (self.headers[file].get(f"{key}.{name}") for name in ("tokens", "log_p"))
+        kept = tokens.shape[-1] if tokens and len(tokens.shape) == 2 else 0
+        wanted = TensorInfo("I32", (count, kept)), TensorInfo("F16", (count, kept + 1))
+        return 1 <= kept <= self.k and (tokens, log_p) == wanted
 
-    @staticmethod
-    def _write(file: Path, part: Likeliest) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({"tokens": part.tokens, "log_p": part.log_p}, partial)
-        partial.replace(file)  # a killed run leaves whole files only
+    def _look(self) -> dict[str, Path]:
+        """The files of the folder by the texts in them."""
+        files = {}
+        for file in sorted(self.folder.glob(f"{self.prefix}_*.safetensors")):
+            with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as saved:  # broken: made anew
+                files |= {name.partition(".")[0]: file for name in saved.keys()}
+        return files
+
+    def _write(self, parts: Mapping[str, Likeliest]) -> None:
+        tensors = {f"{key}.{name}": getattr(part, name) for key, part in parts.items() for name in ("tokens", "log_p")}
+        file = self.folder / f"{self.prefix}_{_digest(str(list(parts)))}.safetensors"
+        with optional("The teacher's predictions"):
+            write_tensors(tensors, file)
+            self.files |= dict.fromkeys(parts, file)
+            return
+        self.folder = None  # one warning is enough, and so is one attempt
 
 
-def _is_likeliest(header: Mapping[str, TensorInfo], count: int, k: int) -> bool:
-    """Whether a file in the folder holds predictions at `count` positions: it is not always ours."""
-    if set(header) != {"tokens", "log_p"} or len(header["tokens"].shape) != 2:
-        return False
-    kept = header["tokens"].shape[1]
-    wanted = {"tokens": TensorInfo("I32", (count, kept)), "log_p": TensorInfo("F16", (count, kept + 1))}
-    return 1 <= kept <= k and header == wanted
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _key(role: str, pair: AlignedPair) -> str:
+    return _digest(f"{role} {pair}")
 
 
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:

@@ -12,6 +12,8 @@ RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 # Side of the blocks in which symmetric products are made: small enough to skip nearly half the work.
 BLOCK = 256
+# Most held-out positions that are kept.
+HELD_OUT = 8192
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class RidgeFit:
 
 
 class Moments:
-    """Sums of x xᵀ, y xᵀ and y² over positions, for fitting and held-out texts apart. Memory does not grow with text.
+    """Sums of x xᵀ and y xᵀ over the positions of fitting texts, and some held-out positions as they are.
+
+    Memory does not grow with the text.
 
     Args:
         dim_x (`int`): Width of the inputs x.
@@ -38,20 +42,24 @@ class Moments:
     """
 
     def __init__(self, dim_x: int, dim_y: int, device: torch.device) -> None:
-        self.xx = torch.zeros(2, dim_x, dim_x, device=device)
-        self.yx = torch.zeros(2, dim_y, dim_x, device=device)
-        self.yy = torch.zeros(2, dim_y, device=device)
-        self.count = [0, 0]
+        self.xx = torch.zeros(dim_x, dim_x, device=device)
+        self.yx = torch.zeros(dim_y, dim_x, device=device)
+        self.yy = torch.zeros(dim_y, device=device)
+        self.held_out: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def update(self, x: torch.Tensor, y: torch.Tensor, held_out: bool) -> None:
         """Add positions: x (n, dim_x), y (n, dim_y)."""
-        part = int(held_out)
-        x, y = x.float(), y.to(x.device).float()
+        y = y.to(x.device).float()
+        if held_out:
+            room = HELD_OUT - sum(len(kept) for kept, _ in self.held_out)
+            if room > 0:
+                self.held_out.append((x[:room].clone(), y[:room].clone()))
+            return
+        x = x.float()
         for i in range(0, x.shape[1], BLOCK):  # x xᵀ is symmetric: blocks on and above the diagonal will do
-            self.xx[part, i : i + BLOCK, i:].addmm_(x[:, i : i + BLOCK].T, x[:, i:])
-        self.yx[part].addmm_(y.T, x)
-        self.yy[part] += y.square().sum(0)
-        self.count[part] += len(x)
+            self.xx[i : i + BLOCK, i:].addmm_(x[:, i : i + BLOCK].T, x[:, i:])
+        self.yx.addmm_(y.T, x)
+        self.yy += y.square().sum(0)
 
     def solve(self, blocks: list[int], ridge: float | None = None, start: float = 1e-2) -> RidgeFit:
         """Ridge regression on the fitting texts; the strength with the least error on the held-out texts is used.
@@ -64,9 +72,10 @@ class Moments:
         Raises:
             ValueError: If the moments are not finite.
         """
-        for i in range(0, self.xx.shape[-1], BLOCK):
-            self.xx[:, i + BLOCK :, i : i + BLOCK] = self.xx[:, i : i + BLOCK, i + BLOCK :].mT
-        if not all(torch.isfinite(m).all() for m in (self.xx, self.yx, self.yy)):
+        for i in range(0, len(self.xx), BLOCK):
+            self.xx[i + BLOCK :, i : i + BLOCK] = self.xx[i : i + BLOCK, i + BLOCK :].T
+        given = [self.xx, self.yx, self.yy, *(y.square().sum() + x.float().square().sum() for x, y in self.held_out)]
+        if not all(torch.isfinite(m).all() for m in given):
             raise ValueError(
                 "The closed-form fit met NaN or infinite activations or gradients: load the models in float32 or "
                 "bfloat16 instead of float16."
@@ -94,17 +103,20 @@ class Moments:
 
     def _solve(self, blocks: list[int], ridge: float) -> RidgeFit | None:
         """The solution of one strength, `None` if it is too weak for the rounding of the moments."""
-        fit, test = 0, 1 if self.count[1] else 0
         # Moments of language models are ill-conditioned (a few huge directions): weak damping needs float64.
         dtype = torch.float64 if ridge < 1e-2 else torch.float32
-        xx = self.xx[fit].to(dtype)
+        xx = self.xx.to(dtype)
         damping = ridge * xx.diagonal().mean().clamp_min(torch.finfo(dtype).tiny)
         factor, failed = torch.linalg.cholesky_ex(xx + damping * torch.eye(len(xx), dtype=dtype, device=xx.device))
         if failed:
             return None
-        weight = torch.cholesky_solve(self.yx[fit].to(dtype).T, factor).T.float()
-        # ‖y − W x‖² per output, from the moments alone
-        error = self.yy[test] - 2 * (weight * self.yx[test]).sum(1) + ((weight @ self.xx[test]) * weight).sum(1)
-        parts = zip(error.split(blocks), self.yy[test].split(blocks))
+        weight = torch.cholesky_solve(self.yx.to(dtype).T, factor).T.float()
+        if self.held_out:
+            error = sum((y - x.float() @ weight.T).square().sum(0) for x, y in self.held_out)
+            total = sum(y.square().sum(0) for _, y in self.held_out)
+        else:  # ‖y − W x‖² of the fitting texts, from the moments alone
+            error = self.yy - 2 * (weight * self.yx).sum(1) + ((weight @ self.xx) * weight).sum(1)
+            total = self.yy
+        parts = zip(error.split(blocks), total.split(blocks))
         r2 = torch.stack([1 - e.sum() / y.sum().clamp_min(1e-30) for e, y in parts])
         return RidgeFit(weight, r2.cpu(), ridge)

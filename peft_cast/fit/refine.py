@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from ..align import AlignedPair
-from ..models import logits_at
-from ..phases import Phases
+from ..models import in_eval_mode, logits_at
 from .batches import TrainingTexts, anchor_positions, anchors_of, collate_items, collate_pairs, side_of
 from .capture import layer_outputs
+from .checkpoints import CheckpointedTrainer, read_state
 from .closed_form import with_bias
 from .losses import kl_divergence, mix_logits, normalised_mse
 from .memory import Likeliest, TeacherMemory
+from .out_of_memory import within_memory
+from .watch import copies, put_back
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Teacher:
         if share:
             with self.source.disable_adapter():
                 plain, plain_states = self._run(*source)
-            with target.disable_adapter():
+            with target.disable_adapter(), in_eval_mode(target):
                 own, own_states = self._run(target, target.get_base_model(), batch, "target")
             logits = mix_logits(logits, plain.to(device), own, share)
         states = {}
@@ -149,7 +151,8 @@ class Teacher:
         rows, positions = anchors_of(batch, target.device)
         first = len(batch["source_input_ids"])
         inputs = {name: batch[f"target_{name}"][first:].to(target.device) for name in ("input_ids", "attention_mask")}
-        with target.disable_adapter(), logits_at(target.get_base_model(), rows - first, positions):
+        head = logits_at(target.get_base_model(), rows - first, positions)
+        with target.disable_adapter(), in_eval_mode(target), head:
             return target(**inputs, use_cache=False).logits
 
     @torch.no_grad()
@@ -169,7 +172,7 @@ def _sizes(module: nn.Module) -> list[tuple[nn.Parameter, float]]:
     return [(p, size or sizes[0]) for p, size in zip(own, sizes)]
 
 
-class CastTrainer(Trainer):
+class CastTrainer(CheckpointedTrainer):
     """`transformers.Trainer` with the loss `alpha T² KL(teacher ‖ student) + beta MSE(hidden) + gamma KL(target ‖ student)`.
 
     The first two are taken at aligned positions, the last at the anchors.
@@ -227,10 +230,8 @@ class CastTrainer(Trainer):
             loss = loss + settings.beta * mse
             self.parts["mse"].append(float(mse.detach()))
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss became {float(loss)} at step {self.state.global_step}: lower `learning_rate`, or load the "
-                "models in float32. Checkpoints written so far are intact."
-            )
+            raise FloatingPointError(f"The loss became {loss.item()} at step {self.state.global_step + 1}.")
+        self.watch.see(float((kl if settings.alpha else loss).detach()))
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -244,25 +245,28 @@ class CastTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-@torch.no_grad()
-def distance_to_teacher(
-    model: PeftModel, teacher: Teacher, pairs: Sequence[AlignedPair], batch_size: int = 8
-) -> float:
-    """KL(teacher ‖ model) in nats per aligned position over some texts, at temperature 1.
+@dataclass(frozen=True)
+class Refinement:
+    """What a refinement did.
 
     Args:
-        model: The translated model; put `model.disable_adapter()` around the call for the untouched target.
-        teacher: The teacher.
-        pairs: The texts.
-        batch_size (`int`): Texts per pass.
+        history: Trainer's log.
+        steps (`int`): How many steps were taken.
+        stopped (`str`, *optional*): Why it ended before the last one, if it did.
+        batch_size, gradient_accumulation_steps (`int`, *optional*): What was used; where memory ran out, smaller batches than
+            asked for, more of them per step.
     """
-    parts = []
-    for i in range(0, len(pairs), batch_size):
-        batch = collate_pairs(pairs[i : i + batch_size])
-        goal, _ = teacher.goals(model, batch)
-        logits, _ = teacher.student(model, model, batch)
-        parts.append(kl_divergence(goal, logits))
-    return float(torch.cat(parts).mean())
+
+    history: Sequence[dict[str, float]] = ()
+    steps: int = 0
+    stopped: str | None = None
+    batch_size: int | None = None
+    gradient_accumulation_steps: int | None = None
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """All but the log, JSON-ready."""
+        return {name: value for name, value in vars(self).items() if name != "history"}
 
 
 def refine(
@@ -278,7 +282,8 @@ def refine(
     output_dir: str | Path | None = None,
     training_args: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> list[dict[str, float]]:
+    checkpoint: Path | None = None,
+) -> Refinement:
     """Train what is trainable in `model` towards the teacher.
 
     Args:
@@ -287,15 +292,14 @@ def refine(
         texts: What is read.
         steps, batch_size, learning_rate, seed, output_dir, training_args, progress: As in `translate`.
         relative_steps (`bool`): See `CastTrainer`.
-
-    Returns:
-        Trainer's log.
+        checkpoint (`Path`, *optional*): Where to go on from.
 
     Raises:
-        FloatingPointError: If the loss becomes NaN or infinite.
+        FloatingPointError: If the loss becomes NaN or infinite before there is anything good to keep.
+        torch.OutOfMemoryError: If memory does not suffice for one text at a time.
     """
     if steps == 0:
-        return []
+        return Refinement()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = {
             "output_dir": str(Path(output_dir) / "checkpoints") if output_dir else scratch,
@@ -315,49 +319,32 @@ def refine(
             "use_cpu": model.device.type == "cpu",
             "seed": seed,
         }
-        settings = TrainingArguments(**{**arguments, **(training_args or {})})
-        settings._n_gpu = min(settings.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
-        trainer = CastTrainer(
-            model=model, args=settings, train_dataset=texts, teacher=teacher, relative_steps=relative_steps
-        )
-        if not progress:
-            trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        arguments |= training_args or {}
+        together = arguments["per_device_train_batch_size"] * arguments.setdefault("gradient_accumulation_steps", 1)
+        start = copies(model)
+
+        def train(size: int) -> CastTrainer:
+            nonlocal checkpoint
+            settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": together // size}
+            settings = TrainingArguments(**{**arguments, **settings})
+            settings._n_gpu = min(settings.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
+            trainer = CastTrainer(
+                model=model, args=settings, train_dataset=texts, teacher=teacher, relative_steps=relative_steps
+            )
+            if not progress:
+                trainer.remove_callback(PrinterCallback)
+            put_back(model, start)
+            try:
+                trainer.go(checkpoint)
+            finally:
+                checkpoint = trainer.last_saved or checkpoint
+            return trainer
+
+        size = read_state(checkpoint).train_batch_size if checkpoint else arguments["per_device_train_batch_size"]
+        trainer = within_memory(train, size)
         model.eval()
-        return trainer.state.log_history
-
-
-def imitate(
-    model: PeftModel,
-    teacher: Teacher,
-    texts: TrainingTexts,
-    held_out: Sequence[AlignedPair],
-    batch_size: int,
-    phases: Phases,
-    **options: Any,
-) -> tuple[dict[str, float], list[dict[str, float]], list[torch.Tensor]]:
-    """Refine, and measure the distance to the teacher on held-out texts before and after.
-
-    Args:
-        model, teacher, texts, batch_size: As in `refine`, which takes the `options` as well.
-        held_out: Texts that are not in `texts`.
-        phases: Where the costs are noted, as `evaluate` and `refine`.
-
-    Returns:
-        KL in nats per position of the untouched `target`, the `start` and the `end`; Trainer's log; and for each held-out
-        text how much it excites the adapter, nats at its aligned positions, shape (positions,).
-    """
-    with phases.measure("evaluate"):
-        excitement: list[torch.Tensor] = []
-        for i in range(0, len(held_out), batch_size):
-            chunk = held_out[i : i + batch_size]
-            nats = teacher.excitement(collate_pairs(chunk)).cpu()
-            excitement += nats.split([len(pair.source_positions) for pair in chunk])
-        with model.disable_adapter():
-            kl = {"target": distance_to_teacher(model, teacher, held_out, batch_size)}
-        kl["start"] = distance_to_teacher(model, teacher, held_out, batch_size)
-    with phases.measure("refine"):
-        history = refine(model, teacher, texts, batch_size=batch_size, **options)
-    with phases.measure("evaluate"):
-        kl["end"] = distance_to_teacher(model, teacher, held_out, batch_size) if history else kl["start"]
-    return kl, history, excitement
+        used = trainer.args
+        return Refinement(
+            trainer.state.log_history, trainer.state.global_step, trainer.watch.stopped,
+            used.per_device_train_batch_size, used.gradient_accumulation_steps,
+        )  # fmt: skip

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..files import write_tensors
 from ..safety import one_line
 from ..tuner.checks import FLOATS, check_finite, check_number, is_name, read_header, shown
 from .closed_form import ClosedForm, KernelFit
@@ -39,10 +39,7 @@ def save_closed_form(fit: ClosedForm, file: Path) -> None:
         for name, fits in fit.kernels.items()
     }  # fmt: skip
     metadata = {"kernels": kernels, "hidden_r2": fit.hidden_r2, "positions": fit.positions}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"peft_cast": json.dumps(metadata)})
-    partial.replace(file)
+    write_tensors(tensors, file, peft_cast=json.dumps(metadata))
 
 
 def load_closed_form(file: Path) -> ClosedForm:

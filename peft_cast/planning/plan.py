@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ..align import AlignedPair, ModuleMap, map_layers, map_modules
 from ..fit.batches import ANCHOR_EVERY, collate_pairs
 from ..fit.capture import capture
-from ..fit.closed_form import _pass, _Regressions
+from ..fit.closed_form import _pass, _Regressions, layer_groups, moments_size
 from ..fit.losses import kl_divergence
 from ..fit.memory import Likeliest
 from ..fit.refine import Teacher, TeacherSettings
@@ -172,6 +172,10 @@ def plan(
             projection_bias=projection_bias, projection_sharing=projection_sharing,
         )  # fmt: skip
         weights = {"source": sum(p.nbytes for p in source.parameters() if p.is_meta), "target": size_of(target)}
+        base = sum(weights.values()) + device.runtime
+        groups = layer_groups(modules, target, max(device.memory - base, 0) // 2)
+        sizes = [sum(moments_size(target, name) for name in group.kernels) for group in groups]
+        group = groups[sizes.index(max(sizes))]
         batches = -(-fit_samples // batch_size)
         model = get_peft_model(target, config, low_cpu_mem_usage=True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -182,7 +186,7 @@ def plan(
             vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (source, target))
             with read.model.disable_adapter(), model.disable_adapter():
                 passes, moments, kept = _closed_form(
-                    source, target, _batch(min(batch_size, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, modules
+                    source, target, _batch(min(batch_size, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, group
                 )  # fmt: skip
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             goal, step, check = _refinement(read.model, model, batch_size, length, aligned, vocabulary, settings)
@@ -194,7 +198,6 @@ def plan(
     optimizer = 16 * trained  # float32 parameters, gradients and Adam's two moments
     remembered = texts * length * aligned * (teacher_top_k or 0) * 6 * (1 + 0.25 * (gamma > 0))
     solve = 40 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2  # float64 copies of the largest
-    base = sum(weights.values()) + device.runtime
 
     def phase(flops: float, flops32: float, above: float, small: float = 0) -> PhasePlan:
         seconds = flops / device.flops + flops32 / device.flops32 + small * device.kernel
@@ -205,7 +208,7 @@ def plan(
     phases = {
         "load": PhasePlan(sum(weights.values()) / 1e9, base, device.runtime, 0.0),
         "closed_form": phase(
-            batches * passes.flops, batches * moments.flops + 4 * cubes, heads + max(kept + passes.peak, kept + solve)
+            len(groups) * batches * passes.flops, batches * moments.flops * sum(sizes) / max(sizes) + 4 * cubes, heads + max(kept + passes.peak, kept + solve)
         ),
         "evaluate": phase(evaluations * check.flops, 0, heads + check.peak + optimizer // 4),
         "refine": phase(
@@ -215,7 +218,7 @@ def plan(
     files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
     assumed = {
         "tokens": length, "aligned": aligned, "vocabulary": vocabulary, "steps": steps, "batch_size": batch_size,
-        "fit_samples": fit_samples, "fit_tokens": max_length, "dtype": str(dtype),
+        "fit_samples": fit_samples, "fit_tokens": max_length, "fit_groups": len(groups), "dtype": str(dtype),
     }  # fmt: skip
     lora = sum(len(kernel.A) * (kernel.A.shape[1] + kernel.B.shape[0]) for kernel in kernels.values())
     return Plan(device, weights, {"trained": trained, "source_lora": lora}, files, phases, assumed)

@@ -8,7 +8,7 @@ from .artifacts import (
     Artifact,
     Origin,
     read_artifact,
-    write_json,
+    replacing_folder,
     write_metrics,
 )
 from .cards import make_card, write_card
@@ -31,7 +31,7 @@ __all__ = [
     "push_saved",
     "read_artifact",
     "read_licences",
+    "replacing_folder",
     "write_card",
-    "write_json",
     "write_metrics",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..safety import without_secrets
+from ..files import complete_folder, write_json
 
 
 if TYPE_CHECKING:
@@ -133,14 +135,19 @@ def _read_adapter(folder: Path) -> Artifact:
 
 def write_metrics(folder: Path, report: Mapping[str, Any]) -> None:
     """Write `cast_metrics.json`."""
-    write_json(folder / METRICS_NAME, report)
+    write_json(report, folder / METRICS_NAME)
 
 
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON file; it appears complete or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(without_secrets(json.dumps(data, indent=1)) + "\n", encoding="utf-8")
-    partial.replace(file)
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """`complete_folder`, with the cards that are there, which may be somebody's own."""
+    folder = Path(folder)
+    with complete_folder(folder) as partial:
+        for card in (*folder.glob("README.md"), *folder.glob("*/README.md")):
+            kept = partial / card.relative_to(folder)
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copy(card, kept)
+        yield partial
 
 
 def describe_evaluation(evaluation: Evaluation, name: str | None) -> dict[str, Any]:

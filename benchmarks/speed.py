@@ -1,0 +1,200 @@
+"""What each part costs beside the least it could cost, on the real pair: `make bench-speed`.
+
+Writes docs/figures/speed.json. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import setting
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import peft_cast
+from peft_cast.environment import environment
+from peft_cast.fit import Teacher, TeacherSettings, collate_pairs, fit_closed_form
+from peft_cast.fit.batches import ANCHOR_EVERY
+from peft_cast.fit.capture import next_token_loss
+from peft_cast.install import cast_config, install
+from peft_cast.models import default_dtype, logits_at, shared_head
+from peft_cast.pair import open_pair, read_texts
+
+
+SOURCE, TARGET = setting.PAIRS["smollm2-gemma3"]
+LORA = SOURCE.adapter("gsm8k")
+BATCH = 8
+
+
+def main() -> None:
+    report: dict[str, Any] = {}
+    with open_pair(SOURCE.folder(), LORA, TARGET.folder()) as pair:
+        texts = read_texts(
+            pair, setting.written("smollm2-gemma3", "gsm8k", "all", 0), setting.c4_documents()[0],
+            train=32, held_out=8, fit=16, anchored=True,
+        )  # fmt: skip
+        report["fit"], fit = closed_form(pair, texts)
+        model = install(pair.target, cast_config(pair.kernels, pair.modules), pair.kernels, fit)
+        report["step"] = step(pair, model, texts)
+    del model, fit, pair
+    gc.collect()
+    with tempfile.TemporaryDirectory() as folder:
+        report |= adapters(Path(folder))
+    report["environment"] = environment()
+    (setting.FIGURES / "speed.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for name, cost in report.items():
+        if "ratio" in cost:
+            print(f"{name:<28} {cost['seconds']:.4g} s, floor {cost['floor']:.4g} s, ratio {cost['ratio']:.3f}")
+
+
+def best(work: Callable[[], Any], times: int = 5) -> float:
+    """Seconds of the fastest run, after one that warms up."""
+    work()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def beside(seconds: float, floor: float) -> dict[str, float]:
+    return {"seconds": seconds, "floor": floor, "ratio": seconds / floor}
+
+
+def closed_form(pair, texts) -> tuple[dict[str, float], Any]:
+    """The fit beside one forward and backward pass per model over the same tokens."""
+
+    def passes() -> None:
+        for i in range(0, len(texts.fit), BATCH):
+            batch = collate_pairs(texts.fit[i : i + BATCH])
+            for side, model, ids in sides:
+                start = model.get_input_embeddings().register_forward_hook(lambda _, __, out: out.requires_grad_(True))
+                inputs = batch[f"{side}_input_ids"].to(model.device)
+                labels = (inputs % len(ids)).masked_fill(batch[f"{side}_attention_mask"].to(model.device) == 0, -100)
+                mask = batch[f"{side}_attention_mask"].to(model.device)
+                with torch.enable_grad():
+                    loss = next_token_loss(
+                        model(input_ids=inputs, attention_mask=mask, use_cache=False).logits, labels
+                    )
+                    loss.backward()
+                start.remove()
+
+    fits = []
+
+    def fit() -> None:
+        fits.append(
+            fit_closed_form(
+                pair.source,
+                pair.target,
+                texts.fit,
+                pair.vocabulary,
+                pair.kernels,
+                pair.modules,
+                batch_size=BATCH,
+                hidden=False,
+            )  # fmt: skip
+        )
+
+    ids = pair.vocabulary.source_ids, pair.vocabulary.target_ids
+    sides = ("source", pair.source, ids[0]), ("target", pair.target, ids[1])
+    with pair.adapted.disable_adapter():
+        seconds = best(fit, 1)
+        with shared_head(pair.source, ids[0]), shared_head(pair.target, ids[1]):
+            floor = best(passes, 1)
+    return beside(seconds, floor), fits[-1]
+
+
+def step(pair, model: PeftModel, texts) -> dict[str, float]:
+    """A refinement step (predictions kept) beside the untouched target's forward and backward pass over the same batch."""
+    teacher = Teacher(pair.adapted, TeacherSettings(gamma=1.0))
+    chunk, anchors = texts.train[:BATCH], texts.anchors[: BATCH // ANCHOR_EVERY]
+    batch = collate_pairs(chunk, anchors)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+    ids = pair.vocabulary
+    base = model.get_base_model()
+
+    def whole() -> None:
+        goal = teacher.remembered(model, chunk, anchors)
+        logits, _ = teacher.student(model, model, batch)
+        goal.kl_divergence(logits).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def floor() -> None:
+        rows = torch.cat([batch["rows"], batch["anchor_rows"]]).to(base.device)
+        positions = torch.cat([batch["target_positions"], batch["anchor_positions"]]).to(base.device)
+        inputs = {name: batch[f"target_{name}"].to(base.device) for name in ("input_ids", "attention_mask")}
+        with logits_at(base, rows, positions):
+            base(**inputs, use_cache=False).logits.sum().backward()
+
+    with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
+        seconds = best(whole, 4)
+        start = base.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+        with model.disable_adapter():
+            least = best(floor, 4)
+        start.remove()
+    return beside(seconds, least)
+
+
+def adapters(folder: Path) -> dict[str, Any]:
+    """Forward passes, loading and saving beside PEFT's LoRA of the same rank; files; a bridge's cast beside reading."""
+    bridge_folder = setting.OUTPUT / "bridge"  # benchmarks/bridge.py
+    bridge = peft_cast.Bridge.from_pretrained(str(bridge_folder))
+    report: dict[str, Any] = {}
+    cast_seconds = best(lambda: bridge.cast_file(LORA, folder / "cast"), 3)
+    reading = best(lambda: load_file(LORA / "adapter_model.safetensors"), 3)
+    report["cast over a bridge"] = beside(cast_seconds, reading)
+    base = AutoModelForCausalLM.from_pretrained(TARGET.folder(), dtype=default_dtype(torch.device("cpu")))
+    folded = peft_cast.to_lora(folder / "cast")
+    folded.save_pretrained(folder / "lora")
+    names = list(folded.config.target_modules)
+    plain = LoraConfig(r=folded.config.r, target_modules=names, task_type="CAUSAL_LM")
+    models = {
+        "cast": PeftModel.from_pretrained(copy.deepcopy(base), folder / "cast"),
+        "folded": PeftModel.from_pretrained(copy.deepcopy(base), folder / "lora"),
+        "lora": get_peft_model(copy.deepcopy(base), plain),
+    }
+    for model in models.values():
+        model.eval().requires_grad_(False)
+    for what, shape in (("decoding", (1, 1)), ("prefill", (4, 128))):
+        ids = torch.ones(shape, dtype=torch.long)
+        seconds = dict.fromkeys(models, float("inf"))
+        with torch.no_grad():
+            for _ in range(12):  # by turns, so that all see the same machine
+                for name, model in models.items():
+                    start = time.perf_counter()
+                    model.get_base_model().model(input_ids=ids, use_cache=False)
+                    seconds[name] = min(seconds[name], time.perf_counter() - start)
+        for name in ("cast", "folded"):
+            report[f"{what}, {name}"] = beside(seconds[name], seconds["lora"])
+    for verb in ("load", "save"):
+        seconds = {}
+        for name in ("cast", "lora"):
+            if verb == "load":
+                seconds[name] = best(lambda: PeftModel.from_pretrained(base, folder / name).unload(), 3)  # noqa: B023
+            else:
+                seconds[name] = best(lambda: models[name].save_pretrained(folder / "again"), 3)  # noqa: B023
+                shutil.rmtree(folder / "again")
+        report[verb] = beside(seconds["cast"], seconds["lora"])
+    source = (LORA / "adapter_model.safetensors").stat().st_size
+    sizes = {n: (folder / n / "adapter_model.safetensors").stat().st_size for n in ("cast", "lora")}
+    report["files"] = {"source_lora": source, **sizes}
+    return report
+
+
+if __name__ == "__main__":
+    main()

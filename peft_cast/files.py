@@ -1,0 +1,114 @@
+"""Files and folders that appear complete or not at all, whatever stops the writing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .safety import without_secrets
+
+
+PARTIAL = ".partial-"  # what is being written, or was when a run was killed
+
+
+@contextmanager
+def replacing(file: str | Path) -> Iterator[Path]:
+    """Within the context write to the path that is given; at the end it takes the place of `file`.
+
+    Raises:
+        OSError: If it cannot be written; what stood there before is intact.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
+    try:
+        with _as_os_error():
+            yield partial
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def complete_folder(folder: str | Path, key: str = "adapter_config.json") -> Iterator[Path]:
+    """Within the context write to the folder that is given; at the end its files move into `folder`.
+
+    Files called `key`, without which nothing loads the folder, come last, and old ones that differ go first: a new adapter
+    is never read with the configuration of another.
+
+    Raises:
+        OSError: If something cannot be written; what stood in `folder` before is intact.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
+    try:
+        with _as_os_error():
+            yield partial
+        moves = {file: folder / file.relative_to(partial) for file in partial.rglob("*") if file.is_file()}
+        for file, place in moves.items():
+            if file.name == key and place.exists() and place.read_bytes() != file.read_bytes():
+                place.unlink()
+        for file, place in sorted(moves.items(), key=lambda move: move[0].name == key):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # not empty: all went well
+                folder.rmdir()
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, **metadata: str) -> None:
+    """Write a safetensors file. It appears complete or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with replacing(file) as partial:
+        save_file(dict(tensors), partial, metadata=metadata or None)
+
+
+def write_json(value: Any, file: str | Path, indent: int | None = 1) -> None:
+    """Write a JSON file, likewise; access tokens in it are left out, see `without_secrets`."""
+    with replacing(file) as partial:
+        partial.write_text(without_secrets(json.dumps(value, indent=indent)) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Within the context something is written that a run can do without: an OSError becomes a warning."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} could not be kept ({error}): the run goes on, and a resumed one makes it anew.")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed runs left half-written in a folder and its subfolders."""
+    for left in list(folder.rglob(f"{PARTIAL}*")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""Checkpoints: whole or not there, written also when something stops the training, and gone on from bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..files import PARTIAL, optional, replacing
+from .watch import FILE as WATCH
+from .watch import Watch, put_back
+
+
+ADAPTER, STATE = "adapter_model.safetensors", "trainer_state.json"
+UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # a full disk, says Python, torch or safetensors
+PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, the oldest first."""
+    found = {path: path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: int(found[path]))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; Trainer's own search takes the newest, whole or not."""
+    return next((path for path in reversed(checkpoints(folder)) if is_whole(path)), None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether every file that a training needs to go on is there and complete."""
+    weights = [*checkpoint.glob(ADAPTER), *checkpoint.glob(f"*/{ADAPTER}")]
+    try:
+        for file in (*weights, checkpoint / WATCH):
+            with safe_open(file, framework="pt"):  # compares the header with the file's size
+                pass
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError):
+        return False
+    return bool(weights) and "global_step" in state and all(zipfile.is_zipfile(checkpoint / name) for name in PICKLES)
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """Trainer's state: the step, the log, the batch size."""
+    return TrainerState.load_from_json(str(checkpoint / STATE))
+
+
+class _Boundary(TrainerCallback):
+    """Knows whether the training is between two updates of the weights, and the random state at the last one's end."""
+
+    def __init__(self) -> None:
+        self.whole, self.random = False, None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.whole = False
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        on_gpu = torch.cuda.is_available()
+        self.random = torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu else None
+        self.whole = True
+
+    def put_back(self) -> None:
+        state, on_gpu = self.random
+        torch.set_rng_state(state)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu)
+
+
+class CheckpointedTrainer(Trainer):
+    """`transformers.Trainer` whose checkpoints are whole or not there, with a `Watch`.
+
+    A checkpoint is written to a folder of another name and renamed; one that cannot be written is a warning.
+
+    Attributes:
+        watch (`Watch`): To be told the losses.
+        last_saved (`Path`, *optional*): The newest checkpoint that this trainer wrote.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.watch, self.boundary = Watch(), _Boundary()
+        self.last_saved: Path | None = None
+        self._writing: str | None = None
+        self.add_callback(self.watch)
+        self.add_callback(self.boundary)
+
+    def _get_output_dir(self, trial) -> str:
+        return self._writing or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial))
+        place = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder, ignore_cleanup_errors=True) as self._writing:
+                written = Path(self._writing) / place.name
+                super()._save_checkpoint(model, trial)
+                self.watch.save(written)
+                if place.exists():
+                    shutil.rmtree(place)
+                written.replace(place)
+        except UNWRITABLE as error:
+            warnings.warn(
+                f"The checkpoint of step {self.state.global_step} could not be written to '{folder}' ({error}): the "
+                "training goes on without it."
+            )
+            return
+        finally:
+            self._writing = None
+        if is_whole(place):  # not with `save_only_model`
+            self.last_saved = place
+        others = [path for path in checkpoints(folder) if path != place]
+        if self.args.save_total_limit:
+            for old in others[: max(0, len(others) - self.args.save_total_limit + 1)]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def save_last_step(self) -> None:
+        """Write a checkpoint of the last whole step, unless there is none or something stopped an update halfway."""
+        step = self.state.global_step
+        if self.boundary.whole and (self.last_saved is None or read_state(self.last_saved).global_step < step):
+            self.boundary.put_back()
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def go(self, checkpoint: Path | None = None) -> None:
+        """Train, from a checkpoint on if there is one. What stops the training is raised after the last step is saved.
+
+        A loss that is not finite, or diverges, ends the training with the best projections so far and a warning.
+
+        Raises:
+            FloatingPointError: If there are none yet.
+        """
+        if checkpoint is not None:
+            self.watch.load(checkpoint)
+            state = read_state(checkpoint)
+            if state.global_step >= state.max_steps:  # Trainer would take another step
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+            size = self.args.per_device_train_batch_size
+            if state.train_batch_size != size:  # memory ran out; Trainer would take the old size from here
+                state.train_batch_size = size
+                with optional("The smaller batch size"), replacing(checkpoint / STATE) as partial:
+                    state.save_to_json(str(partial))
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except FloatingPointError as error:
+            self.watch.stop(str(error))
+        except BaseException:
+            self.save_last_step()
+            raise
+        if self.watch.stopped:
+            if not self.watch.best:
+                raise FloatingPointError(self.watch.stopped)
+            put_back(self.model, self.watch.best)
+            self.model.zero_grad()
+            warnings.warn(self.watch.stopped)

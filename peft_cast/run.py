@@ -1,0 +1,263 @@
+"""What a translation keeps in its folder, so that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from .align import AlignedPair
+from .bridge import Bridge
+from .files import optional, remove_partial, write_json
+from .fit import checkpoints, fingerprint, last_checkpoint, read_state
+from .pair import Pair, PairTexts
+from .result import TranslationResult
+from .safety import without_secrets
+
+
+# Arguments that do not change the result, and those whose content is told apart otherwise.
+FREE = {
+    "source", "adapter", "target", "source_tokenizer", "target_tokenizer", "source_revision", "adapter_revision",
+    "target_revision", "dtype", "device", "cache_dir", "output_dir", "progress", "resume_from_checkpoint",
+    "report_samples", "report_similarity",
+}  # fmt: skip
+FREE_TRAINING_ARGS = ("logging_", "save_", "report_to", "run_name", "disable_tqdm")
+
+
+class NotSavedError(OSError):
+    """The finished translation could not be written.
+
+    Attributes:
+        result (`TranslationResult`): The translation, to be saved elsewhere.
+    """
+
+    def __init__(self, message: str, result: TranslationResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+@dataclass(frozen=True)
+class Run:
+    """A translation's folder.
+
+    Args:
+        folder (`Path`, *optional*): `output_dir`; nothing is kept when `None`.
+        cache (`Path`, *optional*): Where the closed form and the teacher's predictions are kept.
+        checkpoint (`Path`, *optional*): Where the refinement goes on from.
+    """
+
+    folder: Path | None = None
+    cache: Path | None = None
+    checkpoint: Path | None = None
+
+    def texts(self, read: Callable[[], PairTexts]) -> PairTexts:
+        """The texts kept in the folder, else those that `read` gives, which are kept."""
+        if self.folder is None:
+            return read()
+        file = _work(self.folder) / "texts.json"
+        kept = _read_json(file)
+        if kept is not None:
+            return _texts(kept)
+        texts = read()
+        with optional("The text"):
+            parts = {name: part for name, part in vars(texts).items() if name != "metrics"}
+            kept = {name: [vars(pair) for pair in part] for name, part in parts.items()}
+            write_json({**kept, "metrics": texts.metrics}, file, indent=None)
+        return texts
+
+    def save(self, result: TranslationResult) -> None:
+        """Save the result, mark the run as finished and remove what only an unfinished one needs.
+
+        Raises:
+            NotSavedError: If it cannot be written.
+        """
+        if self.folder is None:
+            return
+        try:
+            result.save_pretrained(self.folder)
+        except OSError as error:
+            raise NotSavedError(
+                f"The translation is finished but could not be saved to '{self.folder}' ({error}): make room there and "
+                "pass `resume_from_checkpoint=True`, or catch this error and call `error.result.save_pretrained(...)`.",
+                result,
+            ) from error
+        with optional("The note that the run is finished"):
+            write_json({**(_read_json(self.folder / "run.json") or {}), "finished": True}, self.folder / "run.json")
+        for file in _work(self.folder).glob("predictions_*"):
+            file.unlink(missing_ok=True)
+
+    @contextmanager
+    def advising(self) -> Iterator[None]:
+        """Within the context Ctrl-C says how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            if self.folder is not None:
+                last = last_checkpoint(self.folder / "checkpoints")
+                reached = f" up to step {read_state(last).global_step}" if last else ""
+                interrupt.args = (
+                    f"Stopped; what was done{reached} is kept in '{self.folder}'. To go on, call `translate` with the same "
+                    "arguments and `resume_from_checkpoint=True`.",
+                )
+            raise
+
+
+def check_folder(output_dir: str | Path | None, resume: bool) -> None:
+    """Refuse what can be refused before anything is loaded.
+
+    Raises:
+        ValueError: If there is nothing to resume in, or an unfinished run would be overwritten.
+    """
+    if not isinstance(resume, bool):
+        raise ValueError(
+            f"`resume_from_checkpoint` must be True or False, got {resume!r}: the newest whole checkpoint in `output_dir` is "
+            "taken."
+        )
+    if output_dir is None:
+        if resume:
+            raise ValueError("`resume_from_checkpoint` needs `output_dir`, the folder of the run to go on with.")
+        return
+    folder = Path(output_dir)
+    run, last = _read_json(folder / "run.json"), last_checkpoint(folder / "checkpoints")
+    if resume and run is None and last:
+        raise ValueError(
+            f"'{folder}' has checkpoints but no run.json, which says what they belong to: choose another `output_dir`."
+        )
+    if not resume and run and not run["finished"] and (last or (_work(folder) / "texts.json").exists()):
+        raise ValueError(
+            f"'{folder}' holds a run that was stopped: pass `resume_from_checkpoint=True` to go on with it, or another "
+            "`output_dir` (or delete this one)."
+        )
+
+
+def open_run(
+    output_dir: str | Path | None,
+    cache_dir: str | Path | None,
+    resume: bool,
+    describe: Callable[[], Mapping[str, Any]],
+) -> Run:
+    """Begin a run in a folder, or go on with the one there.
+
+    Args:
+        output_dir: The folder; nothing is kept when `None`.
+        cache_dir: Where closed form and predictions are kept instead.
+        resume (`bool`): Go on with the run in the folder, if there is one.
+        describe: Gives what decides the result, see `described`.
+
+    Raises:
+        ValueError: If the run to go on with was begun with something else.
+        OSError: If the folder cannot be written.
+    """
+    if output_dir is None:
+        return Run(cache=cache_dir)
+    folder = Path(output_dir)
+    file, begun_with = folder / "run.json", describe()
+    known = _read_json(file) if resume else None
+    if known is not None:
+        names = [name for name in begun_with if known["begun_with"].get(name) != begun_with[name]]
+        if names:
+            changes = "; ".join(_change(name, known["begun_with"].get(name), begun_with[name]) for name in names)
+            raise ValueError(
+                f"The run in '{folder}' was begun with something else ({changes}): resume it with the same, or choose another "
+                "`output_dir`."
+            )
+    try:
+        remove_partial(folder)
+        if known is None:
+            # First, so that nothing of a run before is ever taken for this one's.
+            for old in (_work(folder), *checkpoints(folder / "checkpoints")):
+                shutil.rmtree(old, ignore_errors=True)
+            write_json({"begun_with": begun_with, "finished": False}, file)
+    except OSError as error:
+        raise OSError(
+            f"`output_dir`, '{folder}', cannot be written ({error}): make room or choose another."
+        ) from error
+    checkpoint = last_checkpoint(folder / "checkpoints") if known else None
+    return Run(folder, cache_dir or _work(folder), checkpoint)
+
+
+def described(arguments: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
+    """What decides the result of a translation, JSON-ready; texts, models and bridges by a hash.
+
+    Args:
+        arguments: Those of `translate`.
+        pair: The models.
+    """
+    found = {name: value for name, value in arguments.items() if name not in FREE}
+    for name in ("text", "fit_text"):
+        found[name] = None if found[name] is None else _hash(_plain(found[name]))
+    if isinstance(found["bridge"], Bridge):
+        fits = [fit for fits in found["bridge"].maps.kernels.values() for fit in fits]
+        found["bridge"] = _hash([_head(t) for fit in fits for t in (fit.A_P_in, fit.P_out_B)])
+    found["training_args"] = {
+        name: value
+        for name, value in (found["training_args"] or {}).items()
+        if not name.startswith(FREE_TRAINING_ARGS)
+    }
+    found = json.loads(without_secrets(json.dumps(found, default=str)))
+    ids = pair.vocabulary
+    kernels = [(name, k.scaling, _head(k.A), _head(k.B)) for name, k in pair.kernels.items()]
+    return {
+        **found,
+        "the source model or its adapter": _hash([fingerprint(pair.adapted), kernels, pair.adapter.identity]),
+        "the target model": fingerprint(pair.target)[:16],
+        "the tokenizers": _hash([ids.source_ids.tolist(), ids.target_ids.tolist()]),
+    }
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    if name.startswith("the "):
+        return name
+    if name in ("text", "fit_text", "bridge"):
+        return f"`{name}`"
+    return f"`{name}` was {before!r} and is {now!r}"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _head(tensor: torch.Tensor) -> list[float]:
+    return tensor.detach().flatten()[:64].tolist()
+
+
+def _plain(value: Any) -> Any:
+    """A text as something whose `repr` tells it apart; streams that cannot be read twice by their type alone."""
+    if isinstance(value, datasets.Dataset):
+        return value._fingerprint
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return type(value).__name__, [(field.name, _plain(getattr(value, field.name))) for field in fields]
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    return str(value) if isinstance(value, (str, Path, int, float, type(None))) else type(value).__name__
+
+
+def _work(folder: Path) -> Path:
+    return folder / "work"
+
+
+def _read_json(file: Path) -> Any:
+    """What the file holds, `None` if it is not there or broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _texts(kept: dict[str, Any]) -> PairTexts:
+    metrics = kept.pop("metrics")
+    pairs = {
+        name: [AlignedPair(**{field: tuple(ids) for field, ids in pair.items()}) for pair in part]
+        for name, part in kept.items()
+    }
+    return PairTexts(**pairs, metrics=metrics)
