@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -13,17 +12,19 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import ModuleMap, align_texts
+from .bridge_config import Side, read_bridge_config
 from .files import complete_folder, write_json
 from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
-from .models import LoraKernel, default_device, load_model, skeleton
+from .models import LoraKernel, default_device, load_model
 from .pair import open_pair
+from .safety import one_line, secrets_removed, without_secrets
 from .sharing import (
     BRIDGE_CONFIG_NAME,
     BRIDGE_WEIGHTS_NAME,
@@ -36,31 +37,6 @@ from .sharing import (
 )
 from .source import adapted_source, load_source
 from .text import read_corpus
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two models of a bridge.
-
-    Args:
-        name (`str`): Hub id or path.
-        revision (`str`, *optional*): Its revision.
-        config (`dict`): The model's configuration, with its `model_type`: enough for a skeleton without weights.
-    """
-
-    name: str
-    revision: str | None
-    config: dict[str, Any]
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, revision: str | None) -> Side:
-        return cls(model.name_or_path, revision, json.loads(model.config.to_json_string(use_diff=False)))
-
-    def skeleton(self) -> PreTrainedModel:
-        """The model without weights, on the meta device."""
-        model = skeleton(AutoConfig.for_model(**self.config))
-        model.name_or_path = self.name
-        return model
 
 
 class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
@@ -152,7 +128,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
         model = self._cast(adapter, self.target.skeleton(), None, gain, None, "default", adapter_revision)
-        model.save_pretrained(folder)
+        # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
+        model.save_pretrained(folder, save_embedding_layers=False)
         (Path(folder) / METRICS_NAME).unlink(missing_ok=True)  # of another adapter that was there before
         add_card(Path(folder))
 
@@ -191,7 +168,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             closed_form, modules = self.closed_form(read.kernels)
             config = cast_config(
                 read.kernels, modules,
-                source_model_name_or_path=self.source.name, source_model_revision=self.source.revision,
+                source_model_name_or_path=without_secrets(self.source.name), source_model_revision=self.source.revision,
                 source_adapter_name_or_path=adapter_name_of(adapter), source_adapter_revision=adapter_revision,
             )  # fmt: skip
             model = install(
@@ -219,54 +196,57 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         }  # fmt: skip
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Bridge:
-        """As `huggingface_hub.ModelHubMixin.from_pretrained`.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **_: Any,
+    ) -> Bridge:
+        """Read a bridge from a folder or the hub; it may be a stranger's, everything in it is checked.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            revision, cache_dir, force_download, local_files_only, token: As in `huggingface_hub.hf_hub_download`.
 
         Raises:
-            ValueError: If there is no bridge, it is broken, or it cannot be reached.
+            ValueError: If it holds no bridge, or a broken one.
         """
-        try:
-            return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
-        except (OSError, HFValidationError) as error:
-            raise ValueError(
-                f"The bridge '{pretrained_model_name_or_path}' could not be read: {error} Pass a folder or hub id of one."
-            ) from error
-
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision=None,
-        cache_dir=None,
-        force_download=False,
-        local_files_only=False,
-        token=None,
-        **_,
-    ) -> Bridge:
+        # The mixin's own would read a `config.json` too, which a bridge does not have.
+        folder, named = Path(pretrained_model_name_or_path), f"'{without_secrets(pretrained_model_name_or_path)}'"
         options = {
             "revision": revision, "cache_dir": cache_dir, "force_download": force_download,
             "local_files_only": local_files_only, "token": token,
         }  # fmt: skip
 
         def file(name: str) -> Path:
-            return (
-                Path(model_id, name) if Path(model_id).is_dir() else Path(hf_hub_download(model_id, name, **options))
-            )
+            if folder.is_dir():
+                return folder / name
+            with secrets_removed():
+                return Path(hf_hub_download(str(pretrained_model_name_or_path), name, **options))
 
         try:
-            config = json.loads(file(BRIDGE_CONFIG_NAME).read_text(encoding="utf-8"))
-            source, target = Side(**config["source"]), Side(**config["target"])
-            layers = {int(s): t for s, t in config["layers"].items()}
-            reasons, metrics = dict(config["unmapped"]), config["metrics"]
-            found = {name: tuple(route) for name, route in config["found"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"'{model_id}' holds no bridge ({BRIDGE_CONFIG_NAME} is missing or broken): {error}"
-            ) from error
-        maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME))
+            (source, target), modules, metrics = read_bridge_config(file(BRIDGE_CONFIG_NAME))
+            maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME))
+        except (EntryNotFoundError, FileNotFoundError, ValueError) as error:
+            if isinstance(error, (LocalEntryNotFoundError, HFValidationError)):
+                raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {_PASS}") from error
+            raise ValueError(f"{named} holds no bridge, or a broken one: {one_line(error)} {_PASS}") from error
+        except OSError as error:
+            raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {_PASS}") from error
         kernels = {name: [fit.source_module for fit in fits] for name, fits in maps.kernels.items()}
-        return cls(maps, ModuleMap(kernels, layers, reasons, found), source, target, metrics)
+        if not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):
+            raise ValueError(
+                f"{named} holds no bridge, or one on which a module of the source lands twice: fit it anew."
+            )
+        return cls(maps, replace(modules, kernels=kernels), source, target, metrics)
+
+
+_PASS = "Pass a folder or hub id of one."
 
 
 def _applied(kernel: LoraKernel, maps):

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .safety import without_secrets
+
 
 PARTIAL = ".partial-"  # what is being written, or was when a run was killed
 
@@ -89,9 +91,9 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, **metad
 
 
 def write_json(value: Any, file: str | Path, indent: int | None = 1) -> None:
-    """Write a JSON file, likewise."""
+    """Write a JSON file, likewise; access tokens in it are left out, see `without_secrets`."""
     with replacing(file) as partial:
-        partial.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+        partial.write_text(without_secrets(json.dumps(value, indent=indent)) + "\n", encoding="utf-8")
 
 
 @contextmanager

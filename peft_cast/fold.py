@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +15,15 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .files import write_tensors
-from .models import load_on_skeleton, read_adapter_config, skeleton
+from .models import load_on_skeleton, skeleton
+from .safety import check_model_config, check_weights, one_line, read_adapter_config, secrets_removed, without_secrets
 from .sharing import METRICS_NAME, add_card, push_saved, replacing_folder, write_metrics
 from .tuner import CastConfig, CastLayer
+from .tuner.checks import read_json
 from .tuner.merging import check_foldable
 
 
@@ -182,16 +183,29 @@ def _load(adapter: str | Path, revision: str | None) -> PeftModel:
     config = read_adapter_config(adapter, revision)
     if not isinstance(config, CastConfig):
         raise ValueError(
-            f"'{adapter}' is of type {config.peft_type.value}, not a CAST adapter: there is nothing to fold."
+            f"'{without_secrets(adapter)}' is of type {config.peft_type.value}, not a CAST adapter: there is nothing to fold."
         )
+    check_weights(adapter, config, revision)
+    name = config.base_model_name_or_path
     try:
-        base = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
-    except (OSError, ValueError) as error:
+        with secrets_removed():
+            values, _ = PretrainedConfig.get_config_dict(name, revision=config.revision)
+            check_model_config(values, "its configuration")
+            base = skeleton(AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False))
+    except Exception as error:  # a configuration's values can lead to anything in a model's code
         raise ValueError(
-            f"The configuration of the target model '{config.base_model_name_or_path}' could not be read ({error}): load the "
+            f"The configuration of the target model '{without_secrets(name)}' could not be read ({one_line(error)}): load the "
             "adapter on its model and pass the PeftModel."
         ) from error
-    return load_on_skeleton(skeleton(base), adapter, "default", revision)
+    try:
+        return load_on_skeleton(base, adapter, "default", revision)
+    except MemoryError:
+        raise
+    except Exception as error:  # PEFT raises whatever a wrong configuration leads to
+        raise ValueError(
+            f"The adapter '{without_secrets(adapter)}' does not fit its model '{without_secrets(name)}' ({one_line(error)}): get "
+            "both again."
+        ) from error
 
 
 def _read_report(adapter: str | Path, revision: str | None) -> dict[str, Any]:
@@ -203,7 +217,7 @@ def _read_report(adapter: str | Path, revision: str | None) -> dict[str, Any]:
             if folder.is_dir()
             else hf_hub_download(str(adapter), METRICS_NAME, revision=revision)
         )
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        return read_json(file)
     except (OSError, ValueError, EntryNotFoundError):
         return {}
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from .align import ModuleMap, split_place
 from .fit import ClosedForm
 from .models import LoraKernel
+from .safety import without_secrets
 from .tuner import CastConfig, KernelSpec, Projection
+from .tuner.quantized import linear_size
 
 
 def cast_config(kernels: Mapping[str, LoraKernel], modules: ModuleMap, **options: Any) -> CastConfig:
@@ -30,7 +33,8 @@ def cast_config(kernels: Mapping[str, LoraKernel], modules: ModuleMap, **options
 
 def adapter_name_of(adapter: Any) -> str:
     """What a configuration says of the source adapter: its hub id or path, for a PeftModel that of its base."""
-    return adapter.active_peft_config.base_model_name_or_path if isinstance(adapter, PeftModel) else str(adapter)
+    name = adapter.active_peft_config.base_model_name_or_path if isinstance(adapter, PeftModel) else adapter
+    return without_secrets(name)
 
 
 @torch.no_grad()
@@ -53,7 +57,11 @@ def install(
         closed_form: The fitted projections.
         gain: Factor on all deltas; 1/√R² of the output projection, at most 2, when `None`.
         adapter_name, revision: As in `get_peft_model`.
+
+    Raises:
+        ValueError: If the projections are made for a target of other shapes.
     """
+    check_shapes(target, kernels, closed_form)
     model = get_peft_model(target, config, adapter_name=adapter_name, revision=revision)
     # By projection, because kernels may share them.
     into: dict[Projection, list[tuple]] = defaultdict(list)
@@ -76,3 +84,30 @@ def install(
     for projection, parts in out_of.items():
         projection.set_before(*(torch.cat(part, dim=1) for part in zip(*parts)))
     return model
+
+
+def check_shapes(target: PreTrainedModel, kernels: Mapping[str, LoraKernel], closed_form: ClosedForm) -> None:
+    """Fitted maps may come from a file, and be those of another target.
+
+    Raises:
+        ValueError: If they do not fit the target and the kernels.
+    """
+    modules = dict(target.named_modules())
+    for place, fits in closed_form.kernels.items():
+        name, rows = split_place(place)
+        module = modules.get(name)
+        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        size = linear_size(module) if module is not None else None
+        if size is None or (rows and not rows.fit(size[1])):
+            raise ValueError(f"The fitted maps lead to '{place}', which the target does not have: {_REMEDY}.")
+        ins, outs = size[0], rows.size(size[1]) if rows else size[1]
+        for fit in fits:
+            r = len(kernels[fit.source_module].A)
+            if fit.A_P_in.shape != (r, ins) or fit.P_out_B.shape != (outs, r):
+                raise ValueError(
+                    f"The fitted maps for '{place}' have the shapes {tuple(fit.A_P_in.shape)} and {tuple(fit.P_out_B.shape)}, "
+                    f"the target and the kernel from '{fit.source_module}' need {(r, ins)} and {(outs, r)}: {_REMEDY}."
+                )
+
+
+_REMEDY = "they were made for another target, or are broken; pass that target, or fit them anew"

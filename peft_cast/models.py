@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from .align import layer_paths
+from .safety import secrets_removed, without_secrets
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,38 @@ def load_model(
     """A causal language model from a hub id, a path or an already loaded model (returned as it is).
 
     Raises:
-        ValueError: If `model` is a PeftModel.
+        ValueError: If `model` is a PeftModel or nothing, or needs code of its own.
         OSError: If it cannot be found; the message says what to pass.
     """
     if isinstance(model, PeftModel):
         raise ValueError(f"`{which}` is a PeftModel: pass its base model, `{which}.unload()` or a model id.")
     if isinstance(model, nn.Module):
         return model
+    if model is None:
+        raise ValueError(f"The adapter does not say which model it was trained on: pass it as `{which}`.")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=dtype or default_dtype(device))
+        with secrets_removed():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                model, revision=revision, dtype=dtype or default_dtype(device), trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
+        check_remote_code(error, f"The {which} model '{without_secrets(model)}'", which)
         raise OSError(
-            f"The {which} model '{model}' could not be loaded: {error} Pass a hub id, a folder or a loaded model."
+            f"The {which} model '{without_secrets(model)}' could not be loaded: {error} Pass a hub id, a folder or a loaded model."
         ) from error
     return loaded.to(device)
+
+
+def check_remote_code(error: Exception, what: str, argument: str) -> None:
+    """
+    Raises:
+        ValueError: If transformers refused to run code from a repository; it names an option that is none of ours.
+    """
+    if "trust_remote_code" in str(error):
+        raise ValueError(
+            f"{what} needs code from its own repository, which is never run here: read that code, load it yourself with "
+            f"`trust_remote_code=True` and pass the loaded object as `{argument}`."
+        ) from None
 
 
 def load_tokenizer(
@@ -101,30 +120,21 @@ def load_tokenizer(
     error: Exception | None = None
     if path:
         try:
-            return AutoTokenizer.from_pretrained(path, revision=revision)
+            with secrets_removed():
+                return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
         except (OSError, ValueError) as e:
+            check_remote_code(e, f"The tokenizer of '{without_secrets(path)}'", f"{which}_tokenizer")
             error = e
-    raise ValueError(f"No tokenizer was found for the {which} model ('{path}'): pass `{which}_tokenizer=`.") from error
-
-
-def read_adapter_config(adapter: str | Path, revision: str | None = None) -> PeftConfig:
-    """The configuration of an adapter on the hub or in a folder.
-
-    Raises:
-        ValueError: If there is none, or it cannot be read.
-    """
-    try:
-        return PeftConfig.from_pretrained(str(adapter), revision=revision)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"The adapter '{adapter}' could not be read: {error} Pass a hub id or a folder with adapter_config.json."
-        ) from error
+    raise ValueError(
+        f"No tokenizer was found for the {which} model ('{without_secrets(path)}'): pass `{which}_tokenizer=`."
+    ) from error
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration without weights, on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        # Named here, because a configuration may name an attention that is downloaded code; a skeleton never attends.
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
 
 
 def load_on_skeleton(
@@ -136,6 +146,8 @@ def load_on_skeleton(
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
         peft_model = PeftModel.from_pretrained(model, str(adapter), adapter_name=adapter_name, revision=revision)
     weights = load_peft_weights(str(adapter), device="cpu", **({"revision": revision} if revision else {}))
+    # A file may mix precisions, which PEFT would bring to that of its base.
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     state = type(peft_model.base_model)._remap_adapter_state_dict_for_load(
         model=peft_model, config=peft_model.peft_config[adapter_name], adapter_name=adapter_name, state_dict=weights
     )

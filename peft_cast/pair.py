@@ -19,6 +19,7 @@ from .align import (
     ModuleMap,
     SharedVocabulary,
     align_texts,
+    layer_pairs,
     layer_paths,
     linear_cka,
     linear_layers,
@@ -40,6 +41,7 @@ from .fit import (
 )
 from .fit.batches import ANCHOR_EVERY, side_of
 from .fit.capture import layer_outputs
+from .install import check_shapes
 from .models import (
     LoraKernel,
     default_device,
@@ -217,8 +219,10 @@ def fitted(
         key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}"
         file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         try:
-            return load_closed_form(file)
-        except (FileNotFoundError, ValueError):  # not there, or broken: fitted anew
+            fit = load_closed_form(file)
+            if _belongs_to(fit, pair, bool(options.get("hidden"))):
+                return fit
+        except (FileNotFoundError, ValueError, KeyError):  # not there, broken, or another pair's: fitted anew
             pass
     fit = fit_closed_form(
         pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, progress=progress, **options
@@ -231,6 +235,18 @@ def fitted(
     return fit
 
 
+def _belongs_to(fit: ClosedForm, pair: Pair, hidden: bool) -> bool:
+    """Whether a closed form from the cache is one of this pair, whatever its file is called."""
+    check_shapes(pair.target, pair.kernels, fit)
+    widths = [model.config.get_text_config().hidden_size for model in (pair.target, pair.source)]
+    kernels = {name: [f.source_module for f in fits] for name, fits in fit.kernels.items()}
+    return (
+        kernels == pair.modules.kernels
+        and set(fit.hidden_maps) == (set(layer_pairs(pair.modules)) if hidden else set())
+        and all(weight.shape == (widths[0], widths[1] + 1) for weight in fit.hidden_maps.values())
+    )
+
+
 def teacher_memory(pair: Pair, settings: TeacherSettings, folder: str | Path | None) -> TeacherMemory | None:
     """Where the teacher's predictions are kept, between runs too if there is a folder; `None` if they are not kept.
 
@@ -239,7 +255,7 @@ def teacher_memory(pair: Pair, settings: TeacherSettings, folder: str | Path | N
     if not settings.top_k:
         return None
     identity = f"{_identity(pair)} {settings.target_share}" if folder is not None else ""
-    return TeacherMemory(settings.top_k, settings.temperature, folder, identity)
+    return TeacherMemory(settings.top_k, settings.temperature, folder, identity, vocabulary=len(pair.vocabulary))
 
 
 def _identity(pair: Pair) -> str:

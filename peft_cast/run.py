@@ -21,6 +21,7 @@ from .files import optional, remove_partial, write_json
 from .fit import checkpoints, fingerprint, last_checkpoint, read_state
 from .pair import Pair, PairTexts
 from .result import TranslationResult
+from .safety import without_secrets
 
 
 # Arguments that do not change the result, and those whose content is told apart otherwise.
@@ -202,7 +203,7 @@ def described(arguments: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
         for name, value in (found["training_args"] or {}).items()
         if not name.startswith(FREE_TRAINING_ARGS)
     }
-    found = json.loads(json.dumps(found, default=str))
+    found = json.loads(without_secrets(json.dumps(found, default=str)))
     ids = pair.vocabulary
     kernels = [(name, k.scaling, _head(k.A), _head(k.B)) for name, k in pair.kernels.items()]
     return {

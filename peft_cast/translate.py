@@ -24,6 +24,7 @@ from .phases import Phases
 from .report import gather_report
 from .result import TranslationResult
 from .run import check_folder, described, open_run
+from .safety import without_secrets
 from .several import translate_several
 
 
@@ -223,7 +224,7 @@ def translate(
         }  # fmt: skip
         config = cast_config(
             pair.kernels, pair.modules, **shape,
-            source_model_name_or_path=pair.source.name_or_path, source_model_revision=source_revision,
+            source_model_name_or_path=without_secrets(pair.source.name_or_path), source_model_revision=source_revision,
             source_adapter_name_or_path=adapter_name_of(adapter), source_adapter_revision=adapter_revision,
         )  # fmt: skip
         try:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..align.places import split_name
 from ..bridge import Bridge
-from ..models import read_adapter_config
+from ..safety import read_adapter_config
 from ..sharing import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
 from ..tuner import CastConfig
 

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..environment import environment
 from ..files import write_json
-from ..models import default_device, load_model, load_tokenizer, moved, read_adapter_config, unload_adapters, untouched
+from ..models import default_device, load_model, load_tokenizer, moved, unload_adapters, untouched
 from ..result import TranslationResult
+from ..safety import check_weights, one_line, read_adapter_config, without_secrets
 from ..text import read_corpus
 from .drift import drift
 from .rows import BASE, Evaluation, Measurement
@@ -85,7 +86,7 @@ def evaluate(
             "adapter off first (`result.model.unload()`)."
         )
     settings = {
-        "target": str(model.name_or_path),
+        "target": without_secrets(model.name_or_path),
         "dtype": str(model.dtype).removeprefix("torch."),
         "tasks": [_describe(task) for task in tasks],
         "drift_documents": len(texts),
@@ -158,17 +159,22 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
         if adapter is None:
             yield model
             return
-        if getattr(read_adapter_config(adapter), "bias", "none") != "none":
+        config = read_adapter_config(adapter)
+        check_weights(adapter, config, model=model)
+        if getattr(config, "bias", "none") != "none":
             raise ValueError(
-                f"The adapter '{adapter}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
+                f"The adapter '{without_secrets(adapter)}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
                 "a copy of the target."
             )
         try:
             try:
                 adapted = PeftModel.from_pretrained(model, str(adapter))
-            except (OSError, ValueError, RuntimeError) as error:
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:  # PEFT raises whatever a wrong configuration leads to
                 raise ValueError(
-                    f"The adapter '{adapter}' could not be loaded on '{model.name_or_path}': {error}"
+                    f"The adapter '{without_secrets(adapter)}' could not be loaded on "
+                    f"'{without_secrets(model.name_or_path)}': {one_line(error)}"
                 ) from error
             yield adapted.eval()
         finally:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..align import AlignedPair
 from ..files import optional, write_tensors
+from ..tuner.checks import TensorInfo, read_header
 from .losses import LikeliestKL, rows_at_once
 
 
@@ -78,6 +79,7 @@ class TeacherMemory:
             batch's padding shows in the last digits, so that a run that takes them up again must find all of it or nothing.
         identity (`str`): What else decides the predictions (models, adapter, vocabulary); part of the files' names.
         limit (`int`): The most bytes kept in memory; what does not fit is made anew (or read from `folder`) each time.
+        vocabulary (`int`): How many tokens there are; files that name others are not ours.
     """
 
     def __init__(
@@ -87,11 +89,13 @@ class TeacherMemory:
         folder: str | Path | None = None,
         identity: str = "",
         limit: int = 2**31,
+        vocabulary: int = 2**31,
     ) -> None:
-        self.k, self.temperature, self.limit = k, temperature, limit
+        self.k, self.temperature, self.limit, self.vocabulary = k, temperature, limit, vocabulary
         self.prefix = f"predictions_{_digest(f'{identity} {k} {temperature}')}"
         self.folder = Path(folder) if folder is not None else None
         self.files = self._look() if folder is not None else {}
+        self.headers: dict[Path, dict[str, TensorInfo]] = {}
         self.kept: dict[tuple[str, AlignedPair], Likeliest] = {}
         self.bytes = 0
 
@@ -111,7 +115,7 @@ class TeacherMemory:
             make: Logits (positions, vocabulary) of some texts one after another.
         """
         sizes = dict(zip(pairs, counts))
-        found = {pair: self._find(role, pair) for pair in sizes}
+        found = {pair: self._find(role, pair, count) for pair, count in sizes.items()}
         absent = [pair for pair, known in found.items() if known is None]
         if absent:
             made = Likeliest.of(make(absent), self.k, self.temperature).to(torch.device("cpu"))
@@ -129,17 +133,32 @@ class TeacherMemory:
             self.kept[role, pair] = part
             self.bytes += size
 
-    def _find(self, role: str, pair: AlignedPair) -> Likeliest | None:
+    def _find(self, role: str, pair: AlignedPair, count: int) -> Likeliest | None:
         key = _key(role, pair) if self.files else None
         if (role, pair) in self.kept or key not in self.files:
             return self.kept.get((role, pair))
         try:
+            if not self._fits(key, count):
+                return None
             with safe_open(self.files[key], framework="pt") as saved:
                 part = Likeliest(saved.get_tensor(f"{key}.tokens"), saved.get_tensor(f"{key}.log_p"))
-        except (OSError, SafetensorError):  # gone or broken since: made anew
+        except (OSError, SafetensorError, ValueError):  # gone or broken since: made anew
+            return None
+        least, most = part.tokens.min().item(), part.tokens.max().item()
+        if not 0 <= least <= most < self.vocabulary or torch.isnan(part.log_p).any():
             return None
         self._keep(role, pair, part)
         return part
+
+    def _fits(self, key: str, count: int) -> bool:
+        """Whether a file in the folder, which is not always ours, holds predictions at `count` positions."""
+        file = self.files[key]
+        if file not in self.headers:
+            self.headers[file] = read_header(file)
+        tokens, log_p = (self.headers[file].get(f"{key}.{name}") for name in ("tokens", "log_p"))
+        kept = tokens.shape[-1] if tokens and len(tokens.shape) == 2 else 0
+        wanted = TensorInfo("I32", (count, kept)), TensorInfo("F16", (count, kept + 1))
+        return 1 <= kept <= self.k and (tokens, log_p) == wanted
 
     def _look(self) -> dict[str, Path]:
         """The files of the folder by the texts in them."""

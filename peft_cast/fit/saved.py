@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..files import write_tensors
+from ..safety import one_line
+from ..tuner.checks import FLOATS, check_finite, check_number, is_name, read_header, shown
 from .closed_form import ClosedForm, KernelFit
 
 
@@ -39,30 +43,48 @@ def save_closed_form(fit: ClosedForm, file: Path) -> None:
 
 
 def load_closed_form(file: Path) -> ClosedForm:
-    """Read what `save_closed_form` wrote.
+    """Read what `save_closed_form` wrote. It may come from a stranger: every entry is checked.
 
     Raises:
         ValueError: If the file is broken or no closed form.
         FileNotFoundError: If there is none.
     """
     try:
+        header = read_header(file)
         with safe_open(file, framework="pt") as saved:
             metadata = json.loads((saved.metadata() or {})["peft_cast"])
 
             @cache
             def tensor(key: str) -> torch.Tensor:
-                return saved.get_tensor(key)
+                if key not in header or header[key].dtype not in FLOATS or len(header[key].shape) != 2:
+                    raise ValueError(f"it has no matrix {shown(key)}")
+                found = saved.get_tensor(key)
+                check_finite(key, found)
+                return found
 
             def fit(entry: dict) -> KernelFit:
-                return KernelFit(A_P_in=tensor(entry.pop("in")), P_out_B=tensor(entry.pop("out")), **entry)
+                if not is_name(entry["source_module"]):
+                    raise ValueError(f"it has a module called {shown(entry['source_module'])}")
+                numbers = {name: _finite(name, entry[name]) for name in ("r2_in", "r2_out")}
+                return KernelFit(entry["source_module"], tensor(entry["in"]), tensor(entry["out"]), **numbers)
 
+            hidden_r2 = {path: _finite("hidden_r2", r2) for path, r2 in metadata["hidden_r2"].items()}
+            check_number("`positions`", metadata["positions"], 0, whole=True)
             return ClosedForm(
                 kernels={name: [fit(entry) for entry in fits] for name, fits in metadata["kernels"].items()},
-                hidden_maps={path: tensor(f"hidden.{path}") for path in metadata["hidden_r2"]},
-                hidden_r2=metadata["hidden_r2"],
+                hidden_maps={path: tensor(f"hidden.{path}") for path in hidden_r2},
+                hidden_r2=hidden_r2,
                 positions=metadata["positions"],
             )
     except FileNotFoundError:
         raise
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"'{file}' holds no closed form, or is broken: delete it and fit again. ({error})") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"'{file}' holds no closed form, or is broken: delete it and fit again. ({one_line(error)})"
+        ) from error
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"`{name}` must be a finite number, got {shown(value)}")
+    return value

@@ -20,7 +20,8 @@ from ..fit.losses import kl_divergence
 from ..fit.memory import Likeliest
 from ..fit.refine import Teacher, TeacherSettings
 from ..install import cast_config
-from ..models import LoraKernel, default_dtype, layer_count, read_adapter_config, shared_head, skeleton
+from ..models import LoraKernel, check_remote_code, default_dtype, layer_count, shared_head, skeleton
+from ..safety import read_adapter_config, secrets_removed, without_secrets
 from ..source import adapted_source
 from ..tuner import CastConfig
 from .devices import DEVICES, Device, this_machine
@@ -244,11 +245,13 @@ def _config(model: str | Path | PretrainedConfig, which: str, revision: str | No
     if isinstance(model, PretrainedConfig):
         return model
     try:
-        return AutoConfig.from_pretrained(model, revision=revision)
+        with secrets_removed():
+            return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        check_remote_code(error, f"The {which} model '{without_secrets(model)}'", which)
         raise ValueError(
-            f"The configuration of the {which} model '{model}' could not be read: {error} Pass a hub id, a folder with "
-            "config.json or a configuration."
+            f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {error} Pass a hub id, a "
+            "folder with config.json or a configuration."
         ) from error
 
 

@@ -7,18 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
-from peft.utils import (
-    SAFETENSORS_WEIGHTS_NAME,
-    get_peft_model_state_dict,
-)
-from safetensors import SafetensorError, safe_open
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import load_model, load_on_skeleton, read_adapter_config, unload_adapters
+from ..models import load_model, load_on_skeleton, unload_adapters
+from ..safety import check_weights, one_line, read_adapter_config, without_secrets
+from ..tuner.checks import TensorInfo
 from .kernels import SourceAdapter, check_rank, read_adapter
 
 
@@ -80,16 +76,17 @@ def adapted_source(
         yield read_adapter(adapter, {}, source_rank)
         return
     config = read_adapter_config(adapter, revision)
-    _check_config(config, f"The adapter '{adapter}'")
-    shapes = _shapes(adapter, revision)
+    _check_config(config, f"The adapter '{without_secrets(adapter)}'")
+    header = check_weights(adapter, config, revision, source)
+    shapes = {name.removeprefix(_PREFIX): info.shape for name, info in header.items()}
     _check_vocabulary(source, adapter, shapes)
     parameters = dict(source.named_parameters(remove_duplicate=False))
     names = parameters if _changes_weights(config) else {_base_name(key) for key in shapes} & parameters.keys()
     kept = {name: parameters[name].detach().clone() for name in names}
     lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
     try:
-        model = _load(source, adapter, config, revision, parameters, shapes)
-        changed = {name: value for name, value in kept.items() if not torch.equal(parameters[name], value)}
+        model = _load(source, adapter, config, revision, parameters, header)
+        changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
         if changed:
             model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
         yield read_adapter(model.eval(), changed, source_rank)
@@ -107,20 +104,22 @@ def _load(
     config: PeftConfig,
     revision: str | None,
     own: Mapping[str, nn.Parameter],
-    shapes: Mapping[str, tuple[int, ...]],
+    header: Mapping[str, TensorInfo],
 ) -> PeftModel:
     try:
         if source.device.type == "meta":
             model = load_on_skeleton(source, adapter, _NAME, revision)
         else:
             model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_NAME, revision=revision)
-        _check_same_keys(model, own, shapes)
-    except torch.OutOfMemoryError:
+        _check_same_keys(model, own, header)
+    except (torch.OutOfMemoryError, MemoryError):
         raise
-    except (RuntimeError, ValueError, OSError, TypeError, KeyError, AttributeError, ImportError) as error:
+    except Exception as error:  # PEFT raises whatever a wrong configuration leads to
         raise ValueError(
-            f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; it was trained on "
-            f"'{config.base_model_name_or_path}'. ({_first_line(error)})"
+            without_secrets(
+                f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; it was trained on "
+                f"'{config.base_model_name_or_path}'. ({_first_line(error)})"
+            )
         ) from error
     return model
 
@@ -191,30 +190,6 @@ def _changes_weights(config: PeftConfig) -> bool:
     return _start(config) in ("pissa", "olora") or bool(getattr(config, "kasa_config", None))
 
 
-def _shapes(adapter: str | Path, revision: str | None) -> dict[str, tuple[int, ...]]:
-    """Names, as in the base model, and shapes of the tensors in the adapter's file."""
-    try:
-        if Path(adapter).is_dir():
-            file = Path(adapter) / SAFETENSORS_WEIGHTS_NAME
-            if not file.exists():
-                raise EntryNotFoundError(str(file))
-        else:
-            file = hf_hub_download(str(adapter), SAFETENSORS_WEIGHTS_NAME, revision=revision)
-        with safe_open(file, "pt") as tensors:
-            return {key.removeprefix(_PREFIX): tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
-    except LocalEntryNotFoundError as error:
-        raise ValueError(f"The weights of the adapter '{adapter}' could not be reached: {error}") from error
-    except EntryNotFoundError as error:
-        raise ValueError(
-            f"The adapter '{adapter}' has no {SAFETENSORS_WEIGHTS_NAME}. Pickled weights (adapter_model.bin) are not read, "
-            "because they can run code: convert them to safetensors first."
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"The weights of the adapter '{adapter}' could not be read ({error}): the file is corrupt, get it again."
-        ) from error
-
-
 def _check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Embeddings or a head in the adapter's file must have the model's number of rows."""
     for part in (source.get_input_embeddings(), source.get_output_embeddings()):
@@ -222,7 +197,7 @@ def _check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapp
         shape = shapes.get(f"{name}.weight") or shapes.get(f"{name}.base_layer.weight")
         if shape and shape[0] != part.weight.shape[0]:
             raise ValueError(
-                f"The adapter '{adapter}' was trained with a vocabulary of {shape[0]} tokens and the source model has "
+                f"The adapter '{without_secrets(adapter)}' was trained with a vocabulary of {shape[0]} tokens and the source model has "
                 f"{part.weight.shape[0]}: load the model, call `resize_token_embeddings({shape[0]})` and pass it with the "
                 "adapter's tokenizer as `source_tokenizer`."
             )
@@ -233,18 +208,18 @@ def _base_name(key: str) -> str:
     return key.replace(".base_layer.", ".")
 
 
-def _check_same_keys(model: PeftModel, own: Mapping[str, nn.Parameter], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_same_keys(model: PeftModel, own: Mapping[str, nn.Parameter], header: Mapping[str, TensorInfo]) -> None:
     """PEFT ignores weights in the file that the model has no place for; here they mean the wrong model."""
-    state = get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
-    in_model = {key.removeprefix(_PREFIX) for key in state}
-    in_file = {key for key in shapes if key in in_model or _base_name(key) not in own}
+    in_model = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
+    in_file = {key for key in header if key in in_model or _base_name(key.removeprefix(_PREFIX)) not in own}
     if in_file != in_model:
         odd = sorted(in_file ^ in_model)
         where = "file, not in the model" if odd[0] in in_file else "model, not in the file"
-        raise ValueError(f"'{odd[0]}' is in the {where}; {len(odd)} such tensors")
+        raise ValueError(f"'{odd[0][:200]}' is in the {where}; {len(odd)} such tensors")
 
 
 def _first_line(error: Exception) -> str:
     """PEFT lists every mismatched tensor; one is enough."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    loading = len(lines) > 1 and lines[0].startswith("Error(s) in loading")
+    return lines[1] if loading else one_line(error)

@@ -10,6 +10,8 @@ from typing import Any
 
 import datasets
 
+from ..safety import secrets_removed, without_secrets
+
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
 
@@ -62,7 +64,11 @@ def read_corpus(corpus: Any, limit: int) -> list[str]:
 
 
 def _describe(corpus: Corpus) -> str:
-    return f"'{corpus.source}'" if isinstance(corpus.source, (str, Path)) else f"({type(corpus.source).__name__})"
+    return (
+        f"'{without_secrets(corpus.source)}'"
+        if isinstance(corpus.source, (str, Path))
+        else f"({type(corpus.source).__name__})"
+    )
 
 
 def _texts(corpus: Corpus) -> Iterator[str]:
@@ -103,10 +109,11 @@ def _local(path: Path) -> datasets.Dataset:
 
 def _hub(corpus: Corpus) -> datasets.IterableDataset:
     try:
-        return datasets.load_dataset(corpus.source, corpus.name, split=corpus.split, streaming=True)
+        with secrets_removed():
+            return datasets.load_dataset(corpus.source, corpus.name, split=corpus.split, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise OSError(
-            f"The dataset '{corpus.source}' could not be reached on the hub ({type(error).__name__}). Without a "
+            f"The dataset {_describe(corpus)} could not be reached on the hub ({type(error).__name__}). Without a "
             "connection, pass text that is at hand: text='my_texts.jsonl' (also .txt, .parquet), a list of strings, or "
             "a datasets.Dataset, and likewise `fit_text` when the models write `text` themselves."
         ) from error

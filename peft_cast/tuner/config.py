@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from peft.config import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+
+from .checks import (
+    FLOATS,
+    MAX_RANK,
+    MAX_WIDTH,
+    TensorInfo,
+    check_fields,
+    check_number,
+    is_name,
+    read_header,
+    read_json,
+    shown,
+)
 
 
 class Rows(NamedTuple):
@@ -58,7 +74,7 @@ class KernelSpec:
         rows (`Rows`, *optional*): The rows of the target module's output on which the kernel lands, all when `None`.
 
     Raises:
-        ValueError: If a size is not a positive integer.
+        ValueError: If a size is not a positive integer, or absurd, or another value is of the wrong type.
     """
 
     r: int
@@ -69,12 +85,20 @@ class KernelSpec:
     rows: Rows | None = None
 
     def __post_init__(self):
+        for name, most in (("r", MAX_RANK), ("in_features", MAX_WIDTH), ("out_features", MAX_WIDTH)):
+            check_number(f"`{name}` of a kernel", getattr(self, name), 1, most, whole=True)
+        check_number("`scaling` of a kernel", self.scaling)
+        if self.source_module is not None and not is_name(self.source_module):
+            raise ValueError(f"`source_module` of a kernel must be a name, got {shown(self.source_module)}.")
         if self.rows is not None:  # adapter_config.json stores a list
-            object.__setattr__(self, "rows", Rows(*self.rows))
-        for name in ("r", "in_features", "out_features"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` of a kernel must be a positive integer, got {value!r}.")
+            try:
+                object.__setattr__(self, "rows", Rows(*self.rows))
+                for number in self.rows[: 2 if self.rows.stride is None else 3]:
+                    check_number("rows", number, 0, MAX_WIDTH, whole=True)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"`rows` of a kernel must be two or three integers, got {shown(self.rows)}."
+                ) from None
 
 
 @dataclass
@@ -164,16 +188,13 @@ class CastConfig(PeftConfig):
     source_adapter_revision: str | None = field(default=None, metadata={"help": "Revision of the source LoRA."})
 
     def __post_init__(self):
+        check_fields(type(self), vars(self))
         super().__post_init__()
         self.peft_type = PeftType.CAST
-        if self.r < 1:
-            raise ValueError(f"`r` must be a positive integer, got {self.r!r}.")
         if self.projection_type not in ("factored", "full", "mlp"):
             raise ValueError(f"`projection_type` must be 'factored', 'full' or 'mlp', got {self.projection_type!r}.")
         if self.projection_sharing not in (None, "layer", "all"):
             raise ValueError(f"`projection_sharing` must be None, 'layer' or 'all', got {self.projection_sharing!r}.")
-        if self.projection_size is not None and self.projection_size < 1:
-            raise ValueError(f"`projection_size` must be a positive integer, got {self.projection_size!r}.")
         if self.projection_size is not None and self.projection_type == "full":
             raise ValueError("`projection_size` has no meaning with `projection_type='full'`: leave it out.")
         if self.projection_sharing and self.projection_type != "full" and self.projection_size is None:
@@ -185,10 +206,7 @@ class CastConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         if self.kernels is not None:
             # adapter_config.json stores plain dictionaries
-            self.kernels = {
-                name: [spec if isinstance(spec, KernelSpec) else KernelSpec(**spec) for spec in specs]
-                for name, specs in self.kernels.items()
-            }
+            self.kernels = {name: [_spec(name, spec) for spec in specs] for name, specs in self.kernels.items()}
             if not self.kernels or not all(self.kernels.values()):
                 raise ValueError("`kernels` must name at least one target module, each with at least one kernel.")
             if self.target_modules is None:
@@ -199,3 +217,91 @@ class CastConfig(PeftConfig):
         self.exclude_modules = (
             set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules
         )
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        values = read_json(path_json_file)
+        if odd := {"self", "cls"} & values.keys():
+            raise ValueError(f"{Path(path_json_file).name} has the key '{odd.pop()}', which is no setting: delete it.")
+        return super().from_json_file(path_json_file, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> PeftConfig:
+        """As in PEFT. Of a folder that has weights too, their header is compared with the configuration.
+
+        Raises:
+            ValueError: If the configuration is broken, or says something else than the file of weights.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if isinstance(config, cls) and weights.is_file():
+            config.check_weights(read_header(weights))
+        return config
+
+    def check_weights(self, header: Mapping[str, TensorInfo]) -> None:
+        """Compare the configuration with the header of the file that belongs to it, before anything is allocated.
+
+        Args:
+            header: By name in the file, `base_model.model.{module}.peft_cast_kernels.{number}.A` and so on.
+
+        Raises:
+            ValueError: If a kernel of the configuration is not in the file, or its tensors are of other shapes or types.
+        """
+        found: dict[tuple[str, int], dict[str, TensorInfo]] = {}
+        for name, info in header.items():
+            if match := _KERNEL.fullmatch(name):
+                found.setdefault((match["module"], int(match["number"])), {})[match["part"]] = info
+        wanted: dict[tuple[str, int], KernelSpec | None] = dict.fromkeys(found)
+        for module, specs in (self.kernels or {}).items():
+            wanted.update({(module, i): spec for i, spec in enumerate(specs)})
+        if not wanted:
+            raise ValueError(f"The weights of this CAST adapter hold no kernel at all: {_AGAIN}.")
+        others = [name for name in header if not _KERNEL.fullmatch(name)]
+        if self.modules_to_save and not any(f".{m}." in name for m in self.modules_to_save for name in others):
+            raise ValueError(
+                f"The weights of this CAST adapter lack `modules_to_save`, {self.modules_to_save}: {_AGAIN}."
+            )
+        for (module, i), spec in wanted.items():
+            r, ins, outs = (spec.r, spec.in_features, spec.out_features) if spec else (self.r, None, None)
+            size = self.projection_size or r
+            shapes = {"A": (r, ins), "B": (outs, r)}
+            if self.projection_type == "full":
+                shapes |= {"P_in.W": (ins, None), "P_out.W": (None, outs)}
+            else:
+                for kind in ("", "mlp_") if self.projection_type == "mlp" else ("",):
+                    shapes |= {f"P_in.{kind}U": (ins, size), f"P_in.{kind}V": (size, None)}
+                    shapes |= {f"P_out.{kind}U": (None, size), f"P_out.{kind}V": (size, outs)}
+            parts = found.get((module, i), {})
+            for part, shape in shapes.items():
+                name, info = f"{module}.peft_cast_kernels.{i}.{part}", parts.get(part)
+                if info is None:
+                    raise ValueError(f"The CAST adapter's file lacks the tensor {shown(name)}: {_AGAIN}.")
+                if info.dtype not in FLOATS:
+                    raise ValueError(f"The CAST adapter's tensor {shown(name)} is of type {info.dtype}: {_AGAIN}.")
+                if len(info.shape) != 2 or any(want not in (None, got) for want, got in zip(shape, info.shape)):
+                    wanted_shape = " x ".join("any" if n is None else str(n) for n in shape)
+                    raise ValueError(
+                        f"The CAST adapter's tensor {shown(name)} has shape {info.shape} in its file, its configuration says "
+                        f"{wanted_shape}: {_AGAIN}."
+                    )
+
+
+_KERNEL = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.peft_cast_kernels\.(?P<number>\d{1,6})\.(?P<part>.+)")
+_AGAIN = "the two do not belong together, or are incomplete: download both again"
+
+
+def _spec(module: str, values: KernelSpec | Mapping[str, Any]) -> KernelSpec:
+    if isinstance(values, KernelSpec):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"A kernel of {shown(module)} must be an object, got {shown(values)}.")
+    try:
+        return KernelSpec(**values)
+    except TypeError:
+        known = ", ".join(KernelSpec.__dataclass_fields__)
+        raise ValueError(
+            f"A kernel of {shown(module)} must have r, in_features and out_features, and may have {known}; it has "
+            f"{shown(list(values))}."
+        ) from None

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .batches import add_mixed_batch
+from .checks import check_memory
 from .config import CastConfig, KernelSpec
 from .factors import CachedFactors, stack_factors
 from .merging import check_foldable, merged_weight
@@ -230,7 +231,8 @@ class CastLayer(BaseTunerLayer):
             shared (`dict`, *optional*): The projections that modules share, by side and shape; new ones are added.
 
         Raises:
-            ValueError: If the module does not have the rows on which a kernel shall land.
+            ValueError: If the module does not have the rows on which a kernel shall land, or a kernel does not fit into
+                memory.
         """
         kernels = nn.ModuleList()
         for spec in specs:
@@ -240,6 +242,8 @@ class CastLayer(BaseTunerLayer):
                     f"this adapter was made for, '{config.base_model_name_or_path}'."
                 )
             rows = spec.rows.size(self.out_features) if spec.rows else self.out_features
+            maps = spec.in_features * self.in_features + spec.out_features * rows
+            check_memory(maps + spec.r * (spec.in_features + spec.out_features), "A kernel of the CAST adapter")
             projections = []
             for side, shape in (
                 ("in", (self.in_features, spec.in_features)),

@@ -21,6 +21,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from .batches import mixed_batch_hooks
+from .checks import check_finite
 from .combine import combined_config, fill_combined
 from .config import CastConfig, KernelSpec
 from .layer import CastLayer, Linear, Projection
@@ -263,6 +264,11 @@ class CastModel(BaseTuner):
         made_for = f"Load the model this adapter was made for, '{config.base_model_name_or_path}'."
         marker = f".{PREFIX}kernels.{adapter_name}."
         for key, value in remapped.items():
+            check_finite(key, value)
+            if marker in key and not value.is_floating_point():
+                raise ValueError(
+                    f"The CAST adapter's tensor '{key}' is of type {value.dtype}, which holds no weights: download it again."
+                )
             if key in own and own[key].shape != value.shape:
                 raise ValueError(
                     f"The CAST adapter's tensor '{key}' has shape {tuple(value.shape)}, this model needs "
