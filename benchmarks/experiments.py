@@ -27,7 +27,9 @@ RESULTS = setting.FIGURES / "experiments.json"
 TASK = peft_cast.AnswerLikelihood(
     "GSM8K likelihood", score.PROBLEMS, score.PROMPT, score.ANSWER, start=100, limit=40
 )  # fmt: skip
-COMMON: dict[str, Any] = {"steps": 50, "learning_rate": 0.1, "fit_samples": 40, "seed": 0, "progress": False}
+COMMON: dict[str, Any] = {
+    "steps": 50, "learning_rate": 0.1, "projection_type": "factored", "fit_samples": 40, "seed": 0, "progress": False
+}  # fmt: skip
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     general, unseen = setting.c4_documents()
     result = peft_cast.translate(
         source.folder(), source.adapter("gsm8k"), target.folder(), text=text, fit_text=general,
-        cache_dir=setting.OUTPUT / "cache", **options,
+        cache_dir=setting.OUTPUT / "cache", report_samples=0, report_similarity=False, **options,
     )  # fmt: skip
     retrained = target.adapter("gsm8k")
     found = peft_cast.evaluate(
@@ -146,6 +148,12 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
         "2r": {"projection_size": 16},
         "4r": {"projection_size": 32},
         "full": {"projection_type": "full"},
+    },
+    "parametrisation": {
+        "factored, 0.1": {},
+        "factored, 0.2": {"learning_rate": 0.2},
+        "compact, 0.1": {"projection_type": "compact"},
+        "compact, 0.2": {"projection_type": "compact", "learning_rate": 0.2},
     },
     "loss": {"KL": {}, "KL and MSE": {"beta": 0.1}, "MSE": {"alpha": 0.0, "beta": 0.1}},
     "text": {name: {} if name == "prompts and more" else {"text": name} for name in TEXTS},

@@ -50,7 +50,7 @@ def translate(
     cache_dir: str | Path | None = None,
     depth_map: str | Mapping[int, int] = "proportional",
     module_map: Mapping[str, str] | None = None,
-    projection_type: Literal["factored", "full", "mlp"] = "factored",
+    projection_type: Literal["compact", "factored", "full", "mlp"] | None = None,
     projection_size: int | None = None,
     projection_bias: bool = False,
     projection_sharing: Literal["layer", "all"] | None = None,
@@ -119,7 +119,8 @@ def translate(
         module_map: Source → target, e.g. `{"fc1": "up_proj"}`, where the map that is found (`metrics["alignment"]["routes"]`)
             is not the one you want. Names may be last parts, names within a layer, full names, roles (`"q"`, `"up"`, ...), or
             rows of a target module (`"W_in[0:64]"`); see docs/decoders.md.
-        projection_type: `"factored"` or `"full"` matrices, or `"mlp"`, factored with a nonlinear part; see `CastConfig`.
+        projection_type: `"compact"`, `"factored"` or `"full"` matrices, or `"mlp"`, factored with a nonlinear part; see
+            `CastConfig`. Compact when not given, factored if they are shared.
         projection_size (`int`, *optional*): Inner size of factored projections; the LoRA's rank when not given.
         projection_bias (`bool`): Whether projections have a bias; such an adapter cannot be merged or folded.
         projection_sharing: `"layer"` or `"all"`: modules of a layer, or all, share the projections of equal shape.
@@ -219,7 +220,7 @@ def translate(
                 closed_form = within_memory(lambda size: fit(batch_size=size), batch_size)
         memory = teacher_memory(pair, settings, run.cache)
         shape = {
-            "projection_type": projection_type, "projection_size": projection_size, "projection_bias": projection_bias,
+            "projection_type": projection_type or ("factored" if projection_sharing else "compact"), "projection_size": projection_size, "projection_bias": projection_bias,
             "projection_sharing": projection_sharing,
         }  # fmt: skip
         config = cast_config(

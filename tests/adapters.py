@@ -12,6 +12,7 @@ ARCHITECTURES = ["llama", "gemma3", "opt", "gpt2"]  # nn.Linear with and without
 LINEAR = {
     "factored": {},
     "small": {"projection_size": 2},
+    "compact": {"projection_type": "compact", "projection_size": 3},
     "full": {"projection_type": "full"},
     "shared": {"projection_type": "full", "projection_sharing": "layer"},
 }

@@ -292,6 +292,7 @@ SUMS = {
     "factored": ({}, {}),
     "sizes": ({"projection_size": 2}, {"projection_size": 7}),
     "rank and size": ({}, {"projection_size": 3}),
+    "compact": ({"projection_type": "compact"}, {"projection_type": "compact", "projection_size": 2}),
     "full": ({"projection_type": "full"}, {"projection_type": "full"}),
     "shared": ({"projection_type": "full", "projection_sharing": "all"}, {"projection_type": "full"}),
     "mlp and factored": ({"projection_type": "mlp"}, {}),

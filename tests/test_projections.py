@@ -17,6 +17,7 @@ OPTIONS = {
     "mlp": {"projection_type": "mlp"},
     "bias": {"projection_bias": True},
     "mlp and bias": {"projection_type": "mlp", "projection_bias": True, "projection_size": 5},
+    "compact and bias": {"projection_type": "compact", "projection_bias": True, "projection_size": 2},
     "full and bias": {"projection_type": "full", "projection_bias": True},
 }
 SHARED = {
@@ -30,8 +31,18 @@ def q_proj(model, layer=0):
     return model.get_base_model().model.layers[layer].self_attn.q_proj
 
 
-def project(P, x):
-    y = F.linear(x, P.W if P.full else P.U @ P.V)
+def project(P, x, kernel):
+    if P.compact:  # `U = A⁺ C` before the kernel, `V = C B⁺` after it
+        y = (
+            x
+            @ (
+                torch.linalg.pinv(kernel.A) @ P.C @ P.V
+                if P is kernel.P_in
+                else P.U @ P.C @ torch.linalg.pinv(kernel.B)
+            ).T
+        )
+    else:
+        y = F.linear(x, P.W if P.full else P.U @ P.V)
     if P.nonlinear:
         y = y + F.gelu(x @ P.mlp_V.T) @ P.mlp_U.T
     return y if P.bias is None else y + P.bias
@@ -43,8 +54,8 @@ def test_forward_is_the_formula(name):
     layer, x = q_proj(model), torch.randn(2, 5, 32)
     expected = layer.base_layer(x)
     for kernel in layer.peft_cast_kernels["default"]:
-        through = project(kernel.P_in, x) @ kernel.A.T @ kernel.B.T
-        expected = expected + kernel.spec.scaling * project(kernel.P_out, through)
+        through = project(kernel.P_in, x, kernel) @ kernel.A.T @ kernel.B.T
+        expected = expected + kernel.spec.scaling * project(kernel.P_out, through, kernel)
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 

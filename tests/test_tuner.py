@@ -67,7 +67,8 @@ def test_fresh_adapter_where_the_target_is_wider_than_it_is_high():
 
 
 @pytest.mark.parametrize(
-    "projection", [{}, {"projection_size": 2}, {"projection_size": 9}, {"projection_type": "full"}]
+    "projection",
+    [{}, {"projection_size": 2}, {"projection_size": 9}, {"projection_type": "full"}, {"projection_type": "compact"}],
 )
 def test_forward_equals_the_formula(projection):
     model = random_cast(tiny_model(), kernels=KERNELS, **projection)
@@ -77,6 +78,9 @@ def test_forward_equals_the_formula(projection):
     for kernel in layer.peft_cast_kernels["default"]:
         if projection.get("projection_type") == "full":
             P_in, P_out = kernel.P_in.W, kernel.P_out.W
+        elif kernel.P_in.compact:
+            P_in = torch.linalg.pinv(kernel.A) @ kernel.P_in.C @ kernel.P_in.V
+            P_out = kernel.P_out.U @ kernel.P_out.C @ torch.linalg.pinv(kernel.B)
         else:
             P_in, P_out = kernel.P_in.U @ kernel.P_in.V, kernel.P_out.U @ kernel.P_out.V
         assert P_in.shape == (24, 32) and P_out.shape == (32, 20)
@@ -370,9 +374,10 @@ def test_incomplete_adapter_file_is_one_clear_error(tmp_path):
     ("options", "message"),
     [
         ({"r": 0}, "`r` must be a positive integer"),
-        ({"projection_type": "thin"}, "must be 'factored', 'full' or 'mlp'"),
+        ({"projection_type": "thin"}, "must be 'factored', 'compact', 'full' or 'mlp'"),
         ({"projection_size": 0}, "`projection_size` must be a positive integer"),
         ({"projection_type": "full", "projection_size": 4}, "no meaning"),
+        ({"projection_type": "compact", "projection_sharing": "all"}, "cannot be shared"),
         ({"kernels": {}}, "at least one target module"),
         ({"kernels": {"a": [{"r": -1, "in_features": 2, "out_features": 2}]}}, "`r` of a kernel"),
         ({"layers_pattern": "h"}, "layers_to_transform"),

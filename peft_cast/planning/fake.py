@@ -44,7 +44,6 @@ class _Memory(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-
 @dataclass
 class Cost:
     """What some work takes.

@@ -123,7 +123,7 @@ def plan(
     teacher_top_k: int | None = 128,
     depth_map: str | Mapping[int, int] = "proportional",
     module_map: Mapping[str, str] | None = None,
-    projection_type: str = "factored",
+    projection_type: str | None = None,
     projection_size: int | None = None,
     projection_bias: bool = False,
     projection_sharing: str | None = None,
@@ -171,7 +171,7 @@ def plan(
         kernels = dict(read.kernels)
         modules = map_modules(kernels, target, layers, module_map, source)
         config = cast_config(
-            kernels, modules, projection_type=projection_type, projection_size=projection_size,
+            kernels, modules, projection_type=projection_type or ("factored" if projection_sharing else "compact"), projection_size=projection_size,
             projection_bias=projection_bias, projection_sharing=projection_sharing,
         )  # fmt: skip
         weights = {"source": sum(p.nbytes for p in source.parameters() if p.is_meta), "target": size_of(target)}

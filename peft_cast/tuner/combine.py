@@ -42,7 +42,7 @@ def combined_config(
             "Adapters that train whole modules (`modules_to_save`) cannot be added: the sum would not have those modules."
         )
     types = {config.projection_type for config in configs}
-    if "full" in types and len(types) > 1:
+    if len(types) > 1 and types & {"full", "compact"}:
         raise ValueError(
             f"The adapters have projections of the types {', '.join(sorted(types))}, which no single adapter can have: "
             "translate them with the same `projection_type`."

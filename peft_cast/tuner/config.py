@@ -116,7 +116,8 @@ class CastConfig(PeftConfig):
             The names of the modules of the target model to adapt: a list of names or suffixes, a regex, or
             `"all-linear"`. Defaults to the names in `kernels`, else to PEFT's LoRA default for the architecture.
         projection_type (`str`):
-            `"factored"` (default) trains each projection as `U V` with an inner size of `projection_size`; `"full"` trains
+            `"factored"` (default) trains each projection as `U V` with an inner size of `projection_size`; `"compact"` trains of
+            the side that meets the kernel only what the kernel sees, half the parameters for the same maps; `"full"` trains
             the matrices themselves, `in_S * in_T + out_T * out_S` parameters; `"mlp"` adds a nonlinear part to factored
             ones, `U V x + mlp_U gelu(mlp_V x)`: such an adapter cannot be merged or converted to a LoRA.
         projection_size (`int`, *optional*):
@@ -151,9 +152,9 @@ class CastConfig(PeftConfig):
         default=None,
         metadata={"help": "Names, suffixes or regex of the target model's modules to adapt, or 'all-linear'."},
     )
-    projection_type: Literal["factored", "full", "mlp"] = field(
+    projection_type: Literal["factored", "compact", "full", "mlp"] = field(
         default="factored",
-        metadata={"help": "Products of two thin factors, full matrices, or thin factors and a nonlinear part."},
+        metadata={"help": "Products of two thin factors, what the kernel sees of them, full matrices, or nonlinear."},
     )
     projection_size: int | None = field(
         default=None, metadata={"help": "Inner size of factored projections; defaults to the kernel's rank."}
@@ -191,8 +192,15 @@ class CastConfig(PeftConfig):
         check_fields(type(self), vars(self))
         super().__post_init__()
         self.peft_type = PeftType.CAST
-        if self.projection_type not in ("factored", "full", "mlp"):
-            raise ValueError(f"`projection_type` must be 'factored', 'full' or 'mlp', got {self.projection_type!r}.")
+        if self.projection_type not in ("factored", "compact", "full", "mlp"):
+            raise ValueError(
+                f"`projection_type` must be 'factored', 'compact', 'full' or 'mlp', got {self.projection_type!r}."
+            )
+        if self.projection_sharing and self.projection_type == "compact":
+            raise ValueError(
+                "A compact projection is made for one kernel and cannot be shared: pass `projection_type='full'`, or "
+                "'factored' with a `projection_size`."
+            )
         if self.projection_sharing not in (None, "layer", "all"):
             raise ValueError(f"`projection_sharing` must be None, 'layer' or 'all', got {self.projection_sharing!r}.")
         if self.projection_size is not None and self.projection_type == "full":
@@ -269,6 +277,8 @@ class CastConfig(PeftConfig):
             shapes = {"A": (r, ins), "B": (outs, r)}
             if self.projection_type == "full":
                 shapes |= {"P_in.W": (ins, None), "P_out.W": (None, outs)}
+            elif self.projection_type == "compact":
+                shapes |= {"P_in.C": (r, size), "P_in.V": (size, None), "P_out.U": (None, size), "P_out.C": (size, r)}
             else:
                 for kind in ("", "mlp_") if self.projection_type == "mlp" else ("",):
                     shapes |= {f"P_in.{kind}U": (ins, size), f"P_in.{kind}V": (size, None)}
