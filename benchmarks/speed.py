@@ -191,7 +191,11 @@ def adapters(folder: Path) -> dict[str, Any]:
                 shutil.rmtree(folder / "again")
         report[verb] = beside(seconds["cast"], seconds["lora"])
     source = (LORA / "adapter_model.safetensors").stat().st_size
-    sizes = {n: (folder / n / "adapter_model.safetensors").stat().st_size for n in ("cast", "lora")}
+    bridge.cast_file(LORA, folder / "cast_bfloat16", dtype=torch.bfloat16)  # as the source LoRA
+    folded = peft_cast.to_lora(folder / "cast", dtype=torch.bfloat16)
+    folded.save_pretrained(folder / "lora_bfloat16")
+    names = "cast", "lora", "cast_bfloat16", "lora_bfloat16"
+    sizes = {n: (folder / n / "adapter_model.safetensors").stat().st_size for n in names}
     report["files"] = {"source_lora": source, **sizes}
     return report
 

@@ -14,12 +14,13 @@ import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import ModuleMap, align_texts
 from .bridge_config import Side, read_bridge_config
-from .files import complete_folder, write_json
+from .files import change_dtype, complete_folder, write_json
 from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
 from .models import LoraKernel, default_device, load_model
@@ -116,6 +117,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         *,
         gain: float | None = None,
         adapter_revision: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Carry a plain LoRA over from file to file: neither model is loaded.
 
@@ -123,6 +125,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             adapter: The LoRA: hub id or path.
             folder: Where the CAST adapter is saved.
             gain, adapter_revision: As in `translate`.
+            dtype (`torch.dtype`, *optional*): Precision of the file; float32 when not given.
 
         Raises:
             ValueError: As `cast`; also for adapters that are no plain LoRA.
@@ -130,6 +133,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         model = self._cast(adapter, self.target.skeleton(), None, gain, None, "default", adapter_revision)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
         model.save_pretrained(folder, save_embedding_layers=False)
+        if dtype is not None:
+            change_dtype(Path(folder) / SAFETENSORS_WEIGHTS_NAME, dtype)
         (Path(folder) / METRICS_NAME).unlink(missing_ok=True)  # of another adapter that was there before
         add_card(Path(folder))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .safety import without_secrets
@@ -88,6 +88,15 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, **metad
     """
     with replacing(file) as partial:
         save_file(dict(tensors), partial, metadata=metadata or None)
+
+
+def change_dtype(file: str | Path, dtype: torch.dtype) -> None:
+    """Write a safetensors file again with its floating-point tensors in another precision."""
+    with safe_open(file, framework="pt") as saved:
+        metadata = saved.metadata() or {}
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    write_tensors(tensors, file, **metadata)
 
 
 def write_json(value: Any, file: str | Path, indent: int | None = 1) -> None:

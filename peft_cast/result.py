@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import CommitInfo
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .align import ModuleMap
 from .diagnosis import diagnose, list_not_carried
-from .files import write_json
+from .files import change_dtype, write_json
 from .report import write_report
 from .sharing import REPORT_NAME, add_card, push_saved, replacing_folder, write_metrics
 from .tuner import CastConfig
@@ -50,17 +52,23 @@ class TranslationResult:
     adapter_name: str = "default"
 
     def save_pretrained(
-        self, folder: str | Path, *, evaluation: Evaluation | None = None, evaluated_as: str | None = None
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        evaluation: Evaluation | None = None,
+        evaluated_as: str | None = None,
     ) -> None:
         """Save an ordinary PEFT adapter folder, and beside it `cast_metrics.json`, a model card and the report
         (`report.html`, `report.md`, see `write_report`).
 
         As in PEFT, an adapter of another name than "default" goes to a subfolder of its name. The files appear together, once
-        all are written. The card names the licences
-        of both models and of the source adapter where it finds them; one that you changed is kept (docs/sharing.md).
+        all are written. The card names the licences of both models and of the source adapter where it finds them; one that you
+        changed is kept (docs/sharing.md).
 
         Args:
             folder: Where.
+            dtype (`torch.dtype`, *optional*): Precision of the file; as trained, float32, when not given.
             evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
 
         Raises:
@@ -69,6 +77,8 @@ class TranslationResult:
         """
         with replacing_folder(folder) as partial:
             saved = self._save(partial)
+            if dtype is not None:
+                change_dtype(saved / SAFETENSORS_WEIGHTS_NAME, dtype)
             if isinstance(self.model.peft_config[self.adapter_name], CastConfig):  # distilled LoRAs keep PEFT's card
                 add_card(saved, evaluation, evaluated_as)
             # What quotes texts stays in a file of its own, which is never pushed.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import c4_texts, make_lora, save_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peft_cast
@@ -56,7 +57,11 @@ def test_from_file_to_file_without_either_models_weights(same, tmp_path, monkeyp
         patch.setattr("peft_cast.bridge.load_model", lambda *_: pytest.fail("a model was loaded"))
         patch.setattr("peft_cast.source.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
         bridge.cast_file(lora, tmp_path / "cast")
+    bridge.cast_file(lora, tmp_path / "half", dtype=torch.bfloat16)
+    assert {t.dtype for t in load_file(tmp_path / "half" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    half = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "half")
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "cast")
+    assert 0 < distance(loaded, half) < 0.05 * distance(loaded, model)
     with torch.no_grad():
         torch.testing.assert_close(loaded(INPUTS).logits, expected(INPUTS).logits, rtol=1e-4, atol=1e-4)
     assert loaded.active_peft_config.base_model_name_or_path == folder

@@ -53,6 +53,16 @@ def snapshot(model):
     }
 
 
+def test_saved_in_half_precision(source_folder, lora_folder, target_folder, tmp_path):
+    result = peft_cast.translate(source_folder, lora_folder, target_folder, steps=0, **FAST)
+    result.save_pretrained(tmp_path, dtype=torch.bfloat16)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    loaded = PeftModel.from_pretrained(load(target_folder), tmp_path)
+    ids = torch.arange(3, 24).reshape(3, 7)
+    torch.testing.assert_close(loaded(ids).logits, result.model(ids).logits, rtol=0.05, atol=0.05)
+
+
 def assert_untouched(model, before):
     after = snapshot(model)
     weights, old = after.pop("weights"), before["weights"]

@@ -259,11 +259,12 @@ def cast_command(
     adapter: Adapter,
     output: Output,
     gain: Annotated[float | None, typer.Option(help="Factor on the deltas.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision of the file.")] = "float32",
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Carry a LoRA over a bridge: file to file, no model weights, no text, no training."""
-    Bridge.from_pretrained(bridge).cast_file(adapter, output, gain=gain)
+    Bridge.from_pretrained(bridge).cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
     _print({"output": str(output)}, f"CAST adapter saved in {output}", as_json, quiet)
 
 
