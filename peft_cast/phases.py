@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ import torch
 
 def give_back_memory() -> None:
     """Give what was freed back to the system: glibc keeps it otherwise, gigabytes after a closed form."""
-    gc.collect()
     with suppress(OSError, AttributeError):  # no glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
