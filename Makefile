@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-kill test-oldest test-quantized lint bench bench-speed
+.PHONY: setup demo test test-kill test-oldest test-quantized lint typecheck docs package bench bench-speed
 
 setup: .venv/.ready
 
@@ -22,6 +22,9 @@ demo: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+typecheck: setup
+	$(BIN)/mypy
 
 test: lint
 	$(BIN)/python -m pytest
@@ -48,6 +51,25 @@ test-quantized: .venv-quantized/.ready
 .venv-quantized/.ready: .venv/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv-quantized bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 termcolor
 	touch $@
+
+# The site, into build/site.
+docs: .venv-docs/.ready
+	.venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.ready: constraints-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement constraints-docs.txt
+	touch $@
+
+# The sdist and, from it, the wheel, into dist; then the wheel alone in an empty environment, with every file it needs.
+package: setup
+	rm -rf dist build/venv
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip install --quiet build==1.6.1
+	build/venv/bin/python -m build --outdir dist .
+	rm -rf build/venv && $(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip install --quiet --no-deps dist/peft_cast-*.whl
+	$(BIN)/python -I tests/check_wheel.py build/venv dist
 
 # The tables and experiments of docs/results.md: many hours on 2 cores. Stop it at will, it takes up where it stopped.
 bench: setup

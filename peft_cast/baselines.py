@@ -152,13 +152,12 @@ def distill_lora(
 ) -> TranslationResult:
     """A LoRA distilled from scratch: same text, teacher, loss and steps as a translation, but no kernel.
 
-    What a translation must beat for the frozen kernel to earn its place.
+    What a translation must beat for the frozen kernel to earn its place. Arguments that are not listed are those of
+    `translate`.
 
     Args:
         source, adapter, target: As in `translate`.
-        text, fit_text, fit_samples, eval_samples, steps, batch_size, max_length, gamma, teacher, cache_dir, seed,
-            output_dir, training_args, progress: As in `translate`. `fit_text` gives the anchors, after its first `fit_samples`
-            documents, so that both read the same.
+        fit_text: Gives the anchors, after its first `fit_samples` documents, so that a translation reads the same.
         r (`int`, *optional*): Rank; by default that of the kernels which a translation would stack on one module.
         learning_rate (`float`): Peak learning rate of AdamW, an absolute one here.
         pair_options: `depth_map`, `module_map`, `source_rank`, tokenizers, revisions, `device` and `dtype`, as in

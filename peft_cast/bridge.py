@@ -138,7 +138,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         (Path(folder) / METRICS_NAME).unlink(missing_ok=True)  # of another adapter that was there before
         add_card(Path(folder))
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # the mixin's filters of files make no sense here
         self,
         repo_id: str,
         *,
@@ -223,7 +223,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         """
         # The mixin's own would read a `config.json` too, which a bridge does not have.
         folder, named = Path(pretrained_model_name_or_path), f"'{without_secrets(pretrained_model_name_or_path)}'"
-        options = {
+        options: dict[str, Any] = {
             "revision": revision, "cache_dir": cache_dir, "force_download": force_download,
             "local_files_only": local_files_only, "token": token,
         }  # fmt: skip
@@ -232,7 +232,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             if folder.is_dir():
                 return folder / name
             with secrets_removed():
-                return Path(hf_hub_download(str(pretrained_model_name_or_path), name, **options))
+                return Path(str(hf_hub_download(str(pretrained_model_name_or_path), name, **options)))
 
         try:
             (source, target), modules, metrics = read_bridge_config(file(BRIDGE_CONFIG_NAME))

@@ -6,6 +6,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ import torch
 PACKAGES = ("peft-cast", "torch", "transformers", "peft", "accelerate", "datasets", "lm-eval")
 
 
-def environment() -> dict[str, object]:
+def environment() -> dict[str, Any]:
     """JSON-ready: processor, cores, accelerator, Python and the versions of the packages that matter."""
     return {
         "cpus": os.cpu_count(),

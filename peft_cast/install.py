@@ -26,7 +26,7 @@ def cast_config(kernels: Mapping[str, LoraKernel], modules: ModuleMap, **options
         module, rows = split_place(place)
         for s in sources:
             A, B, scaling = kernels[s].A, kernels[s].B, kernels[s].scaling
-            specs[module].append(KernelSpec(*A.shape, B.shape[0], scaling, source_module=s, rows=rows))
+            specs[module].append(KernelSpec(A.shape[0], A.shape[1], B.shape[0], scaling, s, rows))
     r = max(spec.r for group in specs.values() for spec in group)
     return CastConfig(kernels=dict(specs), r=r, task_type="CAUSAL_LM", **options)
 

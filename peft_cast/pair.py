@@ -79,14 +79,20 @@ class Pair:
     device: torch.device
 
     @property
+    def given(self) -> SourceAdapter:
+        """The adapter, where there must be one."""
+        assert self.adapter is not None, "a pair of models alone has no adapter"
+        return self.adapter
+
+    @property
     def adapted(self) -> PeftModel:
         """The source with its adapter active: the teacher. Its adapter can be disabled."""
-        return self.adapter.model
+        return self.given.model
 
     @property
     def kernels(self) -> Mapping[str, LoraKernel]:
         """The kernel of each source place that can be carried over."""
-        return self.adapter.kernels
+        return self.given.kernels
 
 
 @dataclass(frozen=True)
@@ -261,7 +267,7 @@ def teacher_memory(pair: Pair, settings: TeacherSettings, folder: str | Path | N
 def _identity(pair: Pair) -> str:
     """Tells pairs apart: the models' weights, the shared vocabulary, the adapter's options and its kernels' ranks."""
     ids = (pair.vocabulary.source_ids, pair.vocabulary.target_ids)
-    return f"{fingerprint(pair.adapted, pair.target, extra=ids)} {pair.adapter.identity}"
+    return f"{fingerprint(pair.adapted, pair.target, extra=ids)} {pair.given.identity}"
 
 
 def _rows(model: PreTrainedModel) -> int:

@@ -158,7 +158,7 @@ def open_run(
         OSError: If the folder cannot be written.
     """
     if output_dir is None:
-        return Run(cache=cache_dir)
+        return Run(cache=None if cache_dir is None else Path(cache_dir))
     folder = Path(output_dir)
     file, begun_with = folder / "run.json", describe()
     known = _read_json(file) if resume else None
@@ -182,7 +182,7 @@ def open_run(
             f"`output_dir`, '{folder}', cannot be written ({error}): make room or choose another."
         ) from error
     checkpoint = last_checkpoint(folder / "checkpoints") if known else None
-    return Run(folder, cache_dir or _work(folder), checkpoint)
+    return Run(folder, Path(cache_dir) if cache_dir else _work(folder), checkpoint)
 
 
 def described(arguments: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def described(arguments: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
     kernels = [(name, k.scaling, _head(k.A), _head(k.B)) for name, k in pair.kernels.items()]
     return {
         **found,
-        "the source model or its adapter": _hash([fingerprint(pair.adapted), kernels, pair.adapter.identity]),
+        "the source model or its adapter": _hash([fingerprint(pair.adapted), kernels, pair.given.identity]),
         "the target model": fingerprint(pair.target)[:16],
         "the tokenizers": _hash([ids.source_ids.tolist(), ids.target_ids.tolist()]),
     }

@@ -167,6 +167,10 @@ def translate(
     if isinstance(adapter, (list, tuple)):
         options = {name: value for name, value in arguments.items() if name not in ("source", "adapter", "target")}
         return translate_several(translate, source, adapter, target, **options)
+    if not isinstance(adapter_name, str):
+        raise ValueError(
+            f"`adapter_name` must be a string, got {adapter_name!r}: several names are for a list of adapters."
+        )
     settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher), teacher_top_k)
     check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
     if bridge is not None and beta > 0:
@@ -256,7 +260,7 @@ def translate(
     metrics = {
         "kl": {"target": kl["target"], "closed_form": kl["start"], "translated": kl["end"]},
         "excitement": float(torch.cat(excitement).mean()),
-        "source": pair.adapter.metrics,
+        "source": pair.given.metrics,
         "parameters": {
             "trained": trained, "source_lora": count_parameters(pair.kernels),
         },

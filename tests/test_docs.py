@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from statistics import mean
 
 import pytest
 from conftest import ROOT
@@ -10,6 +11,7 @@ from conftest import ROOT
 import peft_cast
 
 
+SITE = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = json.loads((ROOT / "docs" / "figures" / "demo.json").read_text(encoding="utf-8"))
 
@@ -65,6 +67,32 @@ def test_tables_in_the_results_are_the_committed_measurements(file):
         assert line in page, f"docs/results.md lacks this row of {file.name}: {line}"
 
 
+def numbers_of(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\d.])-?\d\.\d{2,3}(?![\d.])", text.replace("\u2212", "-")))
+
+
+@pytest.mark.parametrize("page", ["comparison", "limits", "text"])
+def test_numbers_on_other_pages_are_those_of_the_results(page):
+    claimed = numbers_of((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8"))
+    measured = numbers_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8")) | numbers_of(README)
+    assert claimed and claimed <= measured, f"docs/{page}.md: {sorted(claimed - measured)}"
+
+
+def test_the_comparison_is_the_committed_measurement():
+    head, *page = rows_of_markdown(
+        (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8").partition("## What we measured")[2]
+    )
+    cells = {(line[0], task): cell for line in page for task, cell in zip(head[1:], line[1:])}
+    measured = {}
+    for evaluation in (peft_cast.Evaluation.load(file) for file in TABLES if "smollm2-gemma3" in file.name):
+        drifts = {row.adapter: f" ({mean(row.scores):.3f})" for row in evaluation.rows if row.task == "drift"}
+        for row in evaluation.rows:
+            if row.adapter != "base" and row.task != "drift":
+                drift = "" if row.task == "GSM8K generation" else drifts[row.adapter]
+                measured[row.adapter, row.task] = f"{mean(row.lift):.2f}{drift}"
+    assert {key: cell for key, cell in cells.items() if cell != "not run"} == measured
+
+
 EXPERIMENTS = ROOT / "docs" / "figures" / "experiments.json"
 RUNS = json.loads(EXPERIMENTS.read_text(encoding="utf-8"))["runs"] if EXPERIMENTS.exists() else {}
 
@@ -89,6 +117,19 @@ def test_links_inside_the_repository_exist():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_page_of_the_site_is_in_its_navigation_once():
+    navigation = re.search(r"^nav:\n(.*?)^\S", SITE, flags=re.M | re.S)[1]
+    named = re.findall(r"\S+\.md$", navigation, flags=re.M)
+    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    assert named[0] == "index.md"
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    page = re.findall(r"^::: peft_cast\.([\w.]+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), flags=re.M)
+    assert len(page) == len(set(page))
+    assert {name.split(".")[0] for name in page} == set(peft_cast.__all__)
 
 
 def test_no_file_of_the_package_is_too_long():

@@ -363,6 +363,7 @@ def test_corrupt_adapter_files(source_folder, lora_folder, target_folder, tmp_pa
         ({"teacher": "nobody"}, "`teacher` must be"),
         ({"teacher": 2.0}, "`teacher` must be"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"adapter_name": ["a", "b"]}, "several names are for a list of adapters"),
         ({"depth_map": {0: 9}}, "source layer 0 to target layer 9"),
     ],
 )

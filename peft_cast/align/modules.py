@@ -78,10 +78,10 @@ def map_modules(
     """
     places = find_places(target)
     in_layer: dict[int, list[Place]] = {}
-    for place in places.values():
-        in_layer.setdefault(place.layer, []).append(place)
+    for there in places.values():
+        in_layer.setdefault(there.layer, []).append(there)
     for wanted in (module_map or {}).values():
-        if not any(_called(wanted, there) for there in in_layer.values()):
+        if not any(_called(wanted, group) for group in in_layer.values()):
             names = dict.fromkeys(place.label for place in places.values())
             raise ValueError(
                 f"`module_map` sends kernels to '{wanted}', which no layer of the target has: choose from {', '.join(names)}."
@@ -123,7 +123,7 @@ def _counterpart(
     """The place in a target layer for a source place, and what it was found by."""
     last = place.label.rsplit(".", 1)[-1]
     for key in (place.name, place.label, last, split_place(last)[0], place.role):
-        if key in module_map:
+        if key is not None and key in module_map:
             wanted = module_map[key]
             return everywhere.get(wanted) or _called(wanted, there), "module_map"
     if place.role is None:

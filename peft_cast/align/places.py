@@ -76,7 +76,7 @@ def split_place(name: str) -> tuple[str, Rows | None]:
     match = _PART.match(name)
     if not match:
         return name, None
-    stride = match["stride"] and int(match["stride"])
+    stride = int(match["stride"]) if match["stride"] else None
     return match["module"], Rows(int(match["start"]), int(match["stop"]), stride)
 
 
@@ -89,6 +89,8 @@ def split_name(name: str) -> tuple[int, str] | None:
 def layer_path(name: str) -> str:
     """`"model.layers.3.self_attn.q_proj"` → `"model.layers.3"`"""
     match = _LAYER.match(name)
+    if match is None:
+        raise ValueError(f"'{name}' is in no layer of a model.")
     return f"{match['stem']}.{match['index']}"
 
 
@@ -167,7 +169,7 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
 
 def _text_config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    return config if config is None or not hasattr(config, "get_text_config") else config.get_text_config()
 
 
 @dataclass(frozen=True)
@@ -281,9 +283,9 @@ def attention_rows(name: str, width: int, queries: int, config: Any) -> dict[str
     return {"q": Rows(0, queries), "k": Rows(queries, queries + keys), "v": Rows(queries + keys, width)}
 
 
-def _widths(config: Any) -> tuple[int | None, int | None, int | None]:
-    """Widths of the hidden states, of all heads' queries, and of all keys, as far as the configuration tells."""
-    hidden, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+def _widths(config: Any) -> tuple[int, int, int]:
+    """Widths of the hidden states, of all heads' queries, and of all keys, 0 where the configuration does not tell."""
+    hidden, heads = (getattr(config, name, None) or 0 for name in ("hidden_size", "num_attention_heads"))
     if not hidden or not heads:
         return hidden, hidden, hidden
     size = getattr(config, "head_dim", None) or hidden // heads

@@ -61,6 +61,7 @@ def _token_bytes(tokenizer, size: int | None) -> dict[bytes | str, int]:
     special = set(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
     byte_level = _is_byte_level(vocab)
     tokens: dict[bytes | str, int] = {}
+    key: bytes | str
     # Later entries win: the lowest id, and "!" before its byte fallback "<0x21>", which never stands for it.
     for token, token_id in sorted(vocab.items(), key=lambda item: (not _is_fallback(item[0]), -item[1])):
         if size is not None and token_id >= size:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, cast
 
 import datasets
 import torch
@@ -22,8 +22,9 @@ from typer.core import TyperGroup
 from ..bridge import Bridge, fit_bridge
 from ..evaluation import HarnessTask, evaluate
 from ..fold import to_lora
-from ..planning import DEVICES, plan
+from ..planning import DEVICES, Plan, plan
 from ..report import write_report
+from ..result import TranslationResult
 from ..sharing import push
 from ..translate import translate
 from . import inspect as inspection
@@ -147,9 +148,10 @@ def translate_command(
         if dry_run:
             return _print(planned.as_dict(), "", as_json)
         err.print(f"Translating {adapter} to {target}, into {output}\n")
-    result = translate(
+    translated = translate(
         *models, progress=not quiet, **{"output_dir": output, "resume_from_checkpoint": resume, **arguments}
     )
+    result = cast(TranslationResult, translated)  # of one adapter
     _print(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
         f"{result}\nSaved in {output}; the report is {output / 'report.html'}",
@@ -365,10 +367,11 @@ def _text(text: str | None, prompts: Path | None) -> Any:
     return {"self": {"prompts": list(read_prompts(prompts))}}
 
 
-def _plan(models: tuple, arguments: dict[str, Any], **more: Any):
+def _plan(models: tuple[str | None, str, str], arguments: dict[str, Any], **more: Any) -> Plan:
     known = signature(plan).parameters
     given = {name: value for name, value in arguments.items() if name in known and name not in ("device", "tokens")}
-    return plan(*models, **given, **more)
+    source, adapter, target = models
+    return plan(source, adapter, target, **given, **more)
 
 
 def _print(account: dict[str, Any], text: str, as_json: bool, quiet: bool = False) -> None:

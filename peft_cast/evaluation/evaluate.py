@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
@@ -27,7 +27,7 @@ from .rows import BASE, Evaluation, Measurement
 from .tasks import Scores, Task
 
 
-Adapter = str | Path | PeftModel | TranslationResult
+Adapter: TypeAlias = str | Path | PeftModel | TranslationResult
 
 
 def evaluate(
@@ -140,40 +140,39 @@ def _retrained(retrained, runs: Mapping[str, list], tasks: Sequence[Task]) -> di
 @contextmanager
 def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTrainedModel | PeftModel]:
     """The target with the adapter, in eval mode; afterwards the target is as it was."""
-    if isinstance(adapter, TranslationResult):
-        adapter = adapter.model
-    if isinstance(adapter, PeftModel):
-        own, wanted = adapter.get_base_model().config, model.config
+    given = adapter.model if isinstance(adapter, TranslationResult) else adapter
+    if isinstance(given, PeftModel):
+        own, wanted = given.get_base_model().config, model.config
         if (own.model_type, own.get_text_config().hidden_size) != (
             wanted.model_type,
             wanted.get_text_config().hidden_size,
         ):
             raise ValueError(
-                f"A PeftModel among the adapters is on another model ('{adapter.get_base_model().name_or_path}') than the "
+                f"A PeftModel among the adapters is on another model ('{given.get_base_model().name_or_path}') than the "
                 f"target, '{model.name_or_path}'."
             )
-        with untouched(adapter):
-            yield adapter
+        with untouched(given):
+            yield given
         return
     with untouched(model):
-        if adapter is None:
+        if given is None:
             yield model
             return
-        config = read_adapter_config(adapter)
-        check_weights(adapter, config, model=model)
+        config = read_adapter_config(given)
+        check_weights(given, config, model=model)
         if getattr(config, "bias", "none") != "none":
             raise ValueError(
-                f"The adapter '{without_secrets(adapter)}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
+                f"The adapter '{without_secrets(given)}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
                 "a copy of the target."
             )
         try:
             try:
-                adapted = PeftModel.from_pretrained(model, str(adapter))
+                adapted = PeftModel.from_pretrained(model, str(given))
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # PEFT raises whatever a wrong configuration leads to
                 raise ValueError(
-                    f"The adapter '{without_secrets(adapter)}' could not be loaded on "
+                    f"The adapter '{without_secrets(given)}' could not be loaded on "
                     f"'{without_secrets(model.name_or_path)}': {one_line(error)}"
                 ) from error
             yield adapted.eval()
@@ -184,11 +183,12 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
 def _describe(task: Task) -> dict[str, Any]:
     """The settings of a task, JSON-ready; data and functions by their fingerprints."""
     described: dict[str, Any] = {"kind": type(task).__name__, "name": task.name, "metric": task.metric}
-    for field in dataclasses.fields(task) if dataclasses.is_dataclass(task) else ():
-        value = getattr(task, field.name)
-        if field.name == "data":
+    names: list[str] = [field.name for field in dataclasses.fields(task)] if dataclasses.is_dataclass(task) else []
+    for name in names:
+        value = getattr(task, name)
+        if name == "data":
             value = _describe_data(value)
-        described[field.name] = json.loads(json.dumps(value, default=_fingerprint))
+        described[name] = json.loads(json.dumps(value, default=_fingerprint))
     return described
 
 

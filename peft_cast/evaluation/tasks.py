@@ -40,9 +40,14 @@ class Task(Protocol):
     A dataclass is also recognised when an evaluation is taken up again; other tasks are run again.
     """
 
-    name: str
-    metric: str
-    higher_is_better: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metric(self) -> str: ...
+
+    @property
+    def higher_is_better(self) -> bool: ...
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         """The scores of one model, `metric` among its metrics."""

@@ -58,7 +58,8 @@ class _Boundary(TrainerCallback):
     """Knows whether the training is between two updates of the weights, and the random state at the last one's end."""
 
     def __init__(self) -> None:
-        self.whole, self.random = False, None
+        self.whole = False
+        self.random: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.whole = False
@@ -69,6 +70,8 @@ class _Boundary(TrainerCallback):
         self.whole = True
 
     def put_back(self) -> None:
+        if self.random is None:  # before the first step nothing was drawn
+            return
         state, on_gpu = self.random
         torch.set_rng_state(state)
         if on_gpu is not None:

@@ -195,8 +195,8 @@ def fit_closed_form(
     batch_size = min(batch_size, -(-len(pairs) // 2))
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
     groups = layer_groups(module_map, target, free_memory(target.device) // 2 if memory is None else memory)
-    work = batches * len(groups)
-    work = iter(progress(work) if progress else work)
+    passes = batches * len(groups)
+    work = iter(progress(passes) if progress else passes)
     found: dict[str, list[KernelFit]] = {}
     hidden_fits: dict[str, RidgeFit] = {}
     for group in groups:

@@ -94,7 +94,7 @@ class TeacherMemory:
         self.k, self.temperature, self.limit, self.vocabulary = k, temperature, limit, vocabulary
         self.prefix = f"predictions_{_digest(f'{identity} {k} {temperature}')}"
         self.folder = Path(folder) if folder is not None else None
-        self.files = self._look() if folder is not None else {}
+        self.files = self._look(self.folder) if self.folder is not None else {}
         self.headers: dict[Path, dict[str, TensorInfo]] = {}
         self.kept: dict[tuple[str, AlignedPair], Likeliest] = {}
         self.bytes = 0
@@ -115,8 +115,9 @@ class TeacherMemory:
             make: Logits (positions, vocabulary) of some texts one after another.
         """
         sizes = dict(zip(pairs, counts))
-        found = {pair: self._find(role, pair, count) for pair, count in sizes.items()}
-        absent = [pair for pair, known in found.items() if known is None]
+        known = {pair: self._find(role, pair, count) for pair, count in sizes.items()}
+        found = {pair: part for pair, part in known.items() if part is not None}
+        absent = [pair for pair in sizes if pair not in found]
         if absent:
             made = Likeliest.of(make(absent), self.k, self.temperature).to(torch.device("cpu"))
             parts = dict(zip(absent, made.split([sizes[pair] for pair in absent])))
@@ -124,7 +125,7 @@ class TeacherMemory:
             for pair, part in parts.items():
                 self._keep(role, pair, part)
             if self.folder is not None:
-                self._write({_key(role, pair): part for pair, part in parts.items()})
+                self._write(self.folder, {_key(role, pair): part for pair, part in parts.items()})
         return Likeliest.cat([found[pair] for pair in pairs])
 
     def _keep(self, role: str, pair: AlignedPair, part: Likeliest) -> None:
@@ -160,17 +161,17 @@ class TeacherMemory:
         wanted = TensorInfo("I32", (count, kept)), TensorInfo("F16", (count, kept + 1))
         return 1 <= kept <= self.k and (tokens, log_p) == wanted
 
-    def _look(self) -> dict[str, Path]:
+    def _look(self, folder: Path) -> dict[str, Path]:
         """The files of the folder by the texts in them."""
-        files = {}
-        for file in sorted(self.folder.glob(f"{self.prefix}_*.safetensors")):
+        files: dict[str, Path] = {}
+        for file in sorted(folder.glob(f"{self.prefix}_*.safetensors")):
             with suppress(OSError, SafetensorError), safe_open(file, framework="pt") as saved:  # broken: made anew
                 files |= {name.partition(".")[0]: file for name in saved.keys()}
         return files
 
-    def _write(self, parts: Mapping[str, Likeliest]) -> None:
+    def _write(self, folder: Path, parts: Mapping[str, Likeliest]) -> None:
         tensors = {f"{key}.{name}": getattr(part, name) for key, part in parts.items() for name in ("tokens", "log_p")}
-        file = self.folder / f"{self.prefix}_{_digest(str(list(parts)))}.safetensors"
+        file = folder / f"{self.prefix}_{_digest(str(list(parts)))}.safetensors"
         with optional("The teacher's predictions"):
             write_tensors(tensors, file)
             self.files |= dict.fromkeys(parts, file)

@@ -106,16 +106,16 @@ class Teacher:
 
     def remembered(self, target: PeftModel, pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair]) -> Likeliest:
         """The likeliest tokens of `goals` at the m + a positions, made once per text."""
+        memory = self.memory
+        assert memory is not None, "only a teacher with a memory remembers"
         counts = [len(pair.target_positions) for pair in pairs]
         parts = [
-            self.memory.recall(
-                "teacher", pairs, counts, lambda absent: self._imitated(target, collate_pairs(absent))[0]
-            )
+            memory.recall("teacher", pairs, counts, lambda absent: self._imitated(target, collate_pairs(absent))[0])
         ]
         if anchors:
             counts = [len(anchor_positions(anchor)) for anchor in anchors]
             parts.append(
-                self.memory.recall(
+                memory.recall(
                     "target", anchors, counts, lambda absent: self._own_anchors(target, collate_pairs([], absent))
                 )
             )

@@ -137,7 +137,7 @@ def plan(
     """Tell what `translate` with these arguments will take, without loading the models.
 
     One batch of every phase runs through the package's own code on tensors that have shapes and no memory (PyTorch's
-    `FakeTensorMode`); operations and bytes are counted and multiplied.
+    `FakeTensorMode`); operations and bytes are counted and multiplied. Arguments that are not listed are those of `translate`.
 
     Args:
         source, target: Hub ids or folders with a `config.json`, or configurations. `None` takes the source from the adapter.
@@ -149,7 +149,6 @@ def plan(
         gradient_checkpointing (`bool`): `training_args={"gradient_checkpointing": True}` of `translate`: activations are made a
             second time instead of kept. The memory planned for it is an upper bound (docs/planning.md).
         dtype (`torch.dtype`, *optional*): Of the models; bfloat16 for named devices, what is fast here otherwise.
-        Everything else as in `translate`.
 
     Returns:
         `Plan`
@@ -161,35 +160,33 @@ def plan(
     dtype = dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
     if source is None:
         source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
-    source = skeleton(_config(source, "source", source_revision)).to(dtype).eval().requires_grad_(False)
-    target = skeleton(_config(target, "target", target_revision)).to(dtype).eval().requires_grad_(False)
-    layers = map_layers(
-        layer_count(source), layer_count(target), "proportional" if depth_map == "similarity" else depth_map
-    )
+    on = skeleton(_config(source, "source", source_revision)).to(dtype).eval().requires_grad_(False)
+    onto = skeleton(_config(target, "target", target_revision)).to(dtype).eval().requires_grad_(False)
+    layers = map_layers(layer_count(on), layer_count(onto), "proportional" if depth_map == "similarity" else depth_map)
     length = min(tokens or max_length, max_length)
-    with adapted_source(source, adapter, adapter_revision, source_rank) as read:
+    with adapted_source(on, adapter, adapter_revision, source_rank) as read:
         kernels = dict(read.kernels)
-        modules = map_modules(kernels, target, layers, module_map, source)
+        modules = map_modules(kernels, onto, layers, module_map, on)
         config = cast_config(
             kernels, modules, projection_type=projection_type or ("factored" if projection_sharing else "compact"), projection_size=projection_size,
             projection_bias=projection_bias, projection_sharing=projection_sharing,
         )  # fmt: skip
-        weights = {"source": sum(p.nbytes for p in source.parameters() if p.is_meta), "target": size_of(target)}
+        weights = {"source": sum(p.nbytes for p in on.parameters() if p.is_meta), "target": size_of(onto)}
         base = sum(weights.values()) + device.runtime
-        groups = layer_groups(modules, target, max(device.memory - base, 0) // 2)
-        sizes = [sum(moments_size(target, name) for name in group.kernels) for group in groups]
+        groups = layer_groups(modules, onto, max(device.memory - base, 0) // 2)
+        sizes = [sum(moments_size(onto, name) for name in group.kernels) for group in groups]
         group = groups[sizes.index(max(sizes))]
         batches = -(-fit_samples // batch_size)
-        model = get_peft_model(target, config, low_cpu_mem_usage=True)
+        model = get_peft_model(onto, config, low_cpu_mem_usage=True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         own = [t for n, t in model.state_dict().items() if "peft_cast_kernels" in n]
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialise(read.model)
             materialise(model)
-            vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (source, target))
+            vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (on, onto))
             with read.model.disable_adapter(), model.disable_adapter():
                 passes, moments, kept = _closed_form(
-                    source, target, _batch(min(batch_size, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, group
+                    on, onto, _batch(min(batch_size, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, group
                 )  # fmt: skip
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             if gradient_checkpointing:
@@ -199,7 +196,7 @@ def plan(
     # Folded, every module gets the largest rank, as servers want it.
     ranks = [sum(kernel.spec.r for kernel in m.peft_cast_kernels["default"]) for m in _layers(model)]
     folded = max(ranks) * sum(m.in_features + m.out_features for m in _layers(model))
-    heads = 2 * vocabulary * sum(m.config.get_text_config().hidden_size for m in (source, target))
+    heads = 2 * vocabulary * sum(m.config.get_text_config().hidden_size for m in (on, onto))
     optimizer = 16 * trained  # float32 parameters, gradients and Adam's two moments
     remembered = texts * length * aligned * (teacher_top_k or 0) * 6 * (1 + 0.25 * (gamma > 0))
     solve = 40 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2  # float64 copies of the largest

@@ -18,7 +18,8 @@ def colour(share: float) -> tuple[int, int, int]:
     """The colour, red, green and blue of 255, of a value's place on the scale, from 0 to 1."""
     at = min(max(share, 0.0), 1.0) * (len(VIRIDIS) - 1)
     left = min(int(at), len(VIRIDIS) - 2)
-    return tuple(round(a + (at - left) * (b - a)) for a, b in zip(VIRIDIS[left], VIRIDIS[left + 1]))
+    red, green, blue = (round(a + (at - left) * (b - a)) for a, b in zip(VIRIDIS[left], VIRIDIS[left + 1]))
+    return red, green, blue
 
 
 def _hex(rgb: Sequence[int]) -> str:

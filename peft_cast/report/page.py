@@ -59,6 +59,7 @@ def write_report(
     Raises:
         ValueError: If there are no metrics in the folder, or no folder to write to is given.
     """
+    history: Sequence[dict[str, float]]
     if isinstance(result, (str, Path)):
         metrics, history, models = _read(Path(result))
         folder = Path(result) if folder is None else Path(folder)

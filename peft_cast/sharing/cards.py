@@ -112,7 +112,7 @@ def write_card(folder: str | Path, artifact: Artifact, licences: Licences, repo_
     if known:
         made = ("base_model", *_TAG_NAMES.values())
         own_tags = {tag for tag in known.get("tags") or () if str(tag).partition(":")[0] not in made}
-        card.data.tags = sorted(own_tags | set(card.data.tags))
+        card.data["tags"] = sorted(own_tags | set(card.data["tags"]))
         for key, value in known.items():
             if key not in _OWN_KEYS:
                 card.data[key] = value

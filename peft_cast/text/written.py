@@ -130,7 +130,7 @@ class _Prompt:
 
 def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) -> list[_Prompt]:
     if spec.prefix is not None or spec.prompts is not None:
-        starts = spec.prompts or ((spec.prefix,) if isinstance(spec.prefix, str) else spec.prefix)
+        starts = spec.prompts or ((spec.prefix,) if isinstance(spec.prefix, str) else spec.prefix) or ("",)
         plain = [starts[i % len(starts)] for i in range(count)]
     else:
         snippets = [" ".join(text.split())[: spec.snippet_chars] for text in read_corpus(spec.corpus, count)]
@@ -183,7 +183,8 @@ def write_prompts(
     stop = "\n\n" if any("\n" in body for body in bodies) else "\n"
     lengths = [len(body) for body in bodies]
     longest = max(len(tokenizer(body, add_special_tokens=False).input_ids) for body in bodies)
-    draw, seen, written = random.Random(seed), set(bodies), []
+    draw, seen = random.Random(seed), set(bodies)
+    written: list[str] = []
     rounds = range(2 * -(-count // batch_size) + 2 if count else 0)
     for _ in progress(rounds) if progress else rounds:
         if len(written) >= count:

@@ -152,7 +152,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if dict in (hint, origin):
         fits = isinstance(value, dict) and len(value) <= MAX_ENTRIES and all(isinstance(key, str) for key in value)
         return fits and (not arguments or all(_fits(item, arguments[1]) for item in value.values()))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return isinstance(value, (dict, hint))
     return isinstance(value, hint) if hint is str else True
 

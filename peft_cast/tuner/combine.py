@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import nn
 
-from .config import CastConfig
+from .config import CastConfig, KernelSpec
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def combined_config(
             f"The adapters have projections of the types {', '.join(sorted(types))}, which no single adapter can have: "
             "translate them with the same `projection_type`."
         )
-    kernels = {}
+    kernels: dict[str, list[KernelSpec]] = {}
     sizes = set()
     for name, layer in tuner.model.named_modules():
         for adapter, weight in zip(adapters, weights):

@@ -285,15 +285,15 @@ class CastConfig(PeftConfig):
                     shapes |= {f"P_out.{kind}U": (None, size), f"P_out.{kind}V": (size, outs)}
             parts = found.get((module, i), {})
             for part, shape in shapes.items():
-                name, info = f"{module}.peft_cast_kernels.{i}.{part}", parts.get(part)
-                if info is None:
+                name, tensor = f"{module}.peft_cast_kernels.{i}.{part}", parts.get(part)
+                if tensor is None:
                     raise ValueError(f"The CAST adapter's file lacks the tensor {shown(name)}: {_AGAIN}.")
-                if info.dtype not in FLOATS:
-                    raise ValueError(f"The CAST adapter's tensor {shown(name)} is of type {info.dtype}: {_AGAIN}.")
-                if len(info.shape) != 2 or any(want not in (None, got) for want, got in zip(shape, info.shape)):
+                if tensor.dtype not in FLOATS:
+                    raise ValueError(f"The CAST adapter's tensor {shown(name)} is of type {tensor.dtype}: {_AGAIN}.")
+                if len(tensor.shape) != 2 or any(want not in (None, got) for want, got in zip(shape, tensor.shape)):
                     wanted_shape = " x ".join("any" if n is None else str(n) for n in shape)
                     raise ValueError(
-                        f"The CAST adapter's tensor {shown(name)} has shape {info.shape} in its file, its configuration says "
+                        f"The CAST adapter's tensor {shown(name)} has shape {tensor.shape} in its file, its configuration says "
                         f"{wanted_shape}: {_AGAIN}."
                     )
 

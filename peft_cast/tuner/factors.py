@@ -33,6 +33,6 @@ class CachedFactors(NamedTuple):
 
     def current(self) -> bool:
         return all(
-            store.get(name) is t and t._version == version and t.data_ptr() == pointer and not t.requires_grad
+            t._version == version and t.data_ptr() == pointer and not t.requires_grad and store.get(name) is t
             for store, name, t, version, pointer in self.made_of
         )

@@ -121,7 +121,7 @@ class CastLayer(BaseTunerLayer):
         self.kwargs = kwargs
 
         self._disable_adapters = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
 
     def update_layer(
@@ -160,11 +160,12 @@ class CastLayer(BaseTunerLayer):
             ):
                 projection = (shared or {}).get((side, shape))
                 if projection is None:
-                    projection = Projection(*shape, config.projection_size or spec.r, config, side, spec.r)
+                    size = config.projection_size or spec.r
+                    projection = Projection(shape[0], shape[1], size, config, side, spec.r)
                     if shared is not None:
                         shared[side, shape] = projection
                 projections.append(projection)
-            kernel = Kernel(spec, *projections, self.out_features)
+            kernel = Kernel(spec, projections[0], projections[1], self.out_features)
             kernel.reset_parameters(config.init_weights)
             kernels.append(kernel)
         self.peft_cast_kernels[adapter_name] = kernels
@@ -216,7 +217,7 @@ class Linear(nn.Module, CastLayer):
         shared: dict[tuple, Projection] | None = None,
         **kwargs,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         CastLayer.__init__(self, base_layer, **kwargs)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self._active_adapter = adapter_name

@@ -124,7 +124,9 @@ class CastModel(BaseTuner):
     @staticmethod
     def _kernel_specs(config: CastConfig, base_layer: nn.Module, key: str) -> list[KernelSpec]:
         if config.kernels is None:
-            in_features, out_features = linear_size(base_layer)
+            size = linear_size(base_layer)
+            assert size is not None, "modules that CAST cannot adapt were refused before"
+            in_features, out_features = size
             return [KernelSpec(r=config.r, in_features=in_features, out_features=out_features)]
         if key not in config.kernels:
             raise ValueError(

@@ -10,13 +10,14 @@ words to choose from (`q_proj|k_proj`), so it errs on the safe side: `(\\w+\\.)*
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
 
-try:
+if sys.version_info >= (3, 11):
     from re import _constants as ops
     from re import _parser as parser
-except ImportError:  # Python 3.10
+else:
     import sre_constants as ops
     import sre_parse as parser
 
@@ -57,7 +58,7 @@ def check_patterns(patterns: Iterable[str], where: str, behind: bool = False) ->
             if not _BRANCHES & set(pattern):  # a name, the usual case
                 parser.parse(pattern)
                 continue
-            work.follow(parser.parse(pattern), [1] * (NAME_LENGTH + 1) if behind else [1] + [0] * NAME_LENGTH)
+            work.follow(parser.parse(pattern).data, [1] * (NAME_LENGTH + 1) if behind else [1] + [0] * NAME_LENGTH)
         except (re.error, RecursionError, OverflowError) as error:
             reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is none ({error})"
             raise ValueError(f"The regular expression {shown!r} in {where} {reason}: correct it.") from None
@@ -92,7 +93,8 @@ class _Work:
             elif op is ops.SUBPATTERN:
                 ways = self.follow(what[-1], ways)
             elif op in _REPEATS:
-                ways = self._repeat(*what, ways)
+                least, most, repeated = what
+                ways = self._repeat(least, most, repeated, ways)
             elif op is ops.BRANCH:
                 ways = self._branch(what[1], ways)
             elif op is ops.GROUPREF_EXISTS:
