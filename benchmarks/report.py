@@ -129,7 +129,7 @@ def demo() -> str:
         lines.append(f"| `{name}` | {phase['seconds']:.0f} | {phase['peak_memory_mb'] / 1024:.1f} |")
     lines += [
         "",
-        "(`load` to `refine` are the parts of `translate`; `models` is the one-time conversion,\nabout a minute when it was not done before.)",
+        "(`load` to `report` are the parts of `translate`; `models` is the one-time conversion,\nabout a minute when it was not done before.)",
     ]
     return "\n".join(lines)
 
