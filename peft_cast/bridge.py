@@ -172,7 +172,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         with adapted_source(on, adapter, adapter_revision, source_rank) as read:
             closed_form, modules = self.closed_form(read.kernels)
             config = cast_config(
-                read.kernels, modules, projection_type="compact",
+                read.kernels, modules,
                 source_model_name_or_path=without_secrets(self.source.name), source_model_revision=self.source.revision,
                 source_adapter_name_or_path=adapter_name_of(adapter), source_adapter_revision=adapter_revision,
             )  # fmt: skip

@@ -105,6 +105,14 @@ def write_json(value: Any, file: str | Path, indent: int | None = 1) -> None:
         partial.write_text(without_secrets(json.dumps(value, indent=indent)) + "\n", encoding="utf-8")
 
 
+def read_json_if_there(file: Path) -> Any:
+    """What the file holds, `None` if it is not there or broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 @contextmanager
 def optional(what: str) -> Iterator[None]:
     """Within the context something is written that a run can do without: an OSError becomes a warning."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import CommitInfo, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from .files import write_tensors
 from .models import load_on_skeleton, skeleton
 from .safety import check_model_config, check_weights, one_line, read_adapter_config, secrets_removed, without_secrets
-from .sharing import METRICS_NAME, add_card, push_saved, replacing_folder, write_metrics
+from .sharing import METRICS_NAME, Publishable, add_card, replacing_folder, write_metrics
 from .tuner import CastConfig, CastLayer
 from .tuner.checks import read_json
 from .tuner.merging import check_foldable
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FoldedLora:
+class FoldedLora(Publishable):
     """A plain LoRA.
 
     Args:
@@ -66,24 +66,6 @@ class FoldedLora:
         """
         with replacing_folder(folder) as partial:
             add_card(self._save(partial), evaluation, evaluated_as)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        evaluation: Evaluation | None = None,
-        evaluated_as: str | None = None,
-    ) -> CommitInfo:
-        """Publish the LoRA with a model card; arguments, result and errors are those of `peft_cast.push`."""
-        return push_saved(
-            self._save, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
-            create_pr=create_pr, evaluation=evaluation, evaluated_as=evaluated_as,
-        )  # fmt: skip
 
     def _save(self, folder: Path) -> Path:
         write_tensors(self.weights, folder / SAFETENSORS_WEIGHTS_NAME, format="pt")

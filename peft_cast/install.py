@@ -20,7 +20,10 @@ from .tuner.quantized import linear_size
 
 
 def cast_config(kernels: Mapping[str, LoraKernel], modules: ModuleMap, **options: Any) -> CastConfig:
-    """The configuration of an adapter that carries `kernels` where `modules` says; `options` as in `CastConfig`."""
+    """The configuration of an adapter that carries `kernels` where `modules` says; `options` as in `CastConfig`.
+
+    Projections are compact when no type is given, factored if they are shared.
+    """
     specs: dict[str, list[KernelSpec]] = defaultdict(list)
     for place, sources in modules.kernels.items():
         module, rows = split_place(place)
@@ -28,6 +31,8 @@ def cast_config(kernels: Mapping[str, LoraKernel], modules: ModuleMap, **options
             A, B, scaling = kernels[s].A, kernels[s].B, kernels[s].scaling
             specs[module].append(KernelSpec(A.shape[0], A.shape[1], B.shape[0], scaling, s, rows))
     r = max(spec.r for group in specs.values() for spec in group)
+    if options.get("projection_type") is None:
+        options["projection_type"] = "factored" if options.get("projection_sharing") else "compact"
     return CastConfig(kernels=dict(specs), r=r, task_type="CAUSAL_LM", **options)
 
 

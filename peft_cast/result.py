@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import CommitInfo
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
@@ -17,7 +16,7 @@ from .align import ModuleMap
 from .diagnosis import diagnose, list_not_carried
 from .files import change_dtype, write_json
 from .report import write_report
-from .sharing import REPORT_NAME, add_card, push_saved, replacing_folder, write_metrics
+from .sharing import REPORT_NAME, Publishable, add_card, replacing_folder, write_metrics
 from .tuner import CastConfig
 
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TranslationResult:
+class TranslationResult(Publishable):
     """What `translate` and `baselines.distill_lora` return.
 
     Args:
@@ -84,24 +83,6 @@ class TranslationResult:
             # What quotes texts stays in a file of its own, which is never pushed.
             write_json(self.metrics.get("report", {}), saved / REPORT_NAME)
             write_report(self, saved, evaluation=evaluation)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        evaluation: Evaluation | None = None,
-        evaluated_as: str | None = None,
-    ) -> CommitInfo:
-        """Publish the adapter, its metrics and a model card; arguments, result and errors are those of `peft_cast.push`."""
-        return push_saved(
-            self._save, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
-            create_pr=create_pr, evaluation=evaluation, evaluated_as=evaluated_as,
-        )  # fmt: skip
 
     def _save(self, folder: Path) -> Path:
         """Save adapter and metrics, and return the folder that has them."""

@@ -17,7 +17,7 @@ import torch
 
 from .align import AlignedPair
 from .bridge import Bridge
-from .files import optional, remove_partial, write_json
+from .files import optional, read_json_if_there, remove_partial, write_json
 from .fit import checkpoints, fingerprint, last_checkpoint, read_state
 from .pair import Pair, PairTexts
 from .result import TranslationResult
@@ -64,7 +64,7 @@ class Run:
         if self.folder is None:
             return read()
         file = _work(self.folder) / "texts.json"
-        kept = _read_json(file)
+        kept = read_json_if_there(file)
         if kept is not None:
             return _texts(kept)
         texts = read()
@@ -91,7 +91,9 @@ class Run:
                 result,
             ) from error
         with optional("The note that the run is finished"):
-            write_json({**(_read_json(self.folder / "run.json") or {}), "finished": True}, self.folder / "run.json")
+            write_json(
+                {**(read_json_if_there(self.folder / "run.json") or {}), "finished": True}, self.folder / "run.json"
+            )
         for file in _work(self.folder).glob("predictions_*"):
             file.unlink(missing_ok=True)
 
@@ -127,7 +129,7 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
             raise ValueError("`resume_from_checkpoint` needs `output_dir`, the folder of the run to go on with.")
         return
     folder = Path(output_dir)
-    run, last = _read_json(folder / "run.json"), last_checkpoint(folder / "checkpoints")
+    run, last = read_json_if_there(folder / "run.json"), last_checkpoint(folder / "checkpoints")
     if resume and run is None and last:
         raise ValueError(
             f"'{folder}' has checkpoints but no run.json, which says what they belong to: choose another `output_dir`."
@@ -161,7 +163,7 @@ def open_run(
         return Run(cache=None if cache_dir is None else Path(cache_dir))
     folder = Path(output_dir)
     file, begun_with = folder / "run.json", describe()
-    known = _read_json(file) if resume else None
+    known = read_json_if_there(file) if resume else None
     if known is not None:
         names = [name for name in begun_with if known["begun_with"].get(name) != begun_with[name]]
         if names:
@@ -244,14 +246,6 @@ def _plain(value: Any) -> Any:
 
 def _work(folder: Path) -> Path:
     return folder / "work"
-
-
-def _read_json(file: Path) -> Any:
-    """What the file holds, `None` if it is not there or broken."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _texts(kept: dict[str, Any]) -> PairTexts:

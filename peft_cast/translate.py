@@ -224,7 +224,7 @@ def translate(
                 closed_form = within_memory(lambda size: fit(batch_size=size), batch_size)
         memory = teacher_memory(pair, settings, run.cache)
         shape = {
-            "projection_type": projection_type or ("factored" if projection_sharing else "compact"), "projection_size": projection_size, "projection_bias": projection_bias,
+            "projection_type": projection_type, "projection_size": projection_size, "projection_bias": projection_bias,
             "projection_sharing": projection_sharing,
         }  # fmt: skip
         config = cast_config(
@@ -281,7 +281,7 @@ def translate(
         "settings": {
             "loss": dataclasses.asdict(settings), "steps": steps, "batch_size": batch_size,
             "learning_rate": learning_rate, "max_length": max_length, "gain": gain, "ridge": ridge, "seed": seed,
-            **shape, "rank": config.r,
+            **shape, "projection_type": config.projection_type, "rank": config.r,
         },
         "report": report,
     }  # fmt: skip

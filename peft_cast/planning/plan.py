@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..align import AlignedPair, ModuleMap, map_layers, map_modules
-from ..fit.batches import ANCHOR_EVERY, collate_pairs
+from ..fit.batches import ANCHOR_EVERY, collate_pairs, side_of
 from ..fit.capture import capture
 from ..fit.closed_form import _pass, _Regressions, layer_groups, moments_size
 from ..fit.losses import kl_divergence
@@ -168,7 +168,7 @@ def plan(
         kernels = dict(read.kernels)
         modules = map_modules(kernels, onto, layers, module_map, on)
         config = cast_config(
-            kernels, modules, projection_type=projection_type or ("factored" if projection_sharing else "compact"), projection_size=projection_size,
+            kernels, modules, projection_type=projection_type, projection_size=projection_size,
             projection_bias=projection_bias, projection_sharing=projection_sharing,
         )  # fmt: skip
         weights = {"source": sum(p.nbytes for p in on.parameters() if p.is_meta), "target": size_of(onto)}
@@ -281,8 +281,8 @@ def _closed_form(
     ):
         with counted() as passes:
             for side, model in (("source", source), ("target", target)):
-                inputs = {name: batch[f"{side}_{name}"] for name in ("input_ids", "attention_mask")}
-                _pass(model, {**inputs, "use_cache": False}, ids)
+                inputs, *_ = side_of(batch, side, model.device)
+                _pass(model, inputs, ids)
         at = {side: (batch["rows"], batch[f"{side}_positions"]) for side in ("source", "target")}
         with counted() as moments:
             regressions.update(at_source, at_target, at["source"], at["target"], False)

@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup, escape
 from peft.utils import CONFIG_NAME
 
+from ..files import read_json_if_there
 from ..sharing import METRICS_NAME, REPORT_NAME
 from .contents import LEVELS, Contents, contents, with_code
 from .markdown import to_markdown
@@ -97,19 +98,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]], dict[st
             f"'{file}' with a translation's metrics could not be read ({type(error).__name__}): pass the folder of an "
             "adapter that `translate` made and `save_pretrained` saved."
         ) from error
-    config, gathered = (_read_json(folder / name) for name in (CONFIG_NAME, REPORT_NAME))
+    beside = (read_json_if_there(folder / name) for name in (CONFIG_NAME, REPORT_NAME))
+    config, gathered = (data if isinstance(data, dict) else {} for data in beside)
     if gathered:
         metrics["report"] = gathered
     keys = {
         "source": "source_model_name_or_path", "adapter": "source_adapter_name_or_path", "target": "base_model_name_or_path"
     }  # fmt: skip
     return metrics, history, {name: config[key] for name, key in keys.items() if config.get(key)}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """What a file holds; nothing if it is not there or broken."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}

@@ -13,7 +13,7 @@ from .artifacts import (
 )
 from .cards import make_card, write_card
 from .licences import Licence, Licences, read_licences
-from .publish import add_card, push, push_saved
+from .publish import Publishable, add_card, push, push_saved
 
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Licence",
     "Licences",
     "Origin",
+    "Publishable",
     "add_card",
     "make_card",
     "push",

@@ -127,6 +127,32 @@ def push_saved(save: Callable[[Path], Path], repo_id: str, **options) -> CommitI
         return push(save(Path(folder)), repo_id, **options)
 
 
+class Publishable:
+    """What can be pushed to the Hub with the measurements of `evaluate`, from memory."""
+
+    def _save(self, folder: Path) -> Path:
+        """Save all but the card, and return where in the folder `push` finds it."""
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        evaluation: Evaluation | None = None,
+        evaluated_as: str | None = None,
+    ) -> CommitInfo:
+        """Publish this with a model card; arguments, result and errors are those of `peft_cast.push`."""
+        return push_saved(
+            self._save, repo_id, private=private, token=token, revision=revision, commit_message=commit_message,
+            create_pr=create_pr, evaluation=evaluation, evaluated_as=evaluated_as,
+        )  # fmt: skip
+
+
 def add_card(folder: Path, evaluation: Evaluation | None = None, evaluated_as: str | None = None) -> None:
     """Give a folder that was just saved its card; arguments and errors as in `push`."""
     artifact = read_artifact(folder)
