@@ -35,6 +35,19 @@ def test_moments_give_the_ridge_solution(monkeypatch):
     torch.testing.assert_close(fit.r2, torch.stack(r2), rtol=1e-3, atol=1e-4)
 
 
+def test_moments_of_bfloat16_numbers_are_exact_and_leave_the_precision_as_it_was():
+    x, y = torch.randn(400, 300).bfloat16(), torch.randn(400, 2)
+    before = torch.get_float32_matmul_precision()
+    moments = Moments(300, 2, torch.device("cpu"))
+    moments.update(x, y, held_out=False)
+    assert torch.get_float32_matmul_precision() == before
+    upper = torch.triu_indices(300, 300)
+    torch.testing.assert_close(
+        moments.xx[tuple(upper)], (x.double().T @ x.double())[tuple(upper)].float(), rtol=1e-5, atol=1e-3
+    )  # fmt: skip
+    torch.testing.assert_close(moments.yx, (y.double().T @ x.double()).float(), rtol=1e-5, atol=1e-3)
+
+
 def test_ridge_strength_follows_the_noise():
     W = torch.randn(2, 40)
     chosen = []

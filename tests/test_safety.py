@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import peft_cast
-from peft_cast import Bridge, CastConfig, TranslationResult
+from peft_cast import Bridge, CastConfig, KernelSpec, TranslationResult
 from peft_cast.align import linear_layers, map_layers, map_modules, split_place
 from peft_cast.bridge_config import Side
 from peft_cast.evaluation.tasks import Scores
@@ -233,7 +233,8 @@ def test_a_kernel_that_no_memory_holds_is_refused(valid, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     monkeypatch.setattr("psutil.swap_memory", lambda: free)
     with pytest.raises(ValueError, match="needs .* GiB and .* are free"):
-        get_peft_model(valid[2], CastConfig(target_modules=["q_proj"], r=8))
+        huge = KernelSpec(r=8, in_features=2**22, out_features=8)
+        get_peft_model(valid[2], CastConfig(kernels={"model.layers.0.self_attn.q_proj": [huge]}))
     unload_adapters(valid[2])
 
 

@@ -303,6 +303,17 @@ def test_kernels_keep_their_bits_on_a_half_precision_model(tmp_path):
     assert logits(loaded).dtype == torch.bfloat16
 
 
+def test_autocast_decides_in_what_the_adapter_is_multiplied():
+    model = random_cast(tiny_model(dtype=torch.bfloat16))
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 3, layer.in_features, dtype=torch.bfloat16)
+    exact = layer.delta(x, "default").detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = layer.delta(x, "default")
+    assert exact.dtype == torch.float32 and fast.dtype == torch.bfloat16
+    torch.testing.assert_close(fast.float(), exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+
+
 def test_cached_factors_follow_every_change():
     model = random_cast(tiny_model()).requires_grad_(False)
     before = logits(model)

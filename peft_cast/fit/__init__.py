@@ -6,7 +6,7 @@ from .closed_form import ClosedForm, KernelFit, fit_closed_form
 from .imitate import distance_to_teacher, imitate
 from .memory import TeacherMemory, fingerprint
 from .out_of_memory import within_memory
-from .refine import CastTrainer, Refinement, Teacher, TeacherSettings
+from .refine import CastTrainer, Refinement, Teacher, TeacherSettings, training_precision
 from .saved import load_closed_form, save_closed_form
 
 
@@ -29,5 +29,6 @@ __all__ = [
     "read_state",
     "load_closed_form",
     "save_closed_form",
+    "training_precision",
     "within_memory",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +33,24 @@ class RidgeFit:
     ridge: float
 
 
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Lets float32 matrices be multiplied as bfloat16 (TF32 on a GPU) and summed in float32.
+
+    Of numbers that come from bfloat16 the products are exact, and made several times as fast where there is hardware for it.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through the newer torch.backends.*.fp32_precision: left as it is
+        yield
+        return
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Moments:
     """Sums of x xᵀ and y xᵀ over the positions of fitting texts, and some held-out positions as they are.
 
@@ -55,9 +75,11 @@ class Moments:
             if room > 0:
                 self.held_out.append((x[:room].clone(), y[:room].clone()))
             return
+        exact = x.dtype == torch.bfloat16
         x = x.float()
-        for i in range(0, x.shape[1], BLOCK):  # x xᵀ is symmetric: blocks on and above the diagonal will do
-            self.xx[i : i + BLOCK, i:].addmm_(x[:, i : i + BLOCK].T, x[:, i:])
+        with bfloat16_products() if exact else nullcontext():
+            for i in range(0, x.shape[1], BLOCK):  # x xᵀ is symmetric: blocks on and above the diagonal will do
+                self.xx[i : i + BLOCK, i:].addmm_(x[:, i : i + BLOCK].T, x[:, i:])
         self.yx.addmm_(y.T, x)
         self.yy += y.square().sum(0)
 

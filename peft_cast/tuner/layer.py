@@ -88,15 +88,19 @@ class Kernel(nn.Module):
         P_in, P_out = self.P_in, self.P_out
         if next(P_in.parameters()).device.type == "meta":
             return
-        eye = torch.eye(P_in.out_features, P_in.in_features, device=self.A.device)
-        W = torch.zeros(P_out.out_features, P_out.in_features, device=self.A.device)
-        if not init_weights:
-            nn.init.normal_(W, std=P_out.in_features**-0.5)
         if P_in.full:
-            P_in.W.copy_(eye)
-            P_out.W.copy_(W)
+            nn.init.eye_(P_in.W)
+            nn.init.zeros_(P_out.W) if init_weights else nn.init.normal_(P_out.W, std=P_out.in_features**-0.5)
+            return
+        # Every adapter that is loaded comes by here: no matrix of the full projections' size is made on the way.
+        same = min(P_in.in_features, P_in.out_features)
+        A_P_in = F.pad(self.A[:, :same].float(), (0, P_in.in_features - same))
+        if init_weights:
+            P_out_B = torch.zeros(P_out.out_features, self.spec.r, device=self.B.device)
         else:
-            self.set_effective(self.A.float() @ eye, W @ self.B.float())
+            W = torch.empty(P_out.out_features, P_out.in_features, device=self.B.device)
+            P_out_B = nn.init.normal_(W, std=P_out.in_features**-0.5) @ self.B.float()
+        self.set_effective(A_P_in, P_out_B)
 
     def set_effective(self, A_P_in: torch.Tensor, P_out_B: torch.Tensor) -> None:
         """Choose the linear parts of the projections so that `A P_in` (r, in_T) and `P_out B` (out_T, r) are as given.
@@ -265,14 +269,16 @@ class Linear(nn.Module, CastLayer):
         self.merged_adapters.clear()
 
     def delta(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """What one adapter adds to the output: (..., in_T) → (..., out_T), in the dtype of the adapter."""
+        """What one adapter adds to the output: (..., in_T) → (..., out_T), in the dtype of the adapter or of `torch.autocast`."""
         kernels = self.peft_cast_kernels[adapter_name]
+        if not torch.is_autocast_enabled(x.device.type):  # which chooses for itself
+            x = self._cast_input_dtype(x, kernels[0].A.dtype)
         # Only foldable adapters have factors in the cache: asking it first saves walking through the kernels.
         if self._factor_cache.get(adapter_name) is not None or self.is_foldable(adapter_name):
             A, B = self.get_factors(adapter_name)
-            return F.linear(F.linear(self._cast_input_dtype(x, A.dtype), A), B)
+            return F.linear(F.linear(x, A), B)
         with fetched(kernels):
-            return sum(kernel(self._cast_input_dtype(x, kernel.A.dtype)) for kernel in kernels)
+            return sum(kernel(x) for kernel in kernels)
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any

@@ -230,17 +230,15 @@ class CastModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        # PEFT has left out all keys with another adapter's name in them: too many if one is called "self_attn" or "A".
         kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
-        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        for key, tensor in tensors:
-            if (
-                key not in kept
-                and set(unwanted_adapter_names) & set(key.split("."))
-                and _is_key_under_prefixes(key, prefixes)
-            ):
-                kept[key] = tensor.detach()
+        unwanted = set(unwanted_adapter_names)
+        # PEFT has left out all keys with another adapter's name in them: too many if one is called "self_attn" or "A".
+        if unwanted:
+            prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name)
+            tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+            for key, tensor in tensors:
+                if key not in kept and unwanted & set(key.split(".")) and _is_key_under_prefixes(key, prefixes):
+                    kept[key] = tensor.detach()
         if config.projection_sharing is None:
             return kept
         # transformers saves no tensor twice; whoever loads the adapter shares them again.
