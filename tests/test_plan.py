@@ -83,6 +83,20 @@ def test_gradient_checkpointing_takes_another_forward_pass(source_folder, lora_f
     assert saving.flops > 1.1 * plain.flops
 
 
+def test_counts_what_gradient_checkpointing_gives_free():
+    model = tiny_model(num_hidden_layers=8)
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    peaks = []
+    for saving in (False, True):
+        if saving:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        with counted() as cost:
+            model(input_ids=ids, use_cache=False).logits.sum().backward()
+        peaks.append(cost.peak - sum(p.nbytes for p in model.parameters()))  # the gradients
+        model.zero_grad()
+    assert peaks[1] < 0.5 * peaks[0]
+
+
 def test_a_70b_model_is_planned_in_seconds_without_its_weights(tmp_path, lora_folder, source_folder):
     llama = tiny_config(
         "llama", 128_256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,

@@ -11,20 +11,25 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 
-class _Memory(TorchDispatchMode):
-    """Bytes of the tensors that are made within and still alive, and the most there ever were."""
+class _Counter(TorchDispatchMode):
+    """Bytes of the tensors that are made within and still alive, the most there ever were, and operations.
+
+    `FlopCounterMode` would count the operations too, but its hooks keep alive what gradient checkpointing gives free.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = 0
         self.seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
+        if flops := flop_registry.get(func._overloadpacket):
+            self.flops += flops(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -63,9 +68,9 @@ class Cost:
 def counted() -> Iterator[Cost]:
     """Count the enclosed work; to be entered within a `FakeTensorMode`."""
     cost = Cost()
-    with FlopCounterMode(display=False) as flops, _Memory() as memory:
+    with _Counter() as counter:
         yield cost
-    cost.flops, cost.peak, cost.kept = flops.get_total_flops(), memory.peak, memory.live
+    cost.flops, cost.peak, cost.kept = counter.flops, counter.peak, counter.live
 
 
 def materialise(model: nn.Module) -> nn.Module:

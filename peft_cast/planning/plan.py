@@ -18,7 +18,7 @@ from ..fit.capture import capture
 from ..fit.closed_form import _pass, _Regressions, layer_groups, moments_size
 from ..fit.losses import kl_divergence
 from ..fit.memory import Likeliest
-from ..fit.refine import Teacher, TeacherSettings
+from ..fit.refine import Teacher, TeacherSettings, training_precision
 from ..install import cast_config
 from ..models import LoraKernel, check_remote_code, default_dtype, layer_count, shared_head, skeleton
 from ..safety import read_adapter_config, secrets_removed, without_secrets
@@ -147,7 +147,7 @@ def plan(
             given. Texts of the closed form are taken to have as many as that in any case.
         aligned (`float`): Share of the positions at which both tokenizers have a boundary.
         gradient_checkpointing (`bool`): `training_args={"gradient_checkpointing": True}` of `translate`: activations are made a
-            second time instead of kept. The memory planned for it is an upper bound (docs/planning.md).
+            second time instead of kept.
         dtype (`torch.dtype`, *optional*): Of the models; bfloat16 for named devices, what is fast here otherwise.
 
     Returns:
@@ -303,7 +303,8 @@ def _refinement(
             likeliest = Likeliest.of(goals, settings.top_k) if settings.top_k else goals
         model.train()
         with counted() as step:
-            logits, _ = teacher.student(model, model, batch)
+            with training_precision(model):
+                logits, _ = teacher.student(model, model, batch)
             divergence = likeliest.kl_divergence(logits) if settings.top_k else kl_divergence(likeliest, logits)
             divergence.mean().backward()
         del logits, divergence, goals, likeliest
