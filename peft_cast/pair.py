@@ -44,13 +44,13 @@ from .fit.capture import layer_outputs
 from .install import check_shapes
 from .models import (
     LoraKernel,
-    default_device,
     layer_count,
     load_model,
     load_tokenizer,
     logits_at,
     moved,
     untouched,
+    working_device,
 )
 from .source import SourceAdapter, adapted_source, load_source
 from .text import C4, SelfWritten, is_written, read_text, write_texts
@@ -136,7 +136,7 @@ def open_pair(
 
     Without an `adapter` (`None`) every linear layer of the source is mapped.
     """
-    device = torch.device(device) if device is not None else default_device()
+    device = working_device(device)
     with ExitStack() as stack:
         if adapter is None:
             source = load_model(source, "source", device, source_revision, dtype)
@@ -323,18 +323,19 @@ def read_texts(
     if fit_text is None and is_written(text):
         fit_text = C4
     wanted = train if fit_text is not None else max(train, fit)
+    anchors = min(512, max(1, train // ANCHOR_EVERY)) if anchored else 0
+    # First: whether it can be reached is known before minutes of writing.
+    general = read_text(fit_text, fit + anchors + held_out, write) if fit_text is not None else []
     # The same text twice says nothing new, and must not be trained on and measured with.
     pairs = list(dict.fromkeys(align(read_text(text, wanted + held_out, write))))
     if len(pairs) < 3:
         raise ValueError(
             f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
-            "pass more or longer text."
+            f"pass more or longer text, or a larger `max_length` than {max_length}."
         )
     kept_out = min(held_out, len(pairs) // 3 or 1)
     evaluation, training = pairs[:kept_out], pairs[kept_out:]
     seen = set(evaluation)
-    anchors = min(512, max(1, train // ANCHOR_EVERY)) if anchored else 0
-    general = read_text(fit_text, fit + anchors + held_out, write) if fit_text is not None else []
     fitting = [pair for pair in align(general) if pair not in seen][:fit] if fit_text is not None else training[:fit]
     # Half the length: many short stretches of general text say more than a few long ones.
     usable = min(anchors, -(-len(training) // ANCHOR_EVERY))

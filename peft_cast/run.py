@@ -17,7 +17,7 @@ import torch
 
 from .align import AlignedPair
 from .bridge import Bridge
-from .files import optional, read_json_if_there, remove_partial, write_json
+from .files import check_place, optional, read_json_if_there, remove_partial, write_json
 from .fit import checkpoints, fingerprint, last_checkpoint, read_state
 from .pair import Pair, PairTexts
 from .result import TranslationResult
@@ -108,16 +108,21 @@ class Run:
                 reached = f" up to step {read_state(last).global_step}" if last else ""
                 interrupt.args = (
                     f"Stopped; what was done{reached} is kept in '{self.folder}'. To go on, call `translate` with the same "
-                    "arguments and `resume_from_checkpoint=True`.",
+                    "arguments and `resume_from_checkpoint=True` (`--resume` on the command line).",
                 )
             raise
 
 
-def check_folder(output_dir: str | Path | None, resume: bool) -> None:
+def check_folder(output_dir: str | Path | None, resume: bool, *inputs: Any) -> None:
     """Refuse what can be refused before anything is loaded.
 
+    Args:
+        output_dir, resume: As in `translate`.
+        inputs: What is read: models, adapters or names of them.
+
     Raises:
-        ValueError: If there is nothing to resume in, or an unfinished run would be overwritten.
+        ValueError: If there is nothing to resume in, or what is read, another adapter, a model or an unfinished run would be
+            overwritten.
     """
     if not isinstance(resume, bool):
         raise ValueError(
@@ -129,6 +134,7 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
             raise ValueError("`resume_from_checkpoint` needs `output_dir`, the folder of the run to go on with.")
         return
     folder = Path(output_dir)
+    check_place(folder, *inputs)
     run, last = read_json_if_there(folder / "run.json"), last_checkpoint(folder / "checkpoints")
     if resume and run is None and last:
         raise ValueError(
@@ -136,7 +142,7 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
         )
     if not resume and run and not run["finished"] and (last or (_work(folder) / "texts.json").exists()):
         raise ValueError(
-            f"'{folder}' holds a run that was stopped: pass `resume_from_checkpoint=True` to go on with it, or another "
+            f"'{folder}' holds a run that was stopped: pass `resume_from_checkpoint=True` (`--resume`) to go on with it, or another "
             "`output_dir` (or delete this one)."
         )
 

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import layer_pairs
+from .arguments import check_arguments
 from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate, within_memory
 from .install import adapter_name_of, cast_config, install
-from .models import count_parameters, seeded, shared_head, unload_adapters
+from .models import count_parameters, seeded, shared_head, training_device, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .report import gather_report
@@ -26,6 +27,7 @@ from .result import TranslationResult
 from .run import check_folder, described, open_run
 from .safety import without_secrets
 from .several import translate_several
+from .text import check_text
 
 
 def translate(
@@ -163,7 +165,7 @@ def translate(
         NotSavedError: If the finished adapter cannot be written to `output_dir`; `error.result` holds it.
     """
     arguments = dict(locals())
-    check_folder(output_dir, resume_from_checkpoint)
+    check_before_loading(arguments)
     if isinstance(adapter, (list, tuple)):
         options = {name: value for name, value in arguments.items() if name not in ("source", "adapter", "target")}
         return translate_several(translate, source, adapter, target, **options)
@@ -172,13 +174,10 @@ def translate(
             f"`adapter_name` must be a string, got {adapter_name!r}: several names are for a list of adapters."
         )
     settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher), teacher_top_k)
-    check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
     if bridge is not None and beta > 0:
         raise ValueError(
             "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
         )
-    if report_samples < 0:
-        raise ValueError(f"`report_samples` must be 0 or more, got {report_samples}.")
     bridge = Bridge.from_pretrained(bridge) if isinstance(bridge, (str, Path)) else bridge
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
@@ -290,15 +289,31 @@ def translate(
     return result
 
 
+def check_before_loading(arguments: Mapping[str, Any]) -> None:
+    """Everything about the arguments of `translate` that can be told without loading a model.
+
+    Args:
+        arguments: Some of them or all.
+
+    Raises:
+        ValueError, OSError: As `translate`.
+    """
+    given = arguments.get
+    check_arguments(arguments)
+    target_share(given("teacher", "source"))
+    training_device(given("device"))
+    adapters = given("adapter")
+    inputs = adapters if isinstance(adapters, (list, tuple)) else [adapters]
+    check_folder(
+        given("output_dir"), given("resume_from_checkpoint", False), given("source"), *inputs, given("target")
+    )
+    for name in ("text", "fit_text"):
+        check_text(given(name))
+
+
 def target_share(teacher: str | float) -> float:
     """The share of the target's own prediction in the teacher: 0 for `"source"`, 1 for `"delta"`, or the number given."""
     share = {"source": 0.0, "delta": 1.0}.get(teacher, teacher) if isinstance(teacher, str) else teacher
     if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ValueError(f"`teacher` must be 'source', 'delta' or a number from 0 to 1, got {teacher!r}.")
     return float(share)
-
-
-def check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")

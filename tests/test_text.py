@@ -8,7 +8,17 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from peft_cast.text import Corpus, Mixture, SelfWritten, TextSample, read_corpus, read_text, write_texts, written
+from peft_cast.text import (
+    Corpus,
+    Mixture,
+    SelfWritten,
+    TextSample,
+    check_text,
+    read_corpus,
+    read_text,
+    write_texts,
+    written,
+)
 from peft_cast.text.written import common_affixes
 
 
@@ -51,7 +61,7 @@ def test_column_and_minimum_length(files):
     rows = datasets.Dataset.from_dict({"body": ["short", *TEXTS]})
     assert read_corpus(Corpus(rows, column="body"), 10) == TEXTS
     assert read_corpus(Corpus(rows, column="body", min_chars=1), 10)[0] == "short"
-    with pytest.raises(ValueError, match=r"no column 'text'.*\['body'\].*column="):
+    with pytest.raises(ValueError, match=r"no column 'text'; it has body: .*column="):
         read_corpus(rows, 1)
 
 
@@ -82,9 +92,43 @@ def test_missing_and_corrupt_files_are_one_clear_error(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "unfinished')
     with pytest.raises(ValueError, match="bad.jsonl' could not be read"):
         read_corpus(tmp_path / "bad.jsonl", 1)
+    for name, content in (("latin.txt", "caf\xe9".encode("latin-1") * 50), ("bytes.jsonl", bytes(range(128, 256)))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}' could not be read .*it must be UTF-8"):
+            read_corpus(tmp_path / name, 1)
+    for name, content in (("empty.jsonl", ""), ("blank.txt", "\n\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name}' is empty"):
+            read_corpus(tmp_path / name, 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no dataset"):
+        read_corpus(tmp_path / "empty", 1)
     (tmp_path / "text.doc").write_text("x")
     with pytest.raises(ValueError, match="unknown type"):
         read_corpus(tmp_path / "text.doc", 1)
+
+
+def test_a_column_of_anything_but_text_is_one_clear_error_and_missing_texts_are_left_out():
+    assert read_corpus(datasets.Dataset.from_dict({"text": [None, *TEXTS]}), 10) == TEXTS
+    with pytest.raises(ValueError, match="column 'text' .* must hold strings, got int"):
+        read_corpus(datasets.Dataset.from_dict({"text": [1, 2]}), 10)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda text: text,
+        Corpus,
+        lambda text: SelfWritten(corpus=text),
+        lambda text: Mixture((text, 1)),
+        lambda text: {"a": text},
+    ],
+)
+def test_a_file_that_is_not_there_is_told_before_anything_is_loaded(around, tmp_path):
+    check_text(around(TEXTS))
+    for name in (str(tmp_path / "no.jsonl"), "./no/such/corpus"):
+        with pytest.raises(OSError, match="does not exist"):
+            check_text(around(name))
 
 
 def test_mixture_keeps_shares_in_every_stretch():

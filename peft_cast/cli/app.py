@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,14 +20,16 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from .. import __version__
 from ..bridge import Bridge, fit_bridge
 from ..evaluation import HarnessTask, evaluate
+from ..files import check_place
 from ..fold import to_lora
 from ..planning import DEVICES, Plan, plan
 from ..report import write_report
 from ..result import TranslationResult
 from ..sharing import push
-from ..translate import translate
+from ..translate import check_before_loading, translate
 from . import inspect as inspection
 from .settings import arguments_for, dtype_of, read_config, read_prompts, read_settings, tasks_of
 
@@ -86,7 +89,12 @@ LearningRate = Annotated[
 MaxLength = Annotated[int | None, typer.Option(help="Most tokens per text.", rich_help_panel="Training")]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampled text and training order.", rich_help_panel="Training")]
 DeviceName = Annotated[
-    str | None, typer.Option("--device", help="Where to work, e.g. `cuda:1`.", rich_help_panel="Training")
+    str | None,
+    typer.Option(
+        "--device",
+        help="Where to work: `cpu`, `cuda`, `mps`; the accelerator if there is one.",
+        rich_help_panel="Training",
+    ),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="Precision of the models: bfloat16, float16, float32.", rich_help_panel="Training")
@@ -100,6 +108,21 @@ Set = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft-cast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def peft_cast_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Keep LoRA adapters working on another language model."""
 
 
 @app.command("translate")
@@ -142,15 +165,15 @@ def translate_command(
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()), options)
     models = (None if source == "-" else source, adapter, target)
     _hush(quiet)
+    where = {"output_dir": output, "resume_from_checkpoint": resume}
+    check_before_loading({**dict(zip(("source", "adapter", "target"), models)), **where, **arguments})
     if dry_run or not quiet:
         planned = _plan(models, arguments)
         err.print(str(planned))
         if dry_run:
             return _print(planned.as_dict(), "", as_json)
         err.print(f"Translating {adapter} to {target}, into {output}\n")
-    translated = translate(
-        *models, progress=not quiet, **{"output_dir": output, "resume_from_checkpoint": resume, **arguments}
-    )
+    translated = translate(*models, progress=not quiet, **{**where, **arguments})
     result = cast(TranslationResult, translated)  # of one adapter
     _print(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
@@ -250,6 +273,7 @@ def bridge_command(
         {"text": text, "samples": samples, "device": device, "dtype": dtype},
     )  # fmt: skip
     _hush(quiet)
+    check_place(output, source, target, kind=None)
     bridge = fit_bridge(source, target, progress=not quiet, **arguments)
     bridge.save_pretrained(output)
     _print({"output": str(output), "metrics": bridge.metrics}, f"Bridge saved in {output}", as_json, quiet)
@@ -266,6 +290,7 @@ def cast_command(
     as_json: Json = False,
 ) -> None:
     """Carry a LoRA over a bridge: file to file, no model weights, no text, no training."""
+    check_place(output, bridge, adapter)
     Bridge.from_pretrained(bridge).cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
     _print({"output": str(output)}, f"CAST adapter saved in {output}", as_json, quiet)
 
@@ -281,6 +306,7 @@ def to_lora_command(
     as_json: Json = False,
 ) -> None:
     """Fold a CAST adapter into a plain LoRA, for vLLM and everything else that serves LoRAs."""
+    check_place(output, adapter, kind="LORA")
     folded = to_lora(adapter, rank, revision=revision, dtype=dtype_of(dtype))
     folded.save_pretrained(output)
     account = {"output": str(output), "rank": folded.config.r, "errors": folded.errors}
@@ -337,7 +363,9 @@ def main() -> None:
 @contextmanager
 def _ending_well() -> Iterator[None]:
     warnings.filterwarnings("ignore", module="torch|transformers|datasets")
+    warnings.showwarning = _warn
     transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it says of a broken file, the error says too
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -350,6 +378,12 @@ def _ending_well() -> Iterator[None]:
         err.print("[red]Error[/red]  ", end="")
         err.print(str(error), markup=False)
         sys.exit(1)
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """A warning as a sentence, without the line of code that gave it."""
+    err.print("[yellow]Warning[/yellow]  ", end="")
+    err.print(str(message), markup=False)
 
 
 def _hush(quiet: bool) -> None:
