@@ -124,9 +124,10 @@ def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_fold
     assert json.loads(call("inspect", tmp_path / "cast", "--json").stdout)["kind"] == "CAST adapter"
 
 
-@pytest.mark.filterwarnings("ignore:No licence is inherited", "ignore:The target model")
 def test_pushes_and_inspects_what_is_on_the_hub(translated, hub, monkeypatch):
-    account = json.loads(call("push", translated[0], "user/cast", "-m", "first", "--json").stdout)
+    pushed = call("push", translated[0], "user/cast", "-m", "first", "--json")
+    account = json.loads(pushed.stdout)
+    assert "Warning  The target model is not named by a Hub id" in pushed.stderr and ".py" not in pushed.stderr
     assert {"cast_report.json", "report.html", "report.md"}.isdisjoint(
         hub.repos["user/cast"].files()
     )  # they quote texts

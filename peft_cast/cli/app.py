@@ -362,12 +362,13 @@ def main() -> None:
 
 @contextmanager
 def _ending_well() -> Iterator[None]:
-    warnings.filterwarnings("ignore", module="torch|transformers|datasets")
-    warnings.showwarning = _warn
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it says of a broken file, the error says too
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch|transformers|datasets")
+            warnings.showwarning = _warn  # type: ignore[assignment]  # it is given more, and needs the message alone
+            yield
     except KeyboardInterrupt as interrupt:
         err.print(f"\n{interrupt}" if interrupt.args else "\nInterrupted.", markup=False)
         sys.exit(130)
