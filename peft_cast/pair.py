@@ -289,6 +289,7 @@ def read_texts(
     max_length: int = 256,
     seed: int = 0,
     bar: Callable = lambda items, **_: items,
+    keep: Callable[[str, Callable[[], list[str]]], list[str]] = lambda key, write: write(),
 ) -> PairTexts:
     """Read, write and align the text of a translation.
 
@@ -303,15 +304,15 @@ def read_texts(
         max_length (`int`): Most tokens per text and model.
         seed (`int`): Seed of what the models write.
         bar: Wrapper around batches that shows progress, e.g. `tqdm`.
+        keep: Where written batches are kept, see `write_texts`.
 
     Raises:
         ValueError: If too little of the text is usable.
     """
 
     def write(spec: SelfWritten, limit: int):
-        return write_texts(
-            pair.adapted, *pair.tokenizers, spec, limit, seed, pair.target, partial(bar, desc="writing text")
-        )
+        progress = partial(bar, desc="writing text")
+        return write_texts(pair.adapted, *pair.tokenizers, spec, limit, seed, pair.target, progress, keep)
 
     def align(samples, max_length: int = max_length) -> list[AlignedPair]:
         return align_texts(

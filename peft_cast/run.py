@@ -17,7 +17,7 @@ import torch
 
 from .align import AlignedPair
 from .bridge import Bridge
-from .files import check_place, optional, read_json_if_there, remove_partial, write_json
+from .files import check_place, optional, read_json_if_there, remove_partial, replacing, write_json
 from .fit import checkpoints, fingerprint, last_checkpoint, read_state
 from .pair import Pair, PairTexts
 from .result import TranslationResult
@@ -72,7 +72,26 @@ class Run:
             parts = {name: part for name, part in vars(texts).items() if name != "metrics"}
             kept = {name: [vars(pair) for pair in part] for name, part in parts.items()}
             write_json({**kept, "metrics": texts.metrics}, file, indent=None)
+            shutil.rmtree(self._parts, ignore_errors=True)
         return texts
+
+    def written(self, key: str, write: Callable[[], list[str]]) -> list[str]:
+        """A batch of written text kept in the folder, else what `write` gives, which is kept until all is written."""
+        if self.folder is None:
+            return write()
+        file = self._parts / f"{key}.json"
+        kept = read_json_if_there(file)
+        if isinstance(kept, list):
+            return kept
+        batch = write()
+        with optional("A part of the written text"), replacing(file) as partial:
+            # Not `write_json`, which leaves out what looks like a token: the text must come back as it was.
+            partial.write_text(json.dumps(batch), encoding="utf-8")
+        return batch
+
+    @property
+    def _parts(self) -> Path:
+        return _work(self.folder or Path()) / "written"
 
     def save(self, result: TranslationResult) -> None:
         """Save the result, mark the run as finished and remove what only an unfinished one needs.

@@ -206,7 +206,7 @@ def translate(
         with phases.measure("text"):
             read = partial(
                 read_texts, pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
-                anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar,
+                anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar, keep=run.written,
             )  # fmt: skip
             texts = run.texts(read)
         with phases.measure("closed_form"), pair.adapted.disable_adapter():

@@ -263,6 +263,28 @@ def test_sampling_among_the_likeliest_has_the_right_distribution(temperature, to
     torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=0.015)
 
 
+def test_a_batch_of_written_text_depends_on_nothing_but_its_prompts_and_the_seed(
+    writer, byte_tokenizer, piece_tokenizer
+):
+    spec = SelfWritten(prefix="Say", max_new_tokens=8, batch_size=2)
+
+    def texts(kept: dict[str, list[str]], seed: int = 0) -> list[TextSample]:
+        def keep(key, make):
+            if key not in kept:
+                kept[key] = make()
+            return kept[key]
+
+        return write_texts(writer, byte_tokenizer, piece_tokenizer, spec, 6, seed, keep=keep)
+
+    whole: dict[str, list[str]] = {}
+    samples = texts(whole)
+    assert len(whole) == 3
+    for absent in whole:
+        torch.manual_seed(99)
+        assert texts({key: batch for key, batch in whole.items() if key != absent}) == samples
+    assert texts(dict(whole), seed=1) != samples
+
+
 def test_impossible_self_written_settings():
     with pytest.raises(ValueError, match="only one of"):
         SelfWritten(prefix="a", template="{text}")
