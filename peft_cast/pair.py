@@ -210,7 +210,13 @@ def layer_similarity(pair: Pair, texts: Sequence[AlignedPair], positions: int) -
 
 
 def fitted(
-    pair: Pair, texts: Sequence[AlignedPair], cache_dir: str | Path | None, *, progress: Callable, **options: Any
+    pair: Pair,
+    texts: Sequence[AlignedPair],
+    cache_dir: str | Path | None,
+    *,
+    progress: Callable,
+    also: str = "",
+    **options: Any,
 ) -> ClosedForm:
     """The closed form of the pair on some texts: from the cache if it is there, else fitted and put there.
 
@@ -218,11 +224,12 @@ def fitted(
         pair: The models; the source's adapter must be disabled.
         texts: General texts.
         cache_dir: The folder; nothing is kept when `None`.
+        also (`str`): What else tells this closed form from others.
         progress, options: As in `fit_closed_form`.
     """
     file = None
     if cache_dir is not None:
-        key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}"
+        key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}{also}"
         file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         try:
             fit = load_closed_form(file)

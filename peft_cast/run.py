@@ -16,7 +16,6 @@ import datasets
 import torch
 
 from .align import AlignedPair
-from .bridge import Bridge
 from .files import check_place, optional, read_json_if_there, remove_partial, replacing, write_json
 from .fit import checkpoints, fingerprint, last_checkpoint, read_state
 from .pair import Pair, PairTexts
@@ -53,11 +52,13 @@ class Run:
         folder (`Path`, *optional*): `output_dir`; nothing is kept when `None`.
         cache (`Path`, *optional*): Where the closed form and the teacher's predictions are kept.
         checkpoint (`Path`, *optional*): Where the refinement goes on from.
+        begun (`bool`): Whether it begins here, and does not go on with one that was there.
     """
 
     folder: Path | None = None
     cache: Path | None = None
     checkpoint: Path | None = None
+    begun: bool = True
 
     def texts(self, read: Callable[[], PairTexts]) -> PairTexts:
         """The texts kept in the folder, else those that `read` gives, which are kept."""
@@ -109,12 +110,17 @@ class Run:
                 "pass `resume_from_checkpoint=True`, or catch this error and call `error.result.save_pretrained(...)`.",
                 result,
             ) from error
-        with optional("The note that the run is finished"):
-            write_json(
-                {**(read_json_if_there(self.folder / "run.json") or {}), "finished": True}, self.folder / "run.json"
-            )
+        self.finish()
         for file in _work(self.folder).glob("predictions_*"):
             file.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        if self.folder is None:
+            return
+        file = self.folder / "run.json"
+        with optional("The note that the run is finished"):
+            write_json({**(read_json_if_there(file) or {}), "finished": True}, file)
 
     @contextmanager
     def advising(self) -> Iterator[None]:
@@ -201,15 +207,21 @@ def open_run(
         remove_partial(folder)
         if known is None:
             # First, so that nothing of a run before is ever taken for this one's.
-            for old in (_work(folder), *checkpoints(folder / "checkpoints")):
-                shutil.rmtree(old, ignore_errors=True)
+            clear_run(folder)
             write_json({"begun_with": begun_with, "finished": False}, file)
     except OSError as error:
         raise OSError(
             f"`output_dir`, '{folder}', cannot be written ({error}): make room or choose another."
         ) from error
     checkpoint = last_checkpoint(folder / "checkpoints") if known else None
-    return Run(folder, Path(cache_dir) if cache_dir else _work(folder), checkpoint)
+    return Run(folder, Path(cache_dir) if cache_dir else _work(folder), checkpoint, begun=known is None)
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run left in a folder for going on with it; a finished adapter stays."""
+    for old in (_work(folder), *checkpoints(folder / "checkpoints")):
+        shutil.rmtree(old, ignore_errors=True)
+    (folder / "run.json").unlink(missing_ok=True)
 
 
 def described(arguments: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
@@ -222,7 +234,7 @@ def described(arguments: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
     found = {name: value for name, value in arguments.items() if name not in FREE}
     for name in ("text", "fit_text"):
         found[name] = None if found[name] is None else _hash(_plain(found[name]))
-    if isinstance(found["bridge"], Bridge):
+    if found["bridge"] is not None:  # a `Bridge`, or a `Share` of a closed form for several adapters
         fits = [fit for fits in found["bridge"].maps.kernels.values() for fit in fits]
         found["bridge"] = _hash([_head(t) for fit in fits for t in (fit.A_P_in, fit.P_out_B)])
     found["training_args"] = {
@@ -264,6 +276,8 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return type(value).__name__, [(field.name, _plain(getattr(value, field.name))) for field in fields]
+    if isinstance(value, Mapping):
+        return [(str(name), _plain(part)) for name, part in value.items()]
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, (str, Path, int, float, type(None))) else type(value).__name__

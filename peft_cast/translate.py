@@ -142,7 +142,8 @@ def translate(
         device: Where to work: the accelerator when there is one, else the CPU. Loaded models return to where they were.
         dtype (`torch.dtype`, *optional*): Precision of models loaded here; bfloat16 where the hardware is fast at it
             (GPU, CPU with AMX or AVX512-BF16), else float32.
-        output_dir: Where Trainer writes checkpoints and the finished adapter is saved; nothing is written when `None`.
+        output_dir: Where Trainer writes checkpoints and the finished adapter is saved, for several adapters in subfolders of
+            their names; nothing is written when `None`.
         resume_from_checkpoint (`bool`): Go on with the run in `output_dir` that was stopped or killed, to the same result as
             if it had not been; if there is none, begin one. See docs/resuming.md.
         training_args: Further `transformers.TrainingArguments`, which take precedence (gradient accumulation, bf16,

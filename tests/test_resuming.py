@@ -200,11 +200,6 @@ def test_a_new_run_takes_nothing_from_the_finished_one_before(translate, plain, 
     assert same(adapter(tmp_path), adapter(plain[0]))
 
 
-def test_several_adapters_cannot_be_resumed(source_folder, target_folder, lora_folder, tmp_path):
-    with pytest.raises(ValueError, match="resume after a kill translate them in turn"):
-        peft_cast.translate(source_folder, [lora_folder], target_folder, output_dir=tmp_path, **OPTIONS)
-
-
 def test_killed_runs_resume_to_the_identical_result(tmp_path):
     kills = int(os.environ.get("PEFT_CAST_KILLS", 4))
     done = subprocess.run(
