@@ -89,6 +89,8 @@ def find_file(adapter: str | Path, name: str, revision: str | None = None) -> Pa
 
 def looks_like_path(name: Any) -> bool:
     """Whether a name can be no hub id (`name` or `user/name`)."""
+    if "://" in str(name):
+        return False
     return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or len(Path(str(name)).parts) > 2
 
 

@@ -80,7 +80,7 @@ def _describe(corpus: Corpus) -> str:
 def _texts(corpus: Corpus) -> Iterator[str]:
     source = corpus.source
     if isinstance(source, Path) or (isinstance(source, str) and _looks_local(source)):
-        source = _local(Path(source))
+        source = _local(source)
     elif isinstance(source, str):
         source = _hub(corpus)
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
@@ -102,47 +102,49 @@ def check_corpus(corpus: Any) -> None:
     """
     source = corpus.source if isinstance(corpus, Corpus) else corpus
     if isinstance(source, Path) or (isinstance(source, str) and _looks_local(source)):
-        _builder(Path(source))
+        _builder(source)
 
 
 def _looks_local(source: str) -> bool:
     return Path(source).exists() or Path(source).suffix in _BUILDERS or looks_like_path(source)
 
 
-def _builder(path: Path) -> str | None:
+def _builder(source: str | Path) -> str | None:
     """The builder of `datasets` that reads a file; `None` for a folder."""
+    path, shown = Path(source), without_secrets(source)
     if not path.exists():
-        raise OSError(f"The text file '{path}' does not exist.")
+        raise OSError(f"The text file '{shown}' does not exist.")
     if path.is_dir():
         return None
     builder = _BUILDERS.get(path.suffix)
     if builder is None:
-        raise ValueError(f"The text file '{path}' has an unknown type; known are {', '.join(sorted(_BUILDERS))}.")
+        raise ValueError(f"The text file '{shown}' has an unknown type; known are {', '.join(sorted(_BUILDERS))}.")
     try:
         with open(path, "rb") as file:
             empty = not file.read(2**20).strip()
     except OSError as error:
-        raise OSError(f"The text file '{path}' cannot be opened ({error.strerror}).") from error
+        raise OSError(f"The text file '{shown}' cannot be opened ({error.strerror}).") from error
     if empty:
-        raise ValueError(f"The text file '{path}' is empty: pass one with text.")
+        raise ValueError(f"The text file '{shown}' is empty: pass one with text.")
     return builder
 
 
-def _local(path: Path) -> datasets.Dataset:
-    builder = _builder(path)
+def _local(source: str | Path) -> datasets.Dataset:
+    path, shown = Path(source), without_secrets(source)
+    builder = _builder(source)
     if builder is None:
         try:
             return datasets.load_from_disk(str(path))
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The folder '{path}' holds no dataset that `save_to_disk` wrote: pass a text file, or such a folder."
+                f"The folder '{shown}' holds no dataset that `save_to_disk` wrote: pass a text file, or such a folder."
             ) from error
     options = {"sample_by": "paragraph"} if builder == "text" else {}
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
         raise ValueError(
-            f"The text file '{path}' could not be read as {path.suffix} ({one_line(error.__cause__ or error).rstrip('.')}): it must "
+            f"The text file '{shown}' could not be read as {path.suffix} ({one_line(error.__cause__ or error).rstrip('.')}): it must "
             f"be UTF-8, {_FORMS[builder]}."
         ) from error
 
