@@ -71,8 +71,8 @@ def training_device(device: str | torch.device | None) -> torch.device:
     wanted = working_device(device)
     if wanted.index:
         raise ValueError(
-            f"`device` is '{device}', but Trainer works on the first {wanted.type} device that it sees: choose with "
-            f"CUDA_VISIBLE_DEVICES={wanted.index} in the environment and pass '{wanted.type}'."
+            f"`device` is '{device}', but Trainer works on the first device that it sees: let it see that one alone, with "
+            f"CUDA_VISIBLE_DEVICES or its like in the environment, and pass '{wanted.type}'."
         )
     return wanted
 
