@@ -176,7 +176,9 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration without weights, on the meta device."""
     with torch.device("meta"):
         # Named here, because a configuration may name an attention that is downloaded code; a skeleton never attends.
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
+    return model
 
 
 def load_on_skeleton(
