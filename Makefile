@@ -33,11 +33,13 @@ test: lint
 test-kill: setup
 	PEFT_CAST_KILLS=20 $(BIN)/python -m pytest tests/test_resuming.py -k killed
 
-TUNER_TESTS := tests/test_tuner.py tests/test_projections.py tests/test_fold.py $(wildcard tests/test_peft_*.py)
+# All but those that need the demo's models, the eval extra or a fixed set of versions.
+OLDEST_TESTS := tests/test_tuner.py tests/test_projections.py $(wildcard tests/test_peft_*.py) $(addprefix tests/test_,$(addsuffix .py,\
+	align baselines bridge cli fit fold hub memory plan report resuming safety several sharing text translate))
 
-# The tuner on the oldest versions that pyproject.toml allows.
+# On the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/.ready
-	.venv-oldest/bin/python -m pytest $(TUNER_TESTS)
+	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

@@ -21,16 +21,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .align import map_layers, map_modules, split_place
+from .arguments import check_arguments
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
 from .models import (
     LoraKernel,
     count_parameters,
-    default_device,
     layer_count,
     load_model,
     shared_head,
+    training_device,
     unload_adapters,
     untouched,
+    working_device,
 )
 from .pair import map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
@@ -166,6 +168,8 @@ def distill_lora(
     Returns:
         `TranslationResult`: With a plain LoRA as its adapter.
     """
+    check_arguments({**pair_options, **{n: v for n, v in locals().items() if n != "pair_options"}})
+    training_device(pair_options.get("device"))
     settings = TeacherSettings(gamma=gamma, target_share=target_share(teacher))
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
@@ -257,7 +261,7 @@ def lora_from_factors(
 def _load(
     source, adapter, target, source_rank, device, dtype
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
-    device = torch.device(device) if device is not None else default_device()
+    device = working_device(device)
     source = load_source(source, adapter, device, dtype=dtype)
     target = load_model(target, "target", device, dtype=dtype)
     layers = layer_count(source)

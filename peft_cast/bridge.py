@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import ModuleMap, align_texts
+from .arguments import check_arguments
 from .bridge_config import Side, read_bridge_config
 from .files import change_dtype, complete_folder, write_json
 from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
-from .models import LoraKernel, default_device, load_model
+from .models import LoraKernel, load_model, working_device
 from .pair import open_pair
 from .safety import one_line, secrets_removed, without_secrets
 from .sharing import (
@@ -37,7 +38,7 @@ from .sharing import (
     read_licences,
 )
 from .source import adapted_source, load_source
-from .text import read_corpus
+from .text import check_text, read_corpus
 
 
 class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
@@ -106,7 +107,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Raises:
             ValueError: If the adapter or the target does not fit the bridge.
         """
-        device = torch.device(device) if device is not None else default_device()
+        device = working_device(device)
         target = load_model(target or self.target.name, "target", device, self.target.revision, dtype)
         return self._cast(adapter, target, source, gain, source_rank, adapter_name, adapter_revision).eval()
 
@@ -299,6 +300,8 @@ def fit_bridge(
         ValueError: For models, tokenizers or text that cannot be used; the message says why.
         OSError: If a model or corpus cannot be reached.
     """
+    check_arguments(dict(locals()))
+    check_text(text)
     if depth_map == "similarity":
         raise ValueError("A bridge needs its depth map beforehand: pass 'proportional' or a mapping of layer numbers.")
     bar = partial(tqdm, disable=not progress)

@@ -80,6 +80,35 @@ def _as_os_error() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
+def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> None:
+    """Refuse to write a result where something else is kept.
+
+    Args:
+        folder: Where an adapter shall be written.
+        inputs: What it is made from: names, or objects, which are in nobody's way.
+        kind (`str`): PEFT's type of the adapter that is written; one of the same type may be replaced.
+
+    Raises:
+        ValueError: If the folder is one of the inputs, holds a model or an adapter of another type, or is a file.
+    """
+    folder = Path(folder)
+    if any(
+        isinstance(name, (str, Path)) and Path(name).exists() and folder.resolve() == Path(name).resolve()
+        for name in inputs
+    ):
+        raise ValueError(f"'{folder}' would be overwritten while it is read: write to another folder.")
+    if folder.is_file():
+        raise ValueError(f"'{folder}' is a file: write to a folder.")
+    config = read_json_if_there(folder / "adapter_config.json")
+    there = config.get("peft_type") if isinstance(config, dict) else None
+    if there not in (None, kind):
+        raise ValueError(
+            f"'{folder}' holds an adapter of type {there}, which would be overwritten: write to another folder."
+        )
+    if (folder / "config.json").exists():
+        raise ValueError(f"'{folder}' holds a model: write to another folder.")
+
+
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, **metadata: str) -> None:
     """Write a safetensors file. It appears complete or not at all.
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from .align import layer_paths
-from .safety import secrets_removed, without_secrets
+from .safety import one_line, secrets_removed, why_no_model, without_secrets
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,42 @@ class LoraKernel:
 def default_device() -> torch.device:
     """The accelerator when there is one, else the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def working_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, the default one if none is.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if device is None:
+        return default_device()
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` must be 'cpu', 'cuda' or another device of PyTorch, got {device!r}.") from error
+    if wanted.type == "cpu":
+        return wanted
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if here is None or wanted.type != here.type or (wanted.index or 0) >= torch.accelerator.device_count():
+        count = f"{torch.accelerator.device_count()} of type '{here.type}'" if here else "no accelerator"
+        raise ValueError(f"`device` is '{device}', but PyTorch finds {count} here: pass another, or leave it out.")
+    return wanted
+
+
+def training_device(device: str | torch.device | None) -> torch.device:
+    """`working_device` for what `transformers.Trainer` trains on.
+
+    Raises:
+        ValueError: Also if it is another accelerator than the first, which is the only one that Trainer takes.
+    """
+    wanted = working_device(device)
+    if wanted.index:
+        raise ValueError(
+            f"`device` is '{device}', but Trainer works on the first device that it sees: let it see that one alone, with "
+            f"CUDA_VISIBLE_DEVICES or its like in the environment, and pass '{wanted.type}'."
+        )
+    return wanted
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -81,6 +117,12 @@ def load_model(
         return model
     if model is None:
         raise ValueError(f"The adapter does not say which model it was trained on: pass it as `{which}`.")
+    if (why := why_no_model(model)) is not None:
+        raise OSError(
+            without_secrets(
+                f"The {which} model could not be loaded: {why}. Pass a hub id or a folder with config.json."
+            )
+        )
     try:
         with secrets_removed():
             loaded = AutoModelForCausalLM.from_pretrained(
@@ -89,7 +131,7 @@ def load_model(
     except (OSError, ValueError) as error:
         check_remote_code(error, f"The {which} model '{without_secrets(model)}'", which)
         raise OSError(
-            f"The {which} model '{without_secrets(model)}' could not be loaded: {error} Pass a hub id, a folder or a loaded model."
+            f"The {which} model '{without_secrets(model)}' could not be loaded: {one_line(error)} Pass a hub id, a folder or a loaded model."
         ) from error
     return loaded.to(device)
 
@@ -134,7 +176,9 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration without weights, on the meta device."""
     with torch.device("meta"):
         # Named here, because a configuration may name an attention that is downloaded code; a skeleton never attends.
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
+    return model
 
 
 def load_on_skeleton(

@@ -44,13 +44,13 @@ from .fit.capture import layer_outputs
 from .install import check_shapes
 from .models import (
     LoraKernel,
-    default_device,
     layer_count,
     load_model,
     load_tokenizer,
     logits_at,
     moved,
     untouched,
+    working_device,
 )
 from .source import SourceAdapter, adapted_source, load_source
 from .text import C4, SelfWritten, is_written, read_text, write_texts
@@ -136,7 +136,7 @@ def open_pair(
 
     Without an `adapter` (`None`) every linear layer of the source is mapped.
     """
-    device = torch.device(device) if device is not None else default_device()
+    device = working_device(device)
     with ExitStack() as stack:
         if adapter is None:
             source = load_model(source, "source", device, source_revision, dtype)
@@ -210,7 +210,13 @@ def layer_similarity(pair: Pair, texts: Sequence[AlignedPair], positions: int) -
 
 
 def fitted(
-    pair: Pair, texts: Sequence[AlignedPair], cache_dir: str | Path | None, *, progress: Callable, **options: Any
+    pair: Pair,
+    texts: Sequence[AlignedPair],
+    cache_dir: str | Path | None,
+    *,
+    progress: Callable,
+    also: str = "",
+    **options: Any,
 ) -> ClosedForm:
     """The closed form of the pair on some texts: from the cache if it is there, else fitted and put there.
 
@@ -218,11 +224,12 @@ def fitted(
         pair: The models; the source's adapter must be disabled.
         texts: General texts.
         cache_dir: The folder; nothing is kept when `None`.
+        also (`str`): What else tells this closed form from others.
         progress, options: As in `fit_closed_form`.
     """
     file = None
     if cache_dir is not None:
-        key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}"
+        key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}{also}"
         file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         try:
             fit = load_closed_form(file)
@@ -289,6 +296,7 @@ def read_texts(
     max_length: int = 256,
     seed: int = 0,
     bar: Callable = lambda items, **_: items,
+    keep: Callable[[str, Callable[[], list[str]]], list[str]] = lambda key, write: write(),
 ) -> PairTexts:
     """Read, write and align the text of a translation.
 
@@ -303,15 +311,15 @@ def read_texts(
         max_length (`int`): Most tokens per text and model.
         seed (`int`): Seed of what the models write.
         bar: Wrapper around batches that shows progress, e.g. `tqdm`.
+        keep: Where written batches are kept, see `write_texts`.
 
     Raises:
         ValueError: If too little of the text is usable.
     """
 
     def write(spec: SelfWritten, limit: int):
-        return write_texts(
-            pair.adapted, *pair.tokenizers, spec, limit, seed, pair.target, partial(bar, desc="writing text")
-        )
+        progress = partial(bar, desc="writing text")
+        return write_texts(pair.adapted, *pair.tokenizers, spec, limit, seed, pair.target, progress, keep)
 
     def align(samples, max_length: int = max_length) -> list[AlignedPair]:
         return align_texts(
@@ -323,18 +331,19 @@ def read_texts(
     if fit_text is None and is_written(text):
         fit_text = C4
     wanted = train if fit_text is not None else max(train, fit)
+    anchors = min(512, max(1, train // ANCHOR_EVERY)) if anchored else 0
+    # First: whether it can be reached is known before minutes of writing.
+    general = read_text(fit_text, fit + anchors + held_out, write) if fit_text is not None else []
     # The same text twice says nothing new, and must not be trained on and measured with.
     pairs = list(dict.fromkeys(align(read_text(text, wanted + held_out, write))))
     if len(pairs) < 3:
         raise ValueError(
             f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
-            "pass more or longer text."
+            f"pass more or longer text, or a larger `max_length` than {max_length}."
         )
     kept_out = min(held_out, len(pairs) // 3 or 1)
     evaluation, training = pairs[:kept_out], pairs[kept_out:]
     seen = set(evaluation)
-    anchors = min(512, max(1, train // ANCHOR_EVERY)) if anchored else 0
-    general = read_text(fit_text, fit + anchors + held_out, write) if fit_text is not None else []
     fitting = [pair for pair in align(general) if pair not in seen][:fit] if fit_text is not None else training[:fit]
     # Half the length: many short stretches of general text say more than a few long ones.
     usable = min(anchors, -(-len(training) // ANCHOR_EVERY))

@@ -16,8 +16,7 @@ import datasets
 import torch
 
 from .align import AlignedPair
-from .bridge import Bridge
-from .files import optional, read_json_if_there, remove_partial, write_json
+from .files import check_place, optional, read_json_if_there, remove_partial, replacing, write_json
 from .fit import checkpoints, fingerprint, last_checkpoint, read_state
 from .pair import Pair, PairTexts
 from .result import TranslationResult
@@ -53,11 +52,13 @@ class Run:
         folder (`Path`, *optional*): `output_dir`; nothing is kept when `None`.
         cache (`Path`, *optional*): Where the closed form and the teacher's predictions are kept.
         checkpoint (`Path`, *optional*): Where the refinement goes on from.
+        begun (`bool`): Whether it begins here, and does not go on with one that was there.
     """
 
     folder: Path | None = None
     cache: Path | None = None
     checkpoint: Path | None = None
+    begun: bool = True
 
     def texts(self, read: Callable[[], PairTexts]) -> PairTexts:
         """The texts kept in the folder, else those that `read` gives, which are kept."""
@@ -72,7 +73,26 @@ class Run:
             parts = {name: part for name, part in vars(texts).items() if name != "metrics"}
             kept = {name: [vars(pair) for pair in part] for name, part in parts.items()}
             write_json({**kept, "metrics": texts.metrics}, file, indent=None)
+            shutil.rmtree(self._parts, ignore_errors=True)
         return texts
+
+    def written(self, key: str, write: Callable[[], list[str]]) -> list[str]:
+        """A batch of written text kept in the folder, else what `write` gives, which is kept until all is written."""
+        if self.folder is None:
+            return write()
+        file = self._parts / f"{key}.json"
+        kept = read_json_if_there(file)
+        if isinstance(kept, list):
+            return kept
+        batch = write()
+        with optional("A part of the written text"), replacing(file) as partial:
+            # Not `write_json`, which leaves out what looks like a token: the text must come back as it was.
+            partial.write_text(json.dumps(batch), encoding="utf-8")
+        return batch
+
+    @property
+    def _parts(self) -> Path:
+        return _work(self.folder or Path()) / "written"
 
     def save(self, result: TranslationResult) -> None:
         """Save the result, mark the run as finished and remove what only an unfinished one needs.
@@ -90,12 +110,17 @@ class Run:
                 "pass `resume_from_checkpoint=True`, or catch this error and call `error.result.save_pretrained(...)`.",
                 result,
             ) from error
-        with optional("The note that the run is finished"):
-            write_json(
-                {**(read_json_if_there(self.folder / "run.json") or {}), "finished": True}, self.folder / "run.json"
-            )
+        self.finish()
         for file in _work(self.folder).glob("predictions_*"):
             file.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        if self.folder is None:
+            return
+        file = self.folder / "run.json"
+        with optional("The note that the run is finished"):
+            write_json({**(read_json_if_there(file) or {}), "finished": True}, file)
 
     @contextmanager
     def advising(self) -> Iterator[None]:
@@ -108,16 +133,21 @@ class Run:
                 reached = f" up to step {read_state(last).global_step}" if last else ""
                 interrupt.args = (
                     f"Stopped; what was done{reached} is kept in '{self.folder}'. To go on, call `translate` with the same "
-                    "arguments and `resume_from_checkpoint=True`.",
+                    "arguments and `resume_from_checkpoint=True` (`--resume` on the command line).",
                 )
             raise
 
 
-def check_folder(output_dir: str | Path | None, resume: bool) -> None:
+def check_folder(output_dir: str | Path | None, resume: bool, *inputs: Any) -> None:
     """Refuse what can be refused before anything is loaded.
 
+    Args:
+        output_dir, resume: As in `translate`.
+        inputs: What is read: models, adapters or names of them.
+
     Raises:
-        ValueError: If there is nothing to resume in, or an unfinished run would be overwritten.
+        ValueError: If there is nothing to resume in, or what is read, another adapter, a model or an unfinished run would be
+            overwritten.
     """
     if not isinstance(resume, bool):
         raise ValueError(
@@ -129,6 +159,7 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
             raise ValueError("`resume_from_checkpoint` needs `output_dir`, the folder of the run to go on with.")
         return
     folder = Path(output_dir)
+    check_place(folder, *inputs)
     run, last = read_json_if_there(folder / "run.json"), last_checkpoint(folder / "checkpoints")
     if resume and run is None and last:
         raise ValueError(
@@ -136,7 +167,7 @@ def check_folder(output_dir: str | Path | None, resume: bool) -> None:
         )
     if not resume and run and not run["finished"] and (last or (_work(folder) / "texts.json").exists()):
         raise ValueError(
-            f"'{folder}' holds a run that was stopped: pass `resume_from_checkpoint=True` to go on with it, or another "
+            f"'{folder}' holds a run that was stopped: pass `resume_from_checkpoint=True` (`--resume`) to go on with it, or another "
             "`output_dir` (or delete this one)."
         )
 
@@ -176,15 +207,21 @@ def open_run(
         remove_partial(folder)
         if known is None:
             # First, so that nothing of a run before is ever taken for this one's.
-            for old in (_work(folder), *checkpoints(folder / "checkpoints")):
-                shutil.rmtree(old, ignore_errors=True)
+            clear_run(folder)
             write_json({"begun_with": begun_with, "finished": False}, file)
     except OSError as error:
         raise OSError(
             f"`output_dir`, '{folder}', cannot be written ({error}): make room or choose another."
         ) from error
     checkpoint = last_checkpoint(folder / "checkpoints") if known else None
-    return Run(folder, Path(cache_dir) if cache_dir else _work(folder), checkpoint)
+    return Run(folder, Path(cache_dir) if cache_dir else _work(folder), checkpoint, begun=known is None)
+
+
+def clear_run(folder: Path) -> None:
+    """Remove what a run left in a folder for going on with it; a finished adapter stays."""
+    for old in (_work(folder), *checkpoints(folder / "checkpoints")):
+        shutil.rmtree(old, ignore_errors=True)
+    (folder / "run.json").unlink(missing_ok=True)
 
 
 def described(arguments: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
@@ -197,7 +234,7 @@ def described(arguments: Mapping[str, Any], pair: Pair) -> dict[str, Any]:
     found = {name: value for name, value in arguments.items() if name not in FREE}
     for name in ("text", "fit_text"):
         found[name] = None if found[name] is None else _hash(_plain(found[name]))
-    if isinstance(found["bridge"], Bridge):
+    if found["bridge"] is not None:  # a `Bridge`, or a `Share` of a closed form for several adapters
         fits = [fit for fits in found["bridge"].maps.kernels.values() for fit in fits]
         found["bridge"] = _hash([_head(t) for fit in fits for t in (fit.A_P_in, fit.P_out_B)])
     found["training_args"] = {
@@ -239,6 +276,8 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return type(value).__name__, [(field.name, _plain(getattr(value, field.name))) for field in fields]
+    if isinstance(value, Mapping):
+        return [(str(name), _plain(part)) for name, part in value.items()]
     if isinstance(value, (list, tuple)):
         return [_plain(part) for part in value]
     return str(value) if isinstance(value, (str, Path, int, float, type(None))) else type(value).__name__

@@ -30,6 +30,7 @@ from .tuner.quantized import linear_size
 
 MAX_LAYERS = 2048  # of a model that is built from a configuration in a file
 _COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|experts?|blocks?|stages?)|depths?", re.IGNORECASE)
+HIDDEN = "***"
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
@@ -37,14 +38,25 @@ _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN
 _IMPORTS = ("megatron_config",)
 
 
-def without_secrets(text: Any) -> str:
+def without_secrets(text: Any, same_length: bool = False) -> str:
     """A text in which access tokens and the user part of URLs are replaced by `***`.
 
-    Tokens are known by their form (`hf_...`) and, whatever they look like, from the variables that hold them.
+    Tokens are known by their form (`hf_` or `api_org_` and at least 20 letters or digits; a token has 34, a name like
+    `hf_transformers` fewer) and, whatever they look like, from the variables that hold them.
+
+    Args:
+        text: Anything; its `str` is taken.
+        same_length (`bool`): One star for each character instead.
     """
-    text = _IN_URL.sub("***", _TOKEN.sub("***", str(text)))
+
+    def hidden(secret: str) -> str:
+        return "*" * len(secret) if same_length else HIDDEN
+
+    text = str(text)
+    for pattern in (_TOKEN, _IN_URL):
+        text = pattern.sub(lambda found: hidden(found[0]), text)
     for secret in filter(None, (os.environ.get(name) for name in _TOKEN_VARIABLES)):
-        text = text.replace(secret, "***") if len(secret) >= 8 else text
+        text = text.replace(secret, hidden(secret)) if len(secret) >= 8 else text
     return text
 
 
@@ -75,12 +87,46 @@ def find_file(adapter: str | Path, name: str, revision: str | None = None) -> Pa
     return Path(hf_hub_download(str(adapter), name, revision=revision))
 
 
+def looks_like_path(name: Any) -> bool:
+    """Whether a name can be no hub id (`name` or `user/name`)."""
+    if "://" in str(name):
+        return False
+    return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or len(Path(str(name)).parts) > 2
+
+
+def why_no_model(model: Any) -> str | None:
+    """What is wrong with what was passed as a model, if that can be seen in the folder; `None` if not."""
+    folder = Path(str(model))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        kind = "an adapter, not a model" if (folder / CONFIG_NAME).is_file() else "no model: it has no config.json"
+        return f"'{folder}' holds {kind}"
+    if not folder.exists() and looks_like_path(model):
+        return f"there is no folder '{model}'"
+    return f"'{folder}' is a file" if folder.is_file() else None
+
+
+def _why_no_adapter(adapter: Any) -> str | None:
+    """The same for an adapter."""
+    folder = Path(str(adapter))
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+        if named:
+            return f"'{folder}' has its adapters in subfolders, {', '.join(named[:5])}: pass one of them"
+        kind = "a model, no adapter" if (folder / "config.json").is_file() else f"no {CONFIG_NAME}"
+        return f"'{folder}' holds {kind}: pass a hub id or a folder with {CONFIG_NAME}"
+    if not folder.exists() and looks_like_path(adapter):
+        return f"there is no folder '{adapter}': pass a hub id or a folder with {CONFIG_NAME}"
+    return f"'{folder}' is a file: pass the folder that it is in" if folder.is_file() else None
+
+
 def read_adapter_config(adapter: str | Path, revision: str | None = None) -> PeftConfig:
     """The configuration of an adapter on the hub or in a folder, its values checked.
 
     Raises:
         ValueError: If there is none, it cannot be read, or says something that no adapter needs.
     """
+    if (why := _why_no_adapter(adapter)) is not None:
+        raise ValueError(without_secrets(f"The adapter could not be read: {why}."))
     try:
         with secrets_removed():
             file = find_file(adapter, CONFIG_NAME, revision)
@@ -90,8 +136,10 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
     except MemoryError:
         raise
     except Exception as error:  # PEFT's configurations raise whatever their values lead to
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        why = f"it has no {CONFIG_NAME}, so it is no adapter." if absent else one_line(error)
         raise ValueError(
-            f"The adapter '{without_secrets(adapter)}' could not be read: {one_line(error)} Pass a hub id or a folder with "
+            f"The adapter '{without_secrets(adapter)}' could not be read: {why} Pass a hub id or a folder with "
             f"{CONFIG_NAME}."
         ) from error
 
@@ -235,9 +283,11 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield name, item
 
 
-def one_line(error: Exception) -> str:
-    """The first line of a message. Errors from the depths (`AttributeError`) say nothing to a user; they stay the cause."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+def one_line(error: BaseException) -> str:
+    """The first line of a message that says something. Errors from the depths (`AttributeError`) say nothing to a user; they stay the cause."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # PEFT lists every mismatched tensor below a heading; one is enough.
+    line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
     if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not line:
         line = f"its settings do not make sense together, {type(error).__name__}"
     return line if line.endswith((".", "!", "?")) else f"{line}."

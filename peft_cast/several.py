@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .align import ModuleMap, align_texts, map_modules
-from .fit import ClosedForm, KernelFit, fit_closed_form
-from .models import LoraKernel, default_device, load_model, unload_adapters
-from .pair import Pair, open_pair
+from .fit import ClosedForm, KernelFit, within_memory
+from .models import LoraKernel, load_model, training_device, unload_adapters
+from .pair import Pair, PairTexts, fitted, open_pair
 from .result import TranslationResult
+from .run import Run, check_folder, clear_run, described, open_run
 from .source import load_source
 from .text import C4, is_written, read_text
 
@@ -33,12 +35,12 @@ class Share:
     """One adapter's part of a closed form that was fitted for several.
 
     Args:
-        fit: The closed form of the stacked kernels.
+        maps: The closed form of the stacked kernels.
         modules: Where they land.
         rows (`dict[str, slice]`): For each source module of this adapter its rows of the stacked A.
     """
 
-    fit: ClosedForm
+    maps: ClosedForm
     modules: ModuleMap
     rows: dict[str, slice]
 
@@ -49,7 +51,7 @@ class Share:
             rows = self.rows[fit.source_module]
             return replace(fit, A_P_in=fit.A_P_in[rows], P_out_B=fit.P_out_B[:, rows])
 
-        return self.fit.part(kernels, own), self.modules.part(kernels)
+        return self.maps.part(kernels, own), self.modules.part(kernels)
 
 
 def stacked(parts: Sequence[Mapping[str, LoraKernel]]) -> tuple[dict[str, LoraKernel], list[dict[str, slice]]]:
@@ -77,20 +79,21 @@ def translate_several(
     """What `translate` does when it is given a list of adapters; arguments, results and errors as there."""
     if any(isinstance(adapter, PeftModel) for adapter in adapters):
         raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
-    remedy = "save each result with `save_pretrained`, and to resume after a kill translate them in turn"
-    for given, remedy in (("bridge", "pass no `bridge`"), ("output_dir", remedy)):
-        if options.get(given) is not None:
-            raise ValueError(f"`{given}` is for one adapter at a time: {remedy}.")
+    if options.get("bridge") is not None:
+        raise ValueError("`bridge` is for one adapter at a time: pass no `bridge`.")
     if options["beta"] > 0 or options["depth_map"] == "similarity":
         raise ValueError("`beta` and `depth_map='similarity'` are for one adapter at a time: translate them in turn.")
     names = adapter_names(adapters, options.pop("adapter_name"))
-    device = torch.device(options["device"]) if options["device"] is not None else default_device()
+    resume, folders = options["resume_from_checkpoint"], [_folder(options["output_dir"], name) for name in names]
+    for folder in folders:
+        check_folder(folder, resume, source, *adapters, target)
+    text = options.pop("text")
+    texts = [_text_of(text, name) for name in names]
+    device = training_device(options["device"])
     source = load_source(
         source, adapters[0], device, options["source_revision"], options["adapter_revision"], options["dtype"]
     )
     target = load_model(target, "target", device, options["target_revision"], options["dtype"])
-    text = options.pop("text")
-    texts = [text[name] if isinstance(text, Mapping) else text for name in names]
     pair_options = {name: options[name] for name in PAIR_OPTIONS} | {"adapter_revision": options["adapter_revision"]}
     parts = []
     for adapter in adapters:
@@ -98,25 +101,45 @@ def translate_several(
             parts.append(pair.kernels)
     kernels, rows = stacked(parts)
     with open_pair(source, adapters[0], target, **pair_options) as pair:
-        fit, modules = _fit(pair, kernels, texts[0], options)
+        modules = map_modules(kernels, pair.target, pair.modules.layers, options["module_map"], pair.source)
+        # All the kernels stand for the first adapter's own.
+        pair = replace(pair, adapter=replace(pair.given, kernels=kernels), modules=modules)
+        describe = partial(described, {**options, "text": text, "adapter_name": names}, pair)
+        run = open_run(options["output_dir"], options["cache_dir"], resume, describe)
+        if run.begun:
+            for folder in filter(None, folders):  # of a run before, which is not this one's to go on with
+                clear_run(folder)
+        with run.advising():
+            maps = _fit(pair, run, texts[0], options)
     results, states = [], []
-    for adapter, name, own_rows, own_text in zip(adapters, names, rows, texts):
-        share = Share(fit, modules, own_rows)
-        own_options = {**options, "text": own_text, "adapter_name": name, "bridge": share}
+    for adapter, own_rows, own_text, folder in zip(adapters, rows, texts, folders):
+        own_options = {**options, "text": own_text, "bridge": Share(maps, modules, own_rows), "output_dir": folder}
+        # Each is "default" in its own folder, which so is an adapter's, and gets its name on the model that carries all.
         result = translate(source, adapter, target, **own_options)
-        states.append(
-            {k: v.cpu().clone() for k, v in get_peft_model_state_dict(result.model, adapter_name=name).items()}
-        )
+        states.append({k: v.cpu().clone() for k, v in get_peft_model_state_dict(result.model).items()})
         results.append(result)
         unload_adapters(target)
+    run.finish()
     return together(target, results, names, states)
+
+
+def _folder(output_dir: str | Path | None, name: str) -> Path | None:
+    return None if output_dir is None else Path(output_dir) / name
+
+
+def _text_of(text: Any, name: str) -> Any:
+    if not isinstance(text, Mapping):
+        return text
+    if name not in text:
+        raise ValueError(f"`text` has no text for the adapter '{name}': it has {', '.join(map(str, text))}.")
+    return text[name]
 
 
 def together(
     target: PreTrainedModel, results: Sequence[TranslationResult], names: Sequence[str], states: Sequence[dict]
 ) -> list[TranslationResult]:
     """The results with all their adapters on one model."""
-    configs = [result.model.peft_config[name] for result, name in zip(results, names)]
+    configs = [result.model.peft_config[result.adapter_name] for result in results]
     model = get_peft_model(target, configs[0], adapter_name=names[0])
     for config, name in zip(configs[1:], names[1:]):
         model.add_adapter(name, config)
@@ -127,12 +150,17 @@ def together(
 
 
 def adapter_names(adapters: Sequence[str | Path], given: str | Sequence[str]) -> list[str]:
-    """The given names, or the last parts of the adapters' paths.
+    """The given names, or the last parts of the adapters' paths, with `_` for dots, which torch's names cannot have.
 
     Raises:
-        ValueError: If they are not one for each, or not distinct.
+        ValueError: If they are not one for each, not distinct, or no names for a module.
     """
-    names = [Path(adapter).name for adapter in adapters] if isinstance(given, str) else list(given)
+    names = [Path(adapter).name.replace(".", "_") for adapter in adapters] if isinstance(given, str) else list(given)
+    for name in names:
+        if not name or {".", "/", "\\"} & set(name) or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"An adapter cannot be called '{name}': pass `adapter_name=[...]`, names without dots and slashes."
+            )
     if len(names) != len(adapters) or len(set(names)) != len(names):
         raise ValueError(
             f"Several adapters need a name each, all different, got {names}: pass `adapter_name=[...]`, {len(adapters)} names."
@@ -140,17 +168,22 @@ def adapter_names(adapters: Sequence[str | Path], given: str | Sequence[str]) ->
     return names
 
 
-def _fit(
-    pair: Pair, kernels: Mapping[str, LoraKernel], text: Any, options: Mapping[str, Any]
-) -> tuple[ClosedForm, ModuleMap]:
-    modules = map_modules(kernels, pair.target, pair.modules.layers, options["module_map"], pair.source)
+def _fit(pair: Pair, run: Run, text: Any, options: Mapping[str, Any]) -> ClosedForm:
+    """The closed form of all the pair's kernels: the one kept by the run, or fitted on its text, or on text read now."""
+    texts = run.texts(lambda: _fit_texts(pair, text, options)).fit
+    bar = partial(tqdm, disable=not options["progress"], desc="closed form")
+    identity = str(
+        [tensor.flatten()[:64].tolist() for kernel in pair.kernels.values() for tensor in (kernel.A, kernel.B)]
+    )
+    with pair.adapted.disable_adapter():
+        fit = partial(
+            fitted, pair, texts, run.cache, ridge=options["ridge"], hidden=False, progress=bar, also=identity
+        )
+        return within_memory(lambda size: fit(batch_size=size), options["batch_size"])
+
+
+def _fit_texts(pair: Pair, text: Any, options: Mapping[str, Any]) -> PairTexts:
     general = options["fit_text"] if options["fit_text"] is not None else C4 if is_written(text) else text
     corpus = read_text(general, options["fit_samples"], lambda *_: [])
     texts = align_texts([sample.text for sample in corpus], *pair.tokenizers, max_length=options["max_length"])
-    with pair.adapted.disable_adapter():
-        fit = fit_closed_form(
-            pair.source, pair.target, texts, pair.vocabulary, kernels, modules,
-            batch_size=options["batch_size"], ridge=options["ridge"], hidden=False,
-            progress=partial(tqdm, disable=not options["progress"], desc="closed form"),
-        )  # fmt: skip
-    return fit, modules
+    return PairTexts([], [], texts, [], {"closed_form": len(texts)})

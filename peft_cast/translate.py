@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .align import layer_pairs
+from .arguments import check_arguments
 from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate, within_memory
 from .install import adapter_name_of, cast_config, install
-from .models import count_parameters, seeded, shared_head, unload_adapters
+from .models import count_parameters, seeded, shared_head, training_device, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .report import gather_report
@@ -26,6 +27,7 @@ from .result import TranslationResult
 from .run import check_folder, described, open_run
 from .safety import without_secrets
 from .several import translate_several
+from .text import check_text
 
 
 def translate(
@@ -140,7 +142,8 @@ def translate(
         device: Where to work: the accelerator when there is one, else the CPU. Loaded models return to where they were.
         dtype (`torch.dtype`, *optional*): Precision of models loaded here; bfloat16 where the hardware is fast at it
             (GPU, CPU with AMX or AVX512-BF16), else float32.
-        output_dir: Where Trainer writes checkpoints and the finished adapter is saved; nothing is written when `None`.
+        output_dir: Where Trainer writes checkpoints and the finished adapter is saved, for several adapters in subfolders of
+            their names; nothing is written when `None`.
         resume_from_checkpoint (`bool`): Go on with the run in `output_dir` that was stopped or killed, to the same result as
             if it had not been; if there is none, begin one. See docs/resuming.md.
         training_args: Further `transformers.TrainingArguments`, which take precedence (gradient accumulation, bf16,
@@ -163,7 +166,7 @@ def translate(
         NotSavedError: If the finished adapter cannot be written to `output_dir`; `error.result` holds it.
     """
     arguments = dict(locals())
-    check_folder(output_dir, resume_from_checkpoint)
+    check_before_loading(arguments)
     if isinstance(adapter, (list, tuple)):
         options = {name: value for name, value in arguments.items() if name not in ("source", "adapter", "target")}
         return translate_several(translate, source, adapter, target, **options)
@@ -172,13 +175,10 @@ def translate(
             f"`adapter_name` must be a string, got {adapter_name!r}: several names are for a list of adapters."
         )
     settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher), teacher_top_k)
-    check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
     if bridge is not None and beta > 0:
         raise ValueError(
             "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
         )
-    if report_samples < 0:
-        raise ValueError(f"`report_samples` must be 0 or more, got {report_samples}.")
     bridge = Bridge.from_pretrained(bridge) if isinstance(bridge, (str, Path)) else bridge
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
@@ -207,7 +207,7 @@ def translate(
         with phases.measure("text"):
             read = partial(
                 read_texts, pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
-                anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar,
+                anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar, keep=run.written,
             )  # fmt: skip
             texts = run.texts(read)
         with phases.measure("closed_form"), pair.adapted.disable_adapter():
@@ -290,15 +290,31 @@ def translate(
     return result
 
 
+def check_before_loading(arguments: Mapping[str, Any]) -> None:
+    """Everything about the arguments of `translate` that can be told without loading a model.
+
+    Args:
+        arguments: Some of them or all.
+
+    Raises:
+        ValueError, OSError: As `translate`.
+    """
+    given = arguments.get
+    check_arguments(arguments)
+    target_share(given("teacher", "source"))
+    training_device(given("device"))
+    adapters = given("adapter")
+    inputs = adapters if isinstance(adapters, (list, tuple)) else [adapters]
+    check_folder(
+        given("output_dir"), given("resume_from_checkpoint", False), given("source"), *inputs, given("target")
+    )
+    for name in ("text", "fit_text"):
+        check_text(given(name))
+
+
 def target_share(teacher: str | float) -> float:
     """The share of the target's own prediction in the teacher: 0 for `"source"`, 1 for `"delta"`, or the number given."""
     share = {"source": 0.0, "delta": 1.0}.get(teacher, teacher) if isinstance(teacher, str) else teacher
     if not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise ValueError(f"`teacher` must be 'source', 'delta' or a number from 0 to 1, got {teacher!r}.")
     return float(share)
-
-
-def check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 
@@ -123,9 +124,10 @@ def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_fold
     assert json.loads(call("inspect", tmp_path / "cast", "--json").stdout)["kind"] == "CAST adapter"
 
 
-@pytest.mark.filterwarnings("ignore:No licence is inherited", "ignore:The target model")
 def test_pushes_and_inspects_what_is_on_the_hub(translated, hub, monkeypatch):
-    account = json.loads(call("push", translated[0], "user/cast", "-m", "first", "--json").stdout)
+    pushed = call("push", translated[0], "user/cast", "-m", "first", "--json")
+    account = json.loads(pushed.stdout)
+    assert "Warning  The target model is not named by a Hub id" in pushed.stderr and ".py" not in pushed.stderr
     assert {"cast_report.json", "report.html", "report.md"}.isdisjoint(
         hub.repos["user/cast"].files()
     )  # they quote texts
@@ -156,6 +158,25 @@ def test_evaluates(translated, target_folder, tmp_path):
         (["translate", "a", "b", "c", "-o", "d", "--config", "none.yaml"], "could not be read"),
         (["translate", "a", "b", "c", "-o", "d", "--prompts", "none.txt"], "could not be read"),
         (["translate", "a", "b", "c", "-o", "d", "--dtype", "int8"], "`dtype` must be"),
+        (["translate", "a", "b", "c", "-o", "d", "--set", "step=3"], "did you mean 'steps'?"),
+        (["translate", "a", "b", "c", "-o", "d", "--steps", "-1"], "`steps` must be at least 0, got -1"),
+        (["translate", "a", "b", "c", "-o", "d", "--set", "steps=many"], "`steps` must be a whole number"),
+        (["translate", "a", "b", "c", "-o", "d", "--batch-size", "0"], "`batch_size` must be at least 1"),
+        (["translate", "a", "b", "c", "-o", "d", "--learning-rate", "0"], "`learning_rate` must be a number above 0"),
+        (["translate", "a", "b", "c", "-o", "d", "--set", "gamma=much"], "`gamma` must be a number"),
+        (["translate", "a", "b", "c", "-o", "d", "--set", "depth_map={a: b}"], "maps layer numbers to layer numbers"),
+        (["translate", "a", "b", "c", "-o", "d", "--set", "module_map=up"], "`module_map` must be a mapping"),
+        (
+            ["translate", "a", "b", "c", "-o", "d", "--set", "training_args={weight_decai: 1}"],
+            "did you mean 'weight_decay'?",
+        ),
+        (["translate", "a", "b", "c", "-o", "d", "--set", "projection_type=x"], "`projection_type` must be"),
+        (["translate", "a", "b", "c", "-o", "d", "--device", "gpu"], "`device` must be 'cpu', 'cuda'"),
+        (["translate", "a", "b", "c", "-o", "d", "--device", "meta"], "PyTorch finds no accelerator here"),
+        (["translate", "a", "b", "c", "-o", "d", "--text", "no.jsonl"], "text file 'no.jsonl' does not exist"),
+        (["plan", "a", "b", "c", "--set", "batch_size=0"], "`batch_size` must be at least 1"),
+        (["inspect", "./no/where"], "there is no folder './no/where'"),
+        (["bridge", "a", "b", "-o", "d", "--samples", "0"], "`samples` must be at least 1"),
         (["evaluate", "a", "b"], "name=folder"),
         (["evaluate", "a", "b=c"], "nothing to evaluate on"),
     ],
@@ -164,6 +185,49 @@ def test_what_you_can_mend_is_one_sentence(words, message):
     result = call(*words, code=1)
     assert message in result.stderr and "Traceback" not in result.output
     assert result.stderr.startswith("Error")
+
+
+@pytest.mark.parametrize("command", ["translate", "plan"])
+def test_what_was_confused_with_what_is_one_sentence(command, source_folder, lora_folder, target_folder, tmp_path):
+    out = ["-o", tmp_path / "out"] if command == "translate" else []
+    for (source, adapter, target), message in (
+        ((source_folder, lora_folder, lora_folder), "holds an adapter, not a model"),
+        ((lora_folder, lora_folder, target_folder), "holds an adapter, not a model"),
+        ((source_folder, target_folder, target_folder), "holds a model, no adapter"),
+        ((source_folder, tmp_path, target_folder), "holds no adapter_config.json"),
+        ((source_folder, tmp_path / "no" / "lora", target_folder), "there is no folder"),
+        ((source_folder, lora_folder, tmp_path / "no" / "model"), "there is no folder"),
+        ((target_folder, lora_folder, source_folder), "does not fit the source model"),
+    ):
+        error = call(command, source, adapter, target, *out, code=1).stderr
+        assert message in error and error.startswith("Error") and "None" not in error
+
+
+def test_nothing_is_written_over_what_is_read_or_of_another_kind(
+    translated, source_folder, lora_folder, target_folder, tmp_path, quick
+):
+    models = (source_folder, lora_folder, target_folder)
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    shutil.copytree(translated[0], kept)
+    (tmp_path / "file").write_text("")
+    call("to-lora", translated[0], "-o", plain)
+    for words, message in (
+        (["translate", *models, "--config", quick, "-o", lora_folder], "would be overwritten while it is read"),
+        (["translate", *models, "--config", quick, "-o", plain], "holds an adapter of type LORA"),
+        (["translate", *models, "--config", quick, "-o", target_folder], "would be overwritten while it is read"),
+        (["translate", *models, "--config", quick, "-o", tmp_path / "file"], "is a file"),
+        (["to-lora", kept, "-o", kept], "would be overwritten while it is read"),
+        (["to-lora", translated[0], "-o", kept], "holds an adapter of type CAST"),
+        (["to-lora", kept, "-o", source_folder], "holds a model"),
+        (["bridge", source_folder, target_folder, "-o", plain], "holds an adapter of type LORA"),
+    ):
+        assert message in call(*words, code=1).stderr
+    assert json.loads(call("inspect", lora_folder, "--json").stdout)["kind"] == "LORA"
+    assert json.loads(call("inspect", kept, "--json").stdout)["kind"] == "CAST adapter"
+
+
+def test_says_its_version():
+    assert call("--version").stdout == f"peft-cast {peft_cast.__version__}\n"
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (FloatingPointError("it grew"), 3)])

@@ -393,7 +393,7 @@ def test_a_sample_ends_where_the_prompt_ends(byte_tokenizer, piece_tokenizer):
 def test_arguments_are_described_without_their_texts_and_tokens():
     assert describe(SelfWritten(prompts=["my secret prompt"], more_prompts=3))["prompts"] == "1 × str"
     assert describe([TextSample("a")] * 20) == "20 × TextSample"
-    assert describe({"hub_token": TOKEN, "bf16": True}) == {"hub_token": "[hidden]", "bf16": True}
+    assert describe({"hub_token": TOKEN, "bf16": True}) == {"hub_token": "***", "bf16": True}
     assert describe(torch.float32) == "torch.float32" and describe({0: 1}) == {"0": 1}
     json.dumps(describe({"text": {"a": [object()] * 3}, "model": torch.nn.Linear(1, 1)}))
 
@@ -410,7 +410,7 @@ def test_no_text_leaves_the_machine_when_it_is_not_wanted(source_folder, lora_fo
         for file in ("cast_report.json", "report.html", "report.md"):
             assert ("PRIVATE" in (tmp_path / file).read_text(encoding="utf-8")) == quoted
     assert set(result.metrics["report"]) == {"models", "arguments", "environment", "excitement"}
-    with pytest.raises(ValueError, match="`report_samples` must be 0 or more"):
+    with pytest.raises(ValueError, match="`report_samples` must be at least 0"):
         peft_cast.translate(source_folder, lora_folder, target_folder, text=texts, report_samples=-1, **SMALL)
 
 

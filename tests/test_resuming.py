@@ -22,6 +22,7 @@ from peft_cast import SelfWritten
 from peft_cast.files import complete_folder, remove_partial, write_json, write_tensors
 from peft_cast.fit import CastTrainer, TeacherMemory, last_checkpoint, read_state, within_memory
 from peft_cast.fit.watch import Watch
+from peft_cast.text import written
 
 
 TRANSLATE = sys.modules["peft_cast.translate"]  # the name in the package is the function
@@ -197,11 +198,6 @@ def test_a_new_run_takes_nothing_from_the_finished_one_before(translate, plain, 
             translate(tmp_path)
     translate(tmp_path, resume_from_checkpoint=True)
     assert same(adapter(tmp_path), adapter(plain[0]))
-
-
-def test_several_adapters_cannot_be_resumed(source_folder, target_folder, lora_folder, tmp_path):
-    with pytest.raises(ValueError, match="resume after a kill translate them in turn"):
-        peft_cast.translate(source_folder, [lora_folder], target_folder, output_dir=tmp_path, **OPTIONS)
 
 
 def test_killed_runs_resume_to_the_identical_result(tmp_path):
@@ -416,6 +412,37 @@ def test_a_batch_of_predictions_is_kept_whole_or_not_at_all(byte_tokenizer, tmp_
     again, made = TeacherMemory(4, folder=tmp_path), []
     again.recall("teacher", texts, [2] * 5, lambda absent: made.extend(absent) or torch.randn(2 * len(absent), 10))
     assert made == texts[3:]
+
+
+@pytest.mark.parametrize("stopped_in", [0, 1, 2, 3])
+def test_text_that_was_being_written_goes_on_batch_by_batch(stopped_in, translate, tmp_path, monkeypatch):
+    text = SelfWritten(prompts=["Say: one thing", "Say: another"], more_prompts=4, max_new_tokens=8, batch_size=6)
+    options = {"text": text, "fit_text": c4_texts(20), "steps": 3}
+    sample, asked = written._sample, []
+
+    def counted(model, tokenizer, texts, *args, **kwargs):
+        asked.append(list(texts))
+        # what looks like a token comes back as it was, too
+        return [f"{text} hf_{'a' * 30}" for text in sample(model, tokenizer, texts, *args, **kwargs)]
+
+    monkeypatch.setattr(written, "_sample", counted)
+    translate(tmp_path / "whole", **options)
+    whole, asked[:] = list(asked), []
+    assert len(whole) > 3 and len({len(batch) for batch in whole}) > 1  # rounds of prompts, then of answers
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            written,
+            "_sample",
+            lambda *a, **o: counted(*a, **o) if len(asked) < stopped_in else raising(KeyboardInterrupt())(),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            translate(tmp_path / "stopped", **options)
+    torch.manual_seed(99)
+    translate(tmp_path / "stopped", resume_from_checkpoint=True, **options)
+    assert asked == whole  # no batch twice
+    kept = [(tmp_path / name / "work" / "texts.json").read_bytes() for name in ("whole", "stopped")]
+    assert kept[0] == kept[1] and same(adapter(tmp_path / "whole"), adapter(tmp_path / "stopped"))
+    assert not (tmp_path / "stopped" / "work" / "written").exists()
 
 
 def test_written_text_is_kept(translate, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from peft_cast.bridge_config import Side
 from peft_cast.evaluation.tasks import Scores
 from peft_cast.fit import ClosedForm, KernelFit, TeacherMemory
 from peft_cast.models import unload_adapters, untouched
+from peft_cast.report.redact import redact, redact_pieces
 from peft_cast.safety import without_secrets
 from peft_cast.source import adapted_source
 from peft_cast.tuner.patterns import check_patterns
@@ -431,6 +432,22 @@ def test_tokens_are_taken_out_of_texts(monkeypatch):
     assert without_secrets(text) == "at https://***@hub/x with *** and ***"
     kept = "adapters/hf_models/hf_transformers_lora_v2 https://huggingface.co/user/name@main me@example.org"
     assert without_secrets(kept) == kept
+
+
+def test_a_report_hides_what_everything_else_hides(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-another-form")
+    for text in (
+        f"a {TOKEN} b",
+        "https://me:word@host/x",
+        "an a-token-of-another-form b",
+        "hf_transformers_lora hf_quantizers2026",
+    ):
+        assert redact({"x": [text]}) == {"x": [without_secrets(text)]}
+        pieces = [text[:9], text[9:15], text[15:]]
+        hidden = redact_pieces(pieces)
+        assert [len(piece) for piece in hidden] == [len(piece) for piece in pieces]
+        assert re.sub(r"\*+", "***", "".join(hidden)) == without_secrets(text)
+    assert without_secrets(text) == text  # names are none
 
 
 def test_no_error_shows_a_token(valid, monkeypatch):

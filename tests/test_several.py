@@ -1,12 +1,16 @@
 """Several adapters of one model in one call."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import c4_texts, make_lora
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peft_cast
+from peft_cast.fit import CastTrainer
 
 
 INPUTS = torch.arange(5, 25)[None]
@@ -30,9 +34,8 @@ def logits(model, name):
 
 def test_all_adapters_on_one_model(source_folder, target_folder, loras, tmp_path, monkeypatch):
     fits = []
-    fit = peft_cast.several.fit_closed_form
-    monkeypatch.setattr("peft_cast.several.fit_closed_form", lambda *a, **o: fits.append(1) or fit(*a, **o))
-    monkeypatch.setattr("peft_cast.pair.fit_closed_form", lambda *a, **o: pytest.fail("fitted one by one"))
+    fit = peft_cast.pair.fit_closed_form
+    monkeypatch.setattr("peft_cast.pair.fit_closed_form", lambda *a, **o: fits.append(1) or fit(*a, **o))
     first, second = peft_cast.translate(source_folder, loras, target_folder, text=c4_texts(40), **OPTIONS)
     assert len(fits) == 1 and first.model is second.model
     assert [first.adapter_name, second.adapter_name] == ["first", "second"] == list(first.model.peft_config)
@@ -71,16 +74,66 @@ def test_each_has_its_own_text_and_name(source_folder, target_folder, loras):
     assert results[0].metrics["text"]["target_tokens"] != results[1].metrics["text"]["target_tokens"]
 
 
+@pytest.mark.parametrize("step", [None, 3, 9], ids=["before the first", "in the first", "in the second"])
+def test_a_stopped_run_of_several_ends_where_an_uninterrupted_one_does(
+    step, source_folder, target_folder, loras, tmp_path, monkeypatch
+):
+    def run(folder, **options):
+        return peft_cast.translate(
+            source_folder, loras, target_folder, text=c4_texts(30), output_dir=folder, **{**OPTIONS, **options}
+        )
+
+    run(tmp_path / "stopped", steps=2, seed=3)  # a finished run with other settings, which the new one replaces
+    whole = run(tmp_path / "whole")
+    begun, loss = [], CastTrainer.compute_loss
+
+    def stopping(self, *args, **kwargs):
+        begun.append(step)
+        if len(begun) == step + 1:
+            raise KeyboardInterrupt
+        return loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="what was done.*is kept in"):
+        patch.setattr(CastTrainer, "compute_loss", stopping)
+        if step is None:
+            patch.setattr("peft_cast.pair.fit_closed_form", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt()))
+        run(tmp_path / "stopped")
+    with pytest.raises(ValueError, match="holds a run that was stopped: pass `resume_from_checkpoint=True`"):
+        run(tmp_path / "stopped")
+    with pytest.raises(ValueError, match="`seed` was 0 and is 1"):
+        run(tmp_path / "stopped", resume_from_checkpoint=True, seed=1)
+    if step is not None:
+        monkeypatch.setattr("peft_cast.pair.fit_closed_form", lambda *a, **o: pytest.fail("fitted again"))
+    torch.manual_seed(99)
+    resumed = run(tmp_path / "stopped", resume_from_checkpoint=True)
+    for before, after, name in zip(whole, resumed, ("first", "second")):
+        files = [load_file(tmp_path / run / name / "adapter_model.safetensors") for run in ("whole", "stopped")]
+        assert files[0].keys() == files[1].keys() and all(
+            torch.equal(files[0][key], files[1][key]) for key in files[0]
+        )
+        assert before.metrics["kl"] == after.metrics["kl"] and after.adapter_name == name
+        assert torch.equal(logits(before.model, name), logits(after.model, name))
+        alone = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(target_folder), tmp_path / "stopped" / name
+        )
+        torch.testing.assert_close(logits(alone, "default"), logits(after.model, name), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_for_one_adapter_only(source_folder, target_folder, loras, tmp_path):
     for options, message in (
         ({"beta": 0.1}, "one adapter at a time"),
-        ({"output_dir": tmp_path}, "one adapter at a time"),
+        ({"bridge": tmp_path}, "one adapter at a time"),
+        ({"adapter_name": ["a.b", "c"]}, "cannot be called 'a.b'"),
+        ({"adapter_name": ["../b", "c"]}, "cannot be called '../b'"),
+        ({"output_dir": Path(loras[0]).parent}, "would be overwritten while it is read"),
         ({"depth_map": "similarity"}, "one adapter at a time"),
         ({"adapter_name": ["same", "same"]}, "all different"),
         ({"adapter_name": ["alone"]}, "2 names"),
     ):
         with pytest.raises(ValueError, match=message):
             peft_cast.translate(source_folder, loras, target_folder, text=c4_texts(9), **OPTIONS, **options)
+    with pytest.raises(ValueError, match="no text for the adapter 'second': it has first"):
+        peft_cast.translate(source_folder, loras, target_folder, text={"first": c4_texts(9)}, **OPTIONS)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), loras[0])
     with pytest.raises(ValueError, match="folders or hub ids"):
         peft_cast.translate(source_folder, [model], target_folder, text=c4_texts(9))

@@ -8,7 +8,17 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from peft_cast.text import Corpus, Mixture, SelfWritten, TextSample, read_corpus, read_text, write_texts, written
+from peft_cast.text import (
+    Corpus,
+    Mixture,
+    SelfWritten,
+    TextSample,
+    check_text,
+    read_corpus,
+    read_text,
+    write_texts,
+    written,
+)
 from peft_cast.text.written import common_affixes
 
 
@@ -51,7 +61,7 @@ def test_column_and_minimum_length(files):
     rows = datasets.Dataset.from_dict({"body": ["short", *TEXTS]})
     assert read_corpus(Corpus(rows, column="body"), 10) == TEXTS
     assert read_corpus(Corpus(rows, column="body", min_chars=1), 10)[0] == "short"
-    with pytest.raises(ValueError, match=r"no column 'text'.*\['body'\].*column="):
+    with pytest.raises(ValueError, match=r"no column 'text'; it has body: .*column="):
         read_corpus(rows, 1)
 
 
@@ -82,9 +92,43 @@ def test_missing_and_corrupt_files_are_one_clear_error(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "unfinished')
     with pytest.raises(ValueError, match="bad.jsonl' could not be read"):
         read_corpus(tmp_path / "bad.jsonl", 1)
+    for name, content in (("latin.txt", "caf\xe9".encode("latin-1") * 50), ("bytes.jsonl", bytes(range(128, 256)))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}' could not be read .*it must be UTF-8"):
+            read_corpus(tmp_path / name, 1)
+    for name, content in (("empty.jsonl", ""), ("blank.txt", "\n\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name}' is empty"):
+            read_corpus(tmp_path / name, 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no dataset"):
+        read_corpus(tmp_path / "empty", 1)
     (tmp_path / "text.doc").write_text("x")
     with pytest.raises(ValueError, match="unknown type"):
         read_corpus(tmp_path / "text.doc", 1)
+
+
+def test_a_column_of_anything_but_text_is_one_clear_error_and_missing_texts_are_left_out():
+    assert read_corpus(datasets.Dataset.from_dict({"text": [None, *TEXTS]}), 10) == TEXTS
+    with pytest.raises(ValueError, match="column 'text' .* must hold strings, got int"):
+        read_corpus(datasets.Dataset.from_dict({"text": [1, 2]}), 10)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda text: text,
+        Corpus,
+        lambda text: SelfWritten(corpus=text),
+        lambda text: Mixture((text, 1)),
+        lambda text: {"a": text},
+    ],
+)
+def test_a_file_that_is_not_there_is_told_before_anything_is_loaded(around, tmp_path):
+    check_text(around(TEXTS))
+    for name in (str(tmp_path / "no.jsonl"), "./no/such/corpus"):
+        with pytest.raises(OSError, match="does not exist"):
+            check_text(around(name))
 
 
 def test_mixture_keeps_shares_in_every_stretch():
@@ -217,6 +261,28 @@ def test_sampling_among_the_likeliest_has_the_right_distribution(temperature, to
     expected = torch.zeros(5).scatter(0, kept, expected[kept])
     found = torch.bincount(drawn, minlength=5) / 20_000
     torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=0.015)
+
+
+def test_a_batch_of_written_text_depends_on_nothing_but_its_prompts_and_the_seed(
+    writer, byte_tokenizer, piece_tokenizer
+):
+    spec = SelfWritten(prefix="Say", max_new_tokens=8, batch_size=2)
+
+    def texts(kept: dict[str, list[str]], seed: int = 0) -> list[TextSample]:
+        def keep(key, make):
+            if key not in kept:
+                kept[key] = make()
+            return kept[key]
+
+        return write_texts(writer, byte_tokenizer, piece_tokenizer, spec, 6, seed, keep=keep)
+
+    whole: dict[str, list[str]] = {}
+    samples = texts(whole)
+    assert len(whole) == 3
+    for absent in whole:
+        torch.manual_seed(99)
+        assert texts({key: batch for key, batch in whole.items() if key != absent}) == samples
+    assert texts(dict(whole), seed=1) != samples
 
 
 def test_impossible_self_written_settings():

@@ -19,6 +19,7 @@ import peft_cast
 from peft_cast import CastLayer, Mixture, SelfWritten
 from peft_cast.diagnosis import diagnose
 from peft_cast.evaluation import drift
+from peft_cast.models import training_device, working_device
 from peft_cast.pair import open_pair, read_texts
 from peft_cast.text import TextSample
 
@@ -61,6 +62,24 @@ def test_saved_in_half_precision(source_folder, lora_folder, target_folder, tmp_
     loaded = PeftModel.from_pretrained(load(target_folder), tmp_path)
     ids = torch.arange(3, 24).reshape(3, 7)
     torch.testing.assert_close(loaded(ids).logits, result.model(ids).logits, rtol=0.05, atol=0.05)
+
+
+def test_a_device_that_is_not_there_or_that_trainer_would_not_take_is_refused(monkeypatch):
+    for device, message in (("gpu", "another device of PyTorch"), ("meta", "finds no accelerator here")):
+        with pytest.raises(ValueError, match=message):
+            working_device(device)
+    with monkeypatch.context() as patch:  # what PyTorch says on a machine with two GPUs
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        patch.setattr(torch.accelerator, "device_count", lambda: 2)
+        assert training_device(None) == training_device("cuda") == torch.device("cuda")
+        assert training_device("cuda:0").index == 0 and working_device("cuda:1").index == 1
+        with pytest.raises(ValueError, match="finds 2 of type 'cuda' here"):
+            working_device("cuda:2")
+        with pytest.raises(ValueError, match="'cuda:1', but Trainer works on the first .*CUDA_VISIBLE_DEVICES"):
+            peft_cast.translate("a", "b", "c", device="cuda:1")
+        with pytest.raises(ValueError, match="'cuda:1', but Trainer works on the first"):
+            peft_cast.baselines.distill_lora("a", "b", "c", device="cuda:1")
 
 
 def assert_untouched(model, before):

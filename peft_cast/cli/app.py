@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from contextvars import ContextVar
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, TextIO, cast
+from typing import Annotated, Any, cast
 
-import datasets
-import torch
-import transformers
 import typer
-from rich.console import Console
-from typer.core import TyperGroup
 
+from .. import __version__
 from ..bridge import Bridge, fit_bridge
 from ..evaluation import HarnessTask, evaluate
+from ..files import check_place
 from ..fold import to_lora
 from ..planning import DEVICES, Plan, plan
 from ..report import write_report
 from ..result import TranslationResult
 from ..sharing import push
-from ..translate import translate
+from ..translate import check_before_loading, translate
 from . import inspect as inspection
+from .console import Commands, hush, print_result, say
 from .settings import arguments_for, dtype_of, read_config, read_prompts, read_settings, tasks_of
-
-
-class _Commands(TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        _results.set(sys.stdout)
-        # Results alone go to stdout, so that they can be piped; Trainer and others print there too. Errors are met before
-        # click turns Ctrl-C into "Aborted!" and the rest into tracebacks.
-        with redirect_stdout(sys.stderr), _ending_well():
-            return super().invoke(ctx)
 
 
 app = typer.Typer(
     name="peft-cast",
-    cls=_Commands,
+    cls=Commands,
     help="Keep LoRA adapters working on another language model.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-err = Console(stderr=True, soft_wrap=True, highlight=False)
-_results: ContextVar[TextIO] = ContextVar("results")
 
 Source = Annotated[
     str, typer.Argument(help="Model the LoRA was trained on: hub id or folder; `-` takes it from the adapter.")
@@ -86,7 +67,12 @@ LearningRate = Annotated[
 MaxLength = Annotated[int | None, typer.Option(help="Most tokens per text.", rich_help_panel="Training")]
 Seed = Annotated[int | None, typer.Option(help="Seed of sampled text and training order.", rich_help_panel="Training")]
 DeviceName = Annotated[
-    str | None, typer.Option("--device", help="Where to work, e.g. `cuda:1`.", rich_help_panel="Training")
+    str | None,
+    typer.Option(
+        "--device",
+        help="Where to work: `cpu`, `cuda`, `mps`; the accelerator if there is one.",
+        rich_help_panel="Training",
+    ),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="Precision of the models: bfloat16, float16, float32.", rich_help_panel="Training")
@@ -100,6 +86,21 @@ Set = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"peft-cast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def peft_cast_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Keep LoRA adapters working on another language model."""
 
 
 @app.command("translate")
@@ -141,18 +142,18 @@ def translate_command(
     }  # fmt: skip
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()), options)
     models = (None if source == "-" else source, adapter, target)
-    _hush(quiet)
+    hush(quiet)
+    where = {"output_dir": output, "resume_from_checkpoint": resume}
+    check_before_loading({**dict(zip(("source", "adapter", "target"), models)), **where, **arguments})
     if dry_run or not quiet:
         planned = _plan(models, arguments)
-        err.print(str(planned))
+        say(str(planned))
         if dry_run:
-            return _print(planned.as_dict(), "", as_json)
-        err.print(f"Translating {adapter} to {target}, into {output}\n")
-    translated = translate(
-        *models, progress=not quiet, **{"output_dir": output, "resume_from_checkpoint": resume, **arguments}
-    )
+            return print_result(planned.as_dict(), "", as_json)
+        say(f"Translating {adapter} to {target}, into {output}\n")
+    translated = translate(*models, progress=not quiet, **{**where, **arguments})
     result = cast(TranslationResult, translated)  # of one adapter
-    _print(
+    print_result(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
         f"{result}\nSaved in {output}; the report is {output / 'report.html'}",
         as_json,
@@ -176,7 +177,7 @@ def plan_command(
     """Tell what a translation will cost: parameters, files, memory and time. Loads no model."""
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()))
     planned = _plan((None if source == "-" else source, adapter, target), arguments, device=on, tokens=tokens)
-    _print(planned.as_dict(), str(planned), as_json)
+    print_result(planned.as_dict(), str(planned), as_json)
 
 
 @app.command("evaluate")
@@ -207,7 +208,7 @@ def evaluate_command(
     as_json: Json = False,
 ) -> None:
     """Compare adapters on a model: scores, recovered lift and drift."""
-    _hush(quiet)
+    hush(quiet)
     runs: dict[str, list[str]] = {}
     for word in adapters:
         name, equals, folder = word.partition("=")
@@ -227,7 +228,7 @@ def evaluate_command(
     found = evaluate(target, runs, chosen, progress=not quiet, **arguments)
     if plot:
         found.plot(plot)
-    _print(found.to_dict(), str(found), as_json, quiet)
+    print_result(found.to_dict(), str(found), as_json, quiet)
 
 
 @app.command("bridge")
@@ -249,10 +250,11 @@ def bridge_command(
         fit_bridge, read_config(config) if config else {}, read_settings(settings or ()),
         {"text": text, "samples": samples, "device": device, "dtype": dtype},
     )  # fmt: skip
-    _hush(quiet)
+    hush(quiet)
+    check_place(output, source, target, kind=None)
     bridge = fit_bridge(source, target, progress=not quiet, **arguments)
     bridge.save_pretrained(output)
-    _print({"output": str(output), "metrics": bridge.metrics}, f"Bridge saved in {output}", as_json, quiet)
+    print_result({"output": str(output), "metrics": bridge.metrics}, f"Bridge saved in {output}", as_json, quiet)
 
 
 @app.command("cast")
@@ -266,8 +268,9 @@ def cast_command(
     as_json: Json = False,
 ) -> None:
     """Carry a LoRA over a bridge: file to file, no model weights, no text, no training."""
+    check_place(output, bridge, adapter)
     Bridge.from_pretrained(bridge).cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
-    _print({"output": str(output)}, f"CAST adapter saved in {output}", as_json, quiet)
+    print_result({"output": str(output)}, f"CAST adapter saved in {output}", as_json, quiet)
 
 
 @app.command("to-lora")
@@ -281,10 +284,11 @@ def to_lora_command(
     as_json: Json = False,
 ) -> None:
     """Fold a CAST adapter into a plain LoRA, for vLLM and everything else that serves LoRAs."""
+    check_place(output, adapter, kind="LORA")
     folded = to_lora(adapter, rank, revision=revision, dtype=dtype_of(dtype))
     folded.save_pretrained(output)
     account = {"output": str(output), "rank": folded.config.r, "errors": folded.errors}
-    _print(account, f"{folded}\nSaved in {output}", as_json, quiet)
+    print_result(account, f"{folded}\nSaved in {output}", as_json, quiet)
 
 
 @app.command("inspect")
@@ -295,7 +299,7 @@ def inspect_command(
 ) -> None:
     """Say what an adapter is, where it came from, which layers map to which, and its sizes."""
     account = inspection.inspect(adapter, revision)
-    _print(account, inspection.describe(account), as_json)
+    print_result(account, inspection.describe(account), as_json)
 
 
 @app.command("report")
@@ -306,7 +310,7 @@ def report_command(
 ) -> None:
     """Write a translation's report (`report.html`, `report.md`) again."""
     page = write_report(folder)
-    _print({"report": str(page)}, f"Report written to {page}", as_json, quiet)
+    print_result({"report": str(page)}, f"Report written to {page}", as_json, quiet)
 
 
 @app.command("push")
@@ -325,38 +329,13 @@ def push_command(
         folder, repo_id, private=private or None, revision=revision, commit_message=message, create_pr=pull_request
     )
     account = {"repo_id": repo_id, "url": str(done.pr_url or done.commit_url)}
-    _print(account, f"Pushed to {account['url']}", as_json, quiet)
+    print_result(account, f"Pushed to {account['url']}", as_json, quiet)
 
 
 def main() -> None:
     """Run a command. Exit codes: 0 done, 1 something that you can mend (one sentence on stderr), 2 a wrong option, 3 the loss
     became NaN or infinite, 130 interrupted."""
     app()
-
-
-@contextmanager
-def _ending_well() -> Iterator[None]:
-    warnings.filterwarnings("ignore", module="torch|transformers|datasets")
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        err.print(f"\n{interrupt}" if interrupt.args else "\nInterrupted.", markup=False)
-        sys.exit(130)
-    except FloatingPointError as error:
-        err.print(f"[red]Error[/red]  {error}", markup=True)
-        sys.exit(3)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        err.print("[red]Error[/red]  ", end="")
-        err.print(str(error), markup=False)
-        sys.exit(1)
-
-
-def _hush(quiet: bool) -> None:
-    """Without the bars of the libraries."""
-    if quiet:
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
 
 
 def _text(text: str | None, prompts: Path | None) -> Any:
@@ -372,11 +351,3 @@ def _plan(models: tuple[str | None, str, str], arguments: dict[str, Any], **more
     given = {name: value for name, value in arguments.items() if name in known and name not in ("device", "tokens")}
     source, adapter, target = models
     return plan(source, adapter, target, **given, **more)
-
-
-def _print(account: dict[str, Any], text: str, as_json: bool, quiet: bool = False) -> None:
-    stdout = _results.get()
-    if as_json:
-        stdout.write(json.dumps(account, indent=1, default=str) + "\n")
-    elif text and not quiet:
-        stdout.write(text + "\n")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from ..arguments import unknown
 from ..evaluation import AnswerLikelihood, Classification, Generation, HarnessTask
 from ..text import Corpus, Mixture, SelfWritten
 
@@ -68,15 +69,20 @@ def arguments_for(function: Callable, *layers: Mapping[str, Any]) -> dict[str, A
     """
     known = inspect.signature(function).parameters
     given = {name: value for layer in layers for name, value in layer.items() if value is not None}
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"`{function.__name__}` has no argument '{unknown[0]}': choose from {', '.join(known)}.")
+    if odd := sorted(set(given) - set(known)):
+        raise ValueError(f"`{function.__name__}` has no argument '{odd[0]}': {unknown(odd[0], list(known))}")
     for name in ("text", "fit_text", "drift_text"):
         if name in given:
             given[name] = text_of(given[name])
     if isinstance(given.get("dtype"), str):
         given["dtype"] = dtype_of(given["dtype"])
     if isinstance(given.get("depth_map"), dict):
-        given["depth_map"] = {int(source): int(target) for source, target in given["depth_map"].items()}
+        try:
+            given["depth_map"] = {int(source): int(target) for source, target in given["depth_map"].items()}
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`depth_map` maps layer numbers to layer numbers, got {given['depth_map']!r}."
+            ) from error
     return given
 
 
@@ -155,8 +161,8 @@ def _made(kind: type, options: Any, name: str) -> Any:
     if not isinstance(options, dict):
         raise ValueError(f"`{name}` takes a mapping of its options, got {options!r}.")
     known = [field.name for field in fields(kind)]
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"`{name}` has no option '{unknown[0]}': choose from {', '.join(known)}.")
+    if odd := sorted(set(options) - set(known)):
+        raise ValueError(f"`{name}` has no option '{odd[0]}': {unknown(str(odd[0]), known)}")
     try:
         return kind(**options)
     except TypeError as error:

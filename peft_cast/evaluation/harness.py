@@ -57,10 +57,17 @@ class HarnessTask:
                 pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, device=str(model.device), dtype=None
             )
             task = self.task if isinstance(self.task, str) else dict(self.task)
-            found = lm_eval.simple_evaluate(
-                lm, tasks=[task], num_fewshot=self.num_fewshot, limit=self.limit, bootstrap_iters=0,
-                log_samples=False, **self.options,
-            )  # fmt: skip
+            try:
+                found = lm_eval.simple_evaluate(
+                    lm, tasks=[task], num_fewshot=self.num_fewshot, limit=self.limit, bootstrap_iters=0,
+                    log_samples=False, **self.options,
+                )  # fmt: skip
+            except KeyError as error:
+                if "is not a registered" not in str(error):
+                    raise
+                raise ValueError(
+                    f"lm-evaluation-harness has no task '{self.name}': `lm-eval ls tasks` lists those it has."
+                ) from error
         results = {k: float(v) for k, v in found["results"][self.name].items() if isinstance(v, (int, float))}
         short = [key.split(",")[0] for key in results]
         metrics = {key.split(",")[0] if short.count(key.split(",")[0]) == 1 else key: v for key, v in results.items()}

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..align import AlignedPair, ModuleMap, map_layers, map_modules
+from ..arguments import check_arguments
 from ..fit.batches import ANCHOR_EVERY, collate_pairs, side_of
 from ..fit.capture import capture
 from ..fit.closed_form import _pass, _Regressions, layer_groups, moments_size
@@ -21,7 +22,7 @@ from ..fit.memory import Likeliest
 from ..fit.refine import Teacher, TeacherSettings, training_precision
 from ..install import cast_config
 from ..models import LoraKernel, check_remote_code, default_dtype, layer_count, shared_head, skeleton
-from ..safety import read_adapter_config, secrets_removed, without_secrets
+from ..safety import one_line, read_adapter_config, secrets_removed, why_no_model, without_secrets
 from ..source import adapted_source
 from ..tuner import CastConfig
 from .devices import DEVICES, Device, this_machine
@@ -97,7 +98,9 @@ class Plan:
         for name, phase in self.phases.items():
             time, memory, above = _time(phase.seconds), _size(phase.memory), _size(phase.above_weights)
             lines.append(f"  {name:<12} {time:>9}  {memory:>9}  {above:>13}")
-        lines.append(f"  {'in all':<12} {_time(self.seconds):>9}  {_size(self.memory):>9}")
+        lines.append(
+            f"  {'in all':<12} {_time(self.seconds):>9}  {_size(self.memory):>9}  and the time to write text, if the models do"
+        )
         if not self.fits:
             lines.append(
                 f"It does not fit: {_size(self.memory)} are needed and {self.device.name} has {_size(self.device.memory)}. "
@@ -156,6 +159,7 @@ def plan(
     Raises:
         ValueError: If the device is unknown, or the adapter or a configuration cannot be used; the message says why.
     """
+    check_arguments(dict(locals()))
     device = _device(device)
     dtype = dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
     if source is None:
@@ -241,13 +245,19 @@ def _device(device: str | Device | None) -> Device:
 def _config(model: str | Path | PretrainedConfig, which: str, revision: str | None) -> PretrainedConfig:
     if isinstance(model, PretrainedConfig):
         return model
+    if (why := why_no_model(model)) is not None:
+        raise ValueError(
+            without_secrets(
+                f"The configuration of the {which} model could not be read: {why}. Pass a hub id or a folder with config.json."
+            )
+        )
     try:
         with secrets_removed():
             return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         check_remote_code(error, f"The {which} model '{without_secrets(model)}'", which)
         raise ValueError(
-            f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {error} Pass a hub id, a "
+            f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {one_line(error)} Pass a hub id, a "
             "folder with config.json or a configuration."
         ) from error
 

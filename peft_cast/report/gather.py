@@ -16,8 +16,9 @@ from ..align import AlignedPair
 from ..environment import environment
 from ..models import contiguous_head
 from ..pair import Pair, PairTexts, layer_similarity
+from ..safety import HIDDEN
 from ..text import Corpus, Mixture, SelfWritten
-from .redact import HIDDEN, redact, redact_pieces
+from .redact import redact, redact_pieces
 
 
 POSITIONS = 600  # at which layers are compared

@@ -1,4 +1,4 @@
-"""What must not leave the machine with a report: access tokens, wherever they got into a name, setting or text."""
+"""What must not be in a report: secrets, wherever they got into a name, setting or text, and what no page can hold."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..safety import without_secrets
 
-SECRET = re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{10,}|(?<=://)[^/\s@]+(?=@)")
-HIDDEN = "[hidden]"
+
 # Control characters and lone surrogates, which no text file or page can hold.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def redact(value: Any) -> Any:
-    """A copy of a JSON-ready value without Hugging Face tokens, passwords in addresses, and characters that cannot be shown."""
+    """A copy of a JSON-ready value without secrets (`without_secrets`) and characters that cannot be shown."""
     if isinstance(value, str):
-        return UNPRINTABLE.sub("\ufffd", SECRET.sub(HIDDEN, value))
+        return UNPRINTABLE.sub("\ufffd", without_secrets(value))
     if isinstance(value, Mapping):
         return {redact(key): redact(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -25,10 +25,8 @@ def redact(value: Any) -> Any:
 
 
 def redact_pieces(pieces: Sequence[str]) -> list[str]:
-    """The same for a text in pieces, where a token may run through several; their number stays."""
-    whole = "".join(pieces)
-    for secret in SECRET.findall(whole):
-        whole = whole.replace(secret, "*" * len(secret))
+    """The same for a text in pieces, where a token may run through several; their number and lengths stay."""
+    whole = without_secrets("".join(pieces), same_length=True)
     cut, start = [], 0
     for piece in pieces:
         cut.append(whole[start : start + len(piece)])

@@ -115,10 +115,12 @@ def _load(
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
+        named = config.base_model_name_or_path
+        remedy = f"it was trained on '{named}'" if named else "pass the model that it was trained on as `source`"
         raise ValueError(
             without_secrets(
-                f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; it was trained on "
-                f"'{config.base_model_name_or_path}'. ({_first_line(error)})"
+                f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; {remedy}. "
+                f"({one_line(error)})"
             )
         ) from error
     return model
@@ -216,10 +218,3 @@ def _check_same_keys(model: PeftModel, own: Mapping[str, nn.Parameter], header: 
         odd = sorted(in_file ^ in_model)
         where = "file, not in the model" if odd[0] in in_file else "model, not in the file"
         raise ValueError(f"'{odd[0][:200]}' is in the {where}; {len(odd)} such tensors")
-
-
-def _first_line(error: Exception) -> str:
-    """PEFT lists every mismatched tensor; one is enough."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    loading = len(lines) > 1 and lines[0].startswith("Error(s) in loading")
-    return lines[1] if loading else one_line(error)

@@ -1,7 +1,7 @@
 """What is read as text: corpora, text the adapted source model writes itself, and mixtures."""
 
 from .corpus import C4, Corpus, read_corpus
-from .mixture import Mixture, is_written, read_text
+from .mixture import Mixture, check_text, is_written, read_text
 from .samples import TextSample
 from .written import SelfWritten, write_texts
 
@@ -12,6 +12,7 @@ __all__ = [
     "Mixture",
     "SelfWritten",
     "TextSample",
+    "check_text",
     "is_written",
     "read_corpus",
     "read_text",

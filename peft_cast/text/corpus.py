@@ -10,10 +10,16 @@ from typing import Any
 
 import datasets
 
-from ..safety import secrets_removed, without_secrets
+from ..safety import looks_like_path, one_line, secrets_removed, without_secrets
 
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
+_FORMS = {
+    "json": 'with an object like {"text": "..."} per line',
+    "text": "with a blank line between texts",
+    "parquet": "a whole parquet file",
+    "csv": "with the names of its columns in the first line",
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def _describe(corpus: Corpus) -> str:
 def _texts(corpus: Corpus) -> Iterator[str]:
     source = corpus.source
     if isinstance(source, Path) or (isinstance(source, str) and _looks_local(source)):
-        source = _local(Path(source))
+        source = _local(source)
     elif isinstance(source, str):
         source = _hub(corpus)
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
@@ -88,23 +94,59 @@ def _texts(corpus: Corpus) -> Iterator[str]:
     return _strings(source)
 
 
+def check_corpus(corpus: Any) -> None:
+    """Refuse what can be refused without reading it: a local file that is not there, is empty, or is of an unknown kind.
+
+    Raises:
+        ValueError, OSError: As `read_corpus`.
+    """
+    source = corpus.source if isinstance(corpus, Corpus) else corpus
+    if isinstance(source, Path) or (isinstance(source, str) and _looks_local(source)):
+        _builder(source)
+
+
 def _looks_local(source: str) -> bool:
-    return Path(source).exists() or Path(source).suffix in _BUILDERS
+    return Path(source).exists() or Path(source).suffix in _BUILDERS or looks_like_path(source)
 
 
-def _local(path: Path) -> datasets.Dataset:
+def _builder(source: str | Path) -> str | None:
+    """The builder of `datasets` that reads a file; `None` for a folder."""
+    path, shown = Path(source), without_secrets(source)
     if not path.exists():
-        raise OSError(f"The text file '{path}' does not exist.")
+        raise OSError(f"The text file '{shown}' does not exist.")
     if path.is_dir():
-        return datasets.load_from_disk(str(path))
+        return None
     builder = _BUILDERS.get(path.suffix)
     if builder is None:
-        raise ValueError(f"The text file '{path}' has an unknown type; known are {', '.join(sorted(_BUILDERS))}.")
+        raise ValueError(f"The text file '{shown}' has an unknown type; known are {', '.join(sorted(_BUILDERS))}.")
+    try:
+        with open(path, "rb") as file:
+            empty = not file.read(2**20).strip()
+    except OSError as error:
+        raise OSError(f"The text file '{shown}' cannot be opened ({error.strerror}).") from error
+    if empty:
+        raise ValueError(f"The text file '{shown}' is empty: pass one with text.")
+    return builder
+
+
+def _local(source: str | Path) -> datasets.Dataset:
+    path, shown = Path(source), without_secrets(source)
+    builder = _builder(source)
+    if builder is None:
+        try:
+            return datasets.load_from_disk(str(path))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The folder '{shown}' holds no dataset that `save_to_disk` wrote: pass a text file, or such a folder."
+            ) from error
     options = {"sample_by": "paragraph"} if builder == "text" else {}
     try:
         return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"The text file '{path}' could not be read as {path.suffix}: {error}") from error
+    except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
+        raise ValueError(
+            f"The text file '{shown}' could not be read as {path.suffix} ({one_line(error.__cause__ or error).rstrip('.')}): it must "
+            f"be UTF-8, {_FORMS[builder]}."
+        ) from error
 
 
 def _hub(corpus: Corpus) -> datasets.IterableDataset:
@@ -114,19 +156,25 @@ def _hub(corpus: Corpus) -> datasets.IterableDataset:
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise OSError(
             f"The dataset {_describe(corpus)} could not be reached on the hub ({type(error).__name__}). Without a "
-            "connection, pass text that is at hand: text='my_texts.jsonl' (also .txt, .parquet), a list of strings, or "
-            "a datasets.Dataset, and likewise `fit_text` when the models write `text` themselves."
+            "connection, pass text that is at hand: text='my_texts.jsonl' (also .txt, .parquet; `--text` on the "
+            "command line), a list of strings, or a datasets.Dataset, and likewise `fit_text` when the models write `text` themselves."
         ) from error
 
 
 def _column(data: datasets.Dataset | datasets.IterableDataset, corpus: Corpus) -> Iterator[str]:
     for row in data:
         if corpus.column not in row:
+            names = ", ".join(sorted(map(str, row))[:12])
             raise ValueError(
-                f"The text corpus {_describe(corpus)} has no column '{corpus.column}'; it has {sorted(row)}: pass "
-                "Corpus(..., column=...)."
+                f"The text corpus {_describe(corpus)} has no column '{corpus.column}'; it has {names}: pass Corpus(..., "
+                "column=...), in a config file {corpus: {source: ..., column: ...}}."
             )
-        yield row[corpus.column]
+        text = row[corpus.column]
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"The column '{corpus.column}' of the text corpus {_describe(corpus)} must hold strings, got {type(text).__name__}."
+            )
+        yield text or ""
 
 
 def _strings(texts: Iterable[Any]) -> Iterator[str]:

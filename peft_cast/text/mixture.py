@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .corpus import read_corpus
+from .corpus import check_corpus, read_corpus
 from .samples import TextSample
 from .written import SelfWritten
 
@@ -35,6 +35,22 @@ def is_written(text: Any) -> bool:
     return isinstance(text, SelfWritten) or (
         isinstance(text, (list, tuple)) and isinstance(next(iter(text), 0), TextSample)
     )
+
+
+def check_text(text: Any) -> None:
+    """Refuse at once, of what `translate(text=...)` takes, local files that cannot be read.
+
+    Raises:
+        ValueError, OSError: As `read_corpus`.
+    """
+    if isinstance(text, Mapping):  # several adapters
+        for own in text.values():
+            check_text(own)
+    elif isinstance(text, Mixture):
+        for part, _ in text.parts:
+            check_text(part)
+    else:
+        check_corpus(text.corpus if isinstance(text, SelfWritten) else text)
 
 
 def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[TextSample]]) -> list[TextSample]:

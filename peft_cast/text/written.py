@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import takewhile
+from typing import Any, TypeAlias
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import contiguous_head
+from ..models import contiguous_head, seeded
 from .corpus import read_corpus
 from .samples import TextSample
+
+
+# (key of a batch, how to write it) → what was written after each of its prompts
+Keep: TypeAlias = Callable[[str, Callable[[], list[str]]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,9 @@ def write_texts(
     seed: int = 0,
     target: PreTrainedModel | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
+    keep: Keep = lambda key, write: write(),
 ) -> list[TextSample]:
-    """Let the model write texts.
+    """Let the model write texts, a batch at a time; what a batch becomes depends on nothing but its prompts and the seed.
 
     Args:
         model: The source model with its LoRA active.
@@ -92,27 +99,24 @@ def write_texts(
         seed (`int`): Seed of the sampling. The global random state is left as it was.
         target: The target model, which writes further prompts; without it the given ones are answered in turn.
         progress: Wrapper around the batches, e.g. `tqdm`.
+        keep: Gives what was written for a key before, or calls its second argument to have it written.
 
     Raises:
         ValueError: If the model writes nothing but empty texts.
     """
     count = min(limit, spec.samples or limit)
-    devices = [model.device] if model.device.type == "cuda" else []
     samples = []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        if spec.prompts and target is not None:
-            wanted = max(0, count - len(spec.prompts)) if spec.more_prompts is None else spec.more_prompts
-            further = write_prompts(target, target_tokenizer, spec.prompts, wanted, seed, spec.batch_size, progress)
-            spec = replace(spec, prompts=(*spec.prompts, *further))
-        prompts = _prompts(spec, source_tokenizer, target_tokenizer, count)
-        chunks = [prompts[i : i + spec.batch_size] for i in range(0, len(prompts), spec.batch_size)]
-        for chunk in progress(chunks) if progress else chunks:
-            written = _sample(
-                model, source_tokenizer, [p.source for p in chunk], spec.max_new_tokens, spec.temperature, spec.top_p,
-                rendered=chunk[0].chat,
-            )  # fmt: skip
-            samples += [prompt.followed_by(text) for prompt, text in zip(chunk, written) if text.strip()]
+    if spec.prompts and target is not None:
+        wanted = max(0, count - len(spec.prompts)) if spec.more_prompts is None else spec.more_prompts
+        further = write_prompts(target, target_tokenizer, spec.prompts, wanted, seed, spec.batch_size, progress, keep)
+        spec = replace(spec, prompts=(*spec.prompts, *further))
+    prompts = _prompts(spec, source_tokenizer, target_tokenizer, count)
+    chunks = [prompts[i : i + spec.batch_size] for i in range(0, len(prompts), spec.batch_size)]
+    for number, chunk in enumerate(progress(chunks) if progress else chunks):
+        asked = [p.source for p in chunk]
+        options = (spec.max_new_tokens, spec.temperature, spec.top_p, chunk[0].chat)
+        written = _batch(keep, model, source_tokenizer, asked, options, ("answers", seed, number))
+        samples += [prompt.followed_by(text) for prompt, text in zip(chunk, written) if text.strip()]
     if not samples:
         raise ValueError("The adapted source model wrote only empty texts: pass other `prompts` or another `prefix`.")
     return samples
@@ -162,6 +166,7 @@ def write_prompts(
     seed: int = 0,
     batch_size: int = 64,
     progress: Callable[[Iterable], Iterable] | None = None,
+    keep: Keep = lambda key, write: write(),
 ) -> list[str]:
     """Up to `count` further prompts in the manner of the given ones (few-shot, as in Self-Instruct, arXiv 2212.10560).
 
@@ -173,9 +178,10 @@ def write_prompts(
         tokenizer: Its tokenizer.
         prompts: The given prompts.
         count (`int`): How many to write. Fewer come back if the model cannot write so many in a few rounds.
-        seed (`int`): Seed of the draws. Sampling uses the global random state.
+        seed (`int`): Seed of the draws and the sampling. The global random state is left as it was.
         batch_size (`int`): Prompts written at a time.
         progress: Wrapper around the rounds, e.g. `tqdm`.
+        keep: As in `write_texts`.
     """
     head, tail = common_affixes(prompts)
     bodies = [prompt[len(head) : len(prompt) - len(tail)] for prompt in prompts]
@@ -185,13 +191,13 @@ def write_prompts(
     longest = max(len(tokenizer(body, add_special_tokens=False).input_ids) for body in bodies)
     draw, seen = random.Random(seed), set(bodies)
     written: list[str] = []
-    rounds = range(2 * -(-count // batch_size) + 2 if count else 0)
-    for _ in progress(rounds) if progress else rounds:
-        if len(written) >= count:
-            break
+    most = 2 * -(-count // batch_size) + 2
+    rounds = takewhile(lambda _: len(written) < count, range(most))  # nobody knows how many it takes
+    for number in progress(rounds) if progress else rounds:
         lists = [draw.sample(bodies, min(4, len(bodies))) for _ in range(batch_size)]
         asked = ["".join(f"{head}{body}\n\n" for body in few) + head.rstrip() for few in lists]
-        for text in _sample(model, tokenizer, asked, int(1.3 * longest) + 4, temperature=0.8, top_p=1.0):
+        options = (int(1.3 * longest) + 4, 0.8, 1.0, False)
+        for text in _batch(keep, model, tokenizer, asked, options, ("prompts", seed, number)):
             body, found, _ = text.lstrip().partition(stop)
             body = body.rstrip()
             if found and body not in seen and 0.4 * min(lengths) <= len(body) <= 1.6 * max(lengths):
@@ -227,6 +233,24 @@ class _SampleAmongLikeliest(LogitsProcessor):
         p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)  # nucleus: what lies before a token is less than top_p
         chosen = tokens.gather(-1, torch.multinomial(p, 1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
+
+
+def _batch(
+    keep: Keep,
+    model,
+    tokenizer,
+    asked: Sequence[str],
+    options: tuple[int, float, float, bool],
+    which: tuple[str, int, int],
+) -> list[str]:
+    """What the model writes after each text, or has written before; `which` are the kind of the batch, seed and number."""
+
+    def write() -> list[str]:
+        tokens, temperature, top_p, rendered = options
+        with seeded(int(hashlib.sha256(repr(which).encode()).hexdigest()[:15], 16)):
+            return _sample(model, tokenizer, asked, tokens, temperature=temperature, top_p=top_p, rendered=rendered)
+
+    return keep(hashlib.sha256(repr((which, options, list(asked))).encode()).hexdigest()[:32], write)
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 
 
 if sys.version_info >= (3, 11):
-    from re import _constants as ops
-    from re import _parser as parser
+    from re import _constants as ops  # type: ignore[attr-defined]
+    from re import _parser as parser  # type: ignore[attr-defined]
 else:
     import sre_constants as ops
     import sre_parse as parser
