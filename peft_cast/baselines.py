@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from . import ranks
 from .align import map_layers, map_modules, split_place
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
 from .models import (
     LoraKernel,
     count_parameters,
-    default_device,
     layer_count,
     load_model,
     shared_head,
@@ -218,7 +218,7 @@ def distill_lora(
     }  # fmt: skip
     result = TranslationResult(model, metrics, refinement.history, pair.modules)
     if output_dir is not None:
-        result.save_pretrained(output_dir)
+        ranks.shared(partial(result.save_pretrained, output_dir))
     return result
 
 
@@ -257,7 +257,7 @@ def lora_from_factors(
 def _load(
     source, adapter, target, source_rank, device, dtype
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
-    device = torch.device(device) if device is not None else default_device()
+    device = ranks.begin(device)
     source = load_source(source, adapter, device, dtype=dtype)
     target = load_model(target, "target", device, dtype=dtype)
     layers = layer_count(source)

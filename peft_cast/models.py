@@ -36,11 +36,6 @@ class LoraKernel:
     scaling: float
 
 
-def default_device() -> torch.device:
-    """The accelerator when there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it fast (accelerators, CPUs with AMX or AVX512-BF16), else float32."""
     if device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import ranks
 from .align import (
     AlignedPair,
     ModuleMap,
@@ -44,7 +45,6 @@ from .fit.capture import layer_outputs
 from .install import check_shapes
 from .models import (
     LoraKernel,
-    default_device,
     layer_count,
     load_model,
     load_tokenizer,
@@ -136,7 +136,7 @@ def open_pair(
 
     Without an `adapter` (`None`) every linear layer of the source is mapped.
     """
-    device = torch.device(device) if device is not None else default_device()
+    device = ranks.begin(device)
     with ExitStack() as stack:
         if adapter is None:
             source = load_model(source, "source", device, source_revision, dtype)
@@ -176,7 +176,7 @@ def map_by_similarity(
         positions (`int`): About how many aligned positions to compare the layers at.
     """
     similarity, _ = layer_similarity(pair, texts, positions)
-    layers = monotone_map(similarity)
+    layers = monotone_map(ranks.same(similarity))
     return replace(pair, modules=map_modules(pair.kernels, pair.target, layers, module_map, pair.source))
 
 
@@ -224,20 +224,29 @@ def fitted(
     if cache_dir is not None:
         key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}"
         file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        try:
-            fit = load_closed_form(file)
-            if _belongs_to(fit, pair, bool(options.get("hidden"))):
-                return fit
-        except (FileNotFoundError, ValueError, KeyError):  # not there, broken, or another pair's: fitted anew
-            pass
+        known = ranks.shared(lambda: _known(file, pair, bool(options.get("hidden"))))
+        if known is not None:
+            return known
     fit = fit_closed_form(
         pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, progress=progress, **options
     )
-    if file is not None:
-        with optional("The closed form"):
-            save_closed_form(fit, file)
-            # As a later run will read it: another order of the numbers in memory shows in the last digits.
-            return load_closed_form(file)
+    return ranks.shared(lambda: _kept(fit, file)) if file is not None else fit
+
+
+def _known(file: Path, pair: Pair, hidden: bool) -> ClosedForm | None:
+    """The closed form in the cache; `None` if it is not there, broken, or another pair's."""
+    with suppress(FileNotFoundError, ValueError, KeyError):
+        fit = load_closed_form(file)
+        if _belongs_to(fit, pair, hidden):
+            return fit
+    return None
+
+
+def _kept(fit: ClosedForm, file: Path) -> ClosedForm:
+    """The closed form as a later run will read it: another order of the numbers in memory shows in the last digits."""
+    with optional("The closed form"):
+        save_closed_form(fit, file)
+        return load_closed_form(file)
     return fit
 
 

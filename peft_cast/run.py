@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 
+from . import ranks
 from .align import AlignedPair
 from .bridge import Bridge
 from .files import optional, read_json_if_there, remove_partial, write_json
@@ -64,14 +66,15 @@ class Run:
         if self.folder is None:
             return read()
         file = _work(self.folder) / "texts.json"
-        kept = read_json_if_there(file)
+        kept = ranks.shared(lambda: read_json_if_there(file))
         if kept is not None:
             return _texts(kept)
         texts = read()
-        with optional("The text"):
-            parts = {name: part for name, part in vars(texts).items() if name != "metrics"}
-            kept = {name: [vars(pair) for pair in part] for name, part in parts.items()}
-            write_json({**kept, "metrics": texts.metrics}, file, indent=None)
+        if ranks.is_main():
+            with optional("The text"):
+                parts = {name: part for name, part in vars(texts).items() if name != "metrics"}
+                kept = {name: [vars(pair) for pair in part] for name, part in parts.items()}
+                write_json({**kept, "metrics": texts.metrics}, file, indent=None)
         return texts
 
     def save(self, result: TranslationResult) -> None:
@@ -83,19 +86,14 @@ class Run:
         if self.folder is None:
             return
         try:
-            result.save_pretrained(self.folder)
+            ranks.shared(partial(result.save_pretrained, self.folder))
         except OSError as error:
             raise NotSavedError(
                 f"The translation is finished but could not be saved to '{self.folder}' ({error}): make room there and "
                 "pass `resume_from_checkpoint=True`, or catch this error and call `error.result.save_pretrained(...)`.",
                 result,
             ) from error
-        with optional("The note that the run is finished"):
-            write_json(
-                {**(read_json_if_there(self.folder / "run.json") or {}), "finished": True}, self.folder / "run.json"
-            )
-        for file in _work(self.folder).glob("predictions_*"):
-            file.unlink(missing_ok=True)
+        ranks.shared(partial(_finish, self.folder))
 
     @contextmanager
     def advising(self) -> Iterator[None]:
@@ -111,6 +109,13 @@ class Run:
                     "arguments and `resume_from_checkpoint=True`.",
                 )
             raise
+
+
+def _finish(folder: Path) -> None:
+    with optional("The note that the run is finished"):
+        write_json({**(read_json_if_there(folder / "run.json") or {}), "finished": True}, folder / "run.json")
+    for file in _work(folder).glob("predictions_*"):
+        file.unlink(missing_ok=True)
 
 
 def check_folder(output_dir: str | Path | None, resume: bool) -> None:
@@ -161,8 +166,12 @@ def open_run(
     """
     if output_dir is None:
         return Run(cache=None if cache_dir is None else Path(cache_dir))
-    folder = Path(output_dir)
-    file, begun_with = folder / "run.json", describe()
+    begun_with = describe()
+    return ranks.shared(lambda: _open(Path(output_dir), cache_dir, resume, begun_with))
+
+
+def _open(folder: Path, cache_dir: str | Path | None, resume: bool, begun_with: Mapping[str, Any]) -> Run:
+    file = folder / "run.json"
     known = read_json_if_there(file) if resume else None
     if known is not None:
         names = [name for name in begun_with if known["begun_with"].get(name) != begun_with[name]]

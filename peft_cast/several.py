@@ -13,9 +13,10 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from . import ranks
 from .align import ModuleMap, align_texts, map_modules
 from .fit import ClosedForm, KernelFit, fit_closed_form
-from .models import LoraKernel, default_device, load_model, unload_adapters
+from .models import LoraKernel, load_model, unload_adapters
 from .pair import Pair, open_pair
 from .result import TranslationResult
 from .source import load_source
@@ -84,7 +85,7 @@ def translate_several(
     if options["beta"] > 0 or options["depth_map"] == "similarity":
         raise ValueError("`beta` and `depth_map='similarity'` are for one adapter at a time: translate them in turn.")
     names = adapter_names(adapters, options.pop("adapter_name"))
-    device = torch.device(options["device"]) if options["device"] is not None else default_device()
+    device = ranks.begin(options["device"])
     source = load_source(
         source, adapters[0], device, options["source_revision"], options["adapter_revision"], options["dtype"]
     )

@@ -14,6 +14,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import ranks
 from .align import layer_pairs
 from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate, within_memory
@@ -98,7 +99,8 @@ def translate(
         fit_samples (`int`): Texts for the closed form.
         eval_samples (`int`): Texts kept out of the refinement to measure the distance to the teacher.
         steps (`int`): Refinement steps; 0 keeps the closed form.
-        batch_size (`int`): Texts per step (and device).
+        batch_size (`int`): Texts per step, of all processes together: with several (`accelerate launch`, docs/scale.md) each
+            takes its part.
         learning_rate (`float`): Peak step of AdamW relative to the size (root mean square) of each factor, decayed
             linearly to 0.
         max_length (`int`): Most tokens per text; longer texts are cut.
@@ -137,7 +139,8 @@ def translate(
         source_revision, adapter_revision, target_revision (`str`, *optional*): Hub revisions.
         adapter_name (`str`): Name of the adapter on the target. Several adapters get the last parts of their paths, or
             the names in a list.
-        device: Where to work: the accelerator when there is one, else the CPU. Loaded models return to where they were.
+        device: Where to work: the accelerator when there is one, else the CPU; with several processes each has its own. Loaded
+            models return to where they were.
         dtype (`torch.dtype`, *optional*): Precision of models loaded here; bfloat16 where the hardware is fast at it
             (GPU, CPU with AMX or AVX512-BF16), else float32.
         output_dir: Where Trainer writes checkpoints and the finished adapter is saved; nothing is written when `None`.
@@ -163,16 +166,19 @@ def translate(
         NotSavedError: If the finished adapter cannot be written to `output_dir`; `error.result` holds it.
     """
     arguments = dict(locals())
-    check_folder(output_dir, resume_from_checkpoint)
+    device = ranks.begin(device)
+    progress = progress and ranks.is_main()
+    ranks.shared(lambda: check_folder(output_dir, resume_from_checkpoint))
     if isinstance(adapter, (list, tuple)):
         options = {name: value for name, value in arguments.items() if name not in ("source", "adapter", "target")}
-        return translate_several(translate, source, adapter, target, **options)
+        return translate_several(translate, source, adapter, target, **{**options, "progress": progress})
     if not isinstance(adapter_name, str):
         raise ValueError(
             f"`adapter_name` must be a string, got {adapter_name!r}: several names are for a list of adapters."
         )
     settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher), teacher_top_k)
     check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
+    ranks.per_process(batch_size)
     if bridge is not None and beta > 0:
         raise ValueError(
             "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
@@ -285,7 +291,8 @@ def translate(
         },
         "report": report,
     }  # fmt: skip
-    result = TranslationResult(model, metrics, refinement.history, pair.modules, adapter_name)
+    metrics, history = ranks.same((metrics, refinement.history))  # seconds differ
+    result = TranslationResult(model, metrics, history, pair.modules, adapter_name)
     run.save(result)
     return result
 

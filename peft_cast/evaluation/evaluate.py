@@ -16,9 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import ranks
 from ..environment import environment
 from ..files import write_json
-from ..models import default_device, load_model, load_tokenizer, moved, unload_adapters, untouched
+from ..models import load_model, load_tokenizer, moved, unload_adapters, untouched
 from ..result import TranslationResult
 from ..safety import check_weights, one_line, read_adapter_config, without_secrets
 from ..text import read_corpus
@@ -76,7 +77,7 @@ def evaluate(
     """
     runs = {n: list(a) if isinstance(a, (list, tuple)) else [a] for n, a in adapters.items()}
     retrained = _retrained(retrained, runs, tasks)
-    device = torch.device(device) if device is not None else default_device()
+    device = ranks.begin(device)
     model = load_model(target, "target", device, dtype=dtype)
     tokenizer = load_tokenizer(tokenizer, model, "target")
     texts = read_corpus(drift_text, drift_samples) if drift_text is not None else []

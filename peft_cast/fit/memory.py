@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .. import ranks
 from ..align import AlignedPair
 from ..files import optional, write_tensors
 from ..tuner.checks import TensorInfo, read_header
@@ -171,7 +172,8 @@ class TeacherMemory:
 
     def _write(self, folder: Path, parts: Mapping[str, Likeliest]) -> None:
         tensors = {f"{key}.{name}": getattr(part, name) for key, part in parts.items() for name in ("tokens", "log_p")}
-        file = folder / f"{self.prefix}_{_digest(str(list(parts)))}.safetensors"
+        process = f"_{ranks.rank()}" if ranks.count() > 1 else ""  # no two write one file
+        file = folder / f"{self.prefix}_{_digest(str(list(parts)))}{process}.safetensors"
         with optional("The teacher's predictions"):
             write_tensors(tensors, file)
             self.files |= dict.fromkeys(parts, file)

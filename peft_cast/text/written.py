@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import ranks
 from ..models import contiguous_head
 from .corpus import read_corpus
 from .samples import TextSample
@@ -81,7 +82,7 @@ def write_texts(
     target: PreTrainedModel | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> list[TextSample]:
-    """Let the model write texts.
+    """Let the model write texts. Several processes write a part each, other ones than a single process would.
 
     Args:
         model: The source model with its LoRA active.
@@ -100,7 +101,7 @@ def write_texts(
     devices = [model.device] if model.device.type == "cuda" else []
     samples = []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + 7919 * ranks.rank())
         if spec.prompts and target is not None:
             wanted = max(0, count - len(spec.prompts)) if spec.more_prompts is None else spec.more_prompts
             further = write_prompts(target, target_tokenizer, spec.prompts, wanted, seed, spec.batch_size, progress)
@@ -240,6 +241,14 @@ def _sample(
     rendered: bool = False,
 ) -> list[str]:
     """What the model writes after each text; rendered chat templates hold their special tokens already."""
+    own = ranks.share(texts)
+    written = _continued(model, tokenizer, own or texts[:1], max_new_tokens, temperature, top_p, rendered)
+    return ranks.gathered(written[: len(own)])
+
+
+def _continued(
+    model, tokenizer, texts: Sequence[str], max_new_tokens: int, temperature: float, top_p: float, rendered: bool
+) -> list[str]:
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side, tokenizer.pad_token = "left", pad or tokenizer.eos_token
     try:
