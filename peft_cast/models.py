@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from . import ranks
 from .align import layer_paths
 from .safety import secrets_removed, without_secrets
 
@@ -221,7 +222,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Within the context torch draws from the seed; the random state of before is put back after."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    devices = list(range(torch.cuda.device_count()))
+    if devices and ranks.count() > 1:  # the others' are none of this process's business
+        devices = [torch.cuda.current_device()]
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 

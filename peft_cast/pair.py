@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import ranks
+from . import ranks, shards
 from .align import (
     AlignedPair,
     ModuleMap,
@@ -45,6 +45,7 @@ from .fit.capture import layer_outputs
 from .install import check_shapes
 from .models import (
     LoraKernel,
+    default_dtype,
     layer_count,
     load_model,
     load_tokenizer,
@@ -131,18 +132,30 @@ def open_pair(
     source_rank: int | float | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    spread: bool = False,
 ) -> Iterator[Pair]:
     """Load and align a pair; afterwards both models are as they were. Arguments and errors as in `translate`.
 
-    Without an `adapter` (`None`) every linear layer of the source is mapped.
+    Without an `adapter` (`None`) every linear layer of the source is mapped. With `spread` the models are spread over the
+    processes, see `shards`.
     """
     device = ranks.begin(device)
+    if spread and any(isinstance(model, torch.nn.Module) for model in (source, adapter, target)):
+        raise ValueError("FSDP spreads models for good, so it takes none that are loaded: pass hub ids or folders.")
+    on_source = None
     with ExitStack() as stack:
         if adapter is None:
-            source = load_model(source, "source", device, source_revision, dtype)
+            load = partial(load_model, source, "source", revision=source_revision)
         else:
-            source = load_source(source, adapter, device, source_revision, adapter_revision, dtype)
-        target = load_model(target, "target", device, target_revision, dtype)
+            load = partial(load_source, source, adapter, revision=source_revision, adapter_revision=adapter_revision)
+        adapt = partial(adapted_source, adapter=adapter, revision=adapter_revision, source_rank=source_rank)
+        load_target = partial(load_model, target, "target", revision=target_revision)
+        if spread:
+            dtype = dtype or default_dtype(device)
+            load, load_target = partial(load, dtype=dtype), partial(load_target, dtype=dtype)
+            source, target, on_source = stack.enter_context(shards.opened(load, load_target, adapt, device))
+        else:
+            source, target = load(device=device, dtype=dtype), load_target(device=device, dtype=dtype)
         if source is target:
             raise ValueError("`source` and `target` are the same object: load the model twice.")
         tokenizers = (
@@ -153,9 +166,8 @@ def open_pair(
         stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
         stack.enter_context(moved(source, device))
         stack.enter_context(moved(target, device))
-        on_source = None
-        if adapter is not None:
-            on_source = stack.enter_context(adapted_source(source, adapter, adapter_revision, source_rank))
+        if adapter is not None and on_source is None:
+            on_source = stack.enter_context(adapt(source))
         proportional = "proportional" if depth_map == "similarity" else depth_map
         layers = map_layers(layer_count(source), layer_count(target), proportional)
         adapted = on_source.kernels if on_source else linear_layers(source)

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from . import ranks
+from . import ranks, shards
 from .align import ModuleMap, align_texts, map_modules
 from .fit import ClosedForm, KernelFit, fit_closed_form
 from .models import LoraKernel, load_model, unload_adapters
@@ -84,6 +84,8 @@ def translate_several(
             raise ValueError(f"`{given}` is for one adapter at a time: {remedy}.")
     if options["beta"] > 0 or options["depth_map"] == "similarity":
         raise ValueError("`beta` and `depth_map='similarity'` are for one adapter at a time: translate them in turn.")
+    if shards.asked(options["training_args"]):
+        raise ValueError("FSDP is for one adapter at a time: translate them in turn.")
     names = adapter_names(adapters, options.pop("adapter_name"))
     device = ranks.begin(options["device"])
     source = load_source(

@@ -14,7 +14,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import ranks
+from . import ranks, shards
 from .align import layer_pairs
 from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate, within_memory
@@ -147,7 +147,7 @@ def translate(
         resume_from_checkpoint (`bool`): Go on with the run in `output_dir` that was stopped or killed, to the same result as
             if it had not been; if there is none, begin one. See docs/resuming.md.
         training_args: Further `transformers.TrainingArguments`, which take precedence (gradient accumulation, bf16,
-            logging, save_steps, ...).
+            logging, save_steps, ...). `{"fsdp": True}`, as `accelerate launch --use_fsdp`, spreads both models over the processes.
         report_samples (`int`): How many held-out texts the report quotes: so many that the target continues without and
             with the adapter, and so many of those that excite it most and least. Quotes are saved beside the adapter and
             never pushed; 0 for none.
@@ -176,6 +176,7 @@ def translate(
         raise ValueError(
             f"`adapter_name` must be a string, got {adapter_name!r}: several names are for a list of adapters."
         )
+    spread = shards.asked(training_args)
     settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher), teacher_top_k)
     check_positive(fit_samples=fit_samples, eval_samples=eval_samples, batch_size=batch_size, max_length=max_length)
     ranks.per_process(batch_size)
@@ -189,6 +190,7 @@ def translate(
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
     with ExitStack() as stack:
+        stack.enter_context(shards.unknown_to_others())
         with phases.measure("load"):
             pair = stack.enter_context(
                 open_pair(
@@ -205,6 +207,7 @@ def translate(
                     source_rank=source_rank,
                     device=device,
                     dtype=dtype,
+                    spread=spread,
                 )  # fmt: skip
             )
         describe = partial(described, {**arguments, "bridge": bridge}, pair)

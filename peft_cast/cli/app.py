@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from .. import ranks
 from ..bridge import Bridge, fit_bridge
 from ..evaluation import HarnessTask, evaluate
 from ..fold import to_lora
@@ -79,7 +80,9 @@ FitText = Annotated[
 Steps = Annotated[
     int | None, typer.Option(help="Refinement steps; 0 keeps the closed form.", rich_help_panel="Training")
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Texts per step and device.", rich_help_panel="Training")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Texts per step, of all processes together.", rich_help_panel="Training")
+]
 LearningRate = Annotated[
     float | None, typer.Option(help="Peak step relative to each factor's size.", rich_help_panel="Training")
 ]
@@ -141,6 +144,7 @@ def translate_command(
     }  # fmt: skip
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()), options)
     models = (None if source == "-" else source, adapter, target)
+    quiet = quiet or not ranks.is_main()
     _hush(quiet)
     if dry_run or not quiet:
         planned = _plan(models, arguments)
@@ -151,6 +155,8 @@ def translate_command(
     translated = translate(
         *models, progress=not quiet, **{"output_dir": output, "resume_from_checkpoint": resume, **arguments}
     )
+    if not ranks.is_main():
+        return
     result = cast(TranslationResult, translated)  # of one adapter
     _print(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
@@ -250,7 +256,9 @@ def bridge_command(
         {"text": text, "samples": samples, "device": device, "dtype": dtype},
     )  # fmt: skip
     _hush(quiet)
-    bridge = fit_bridge(source, target, progress=not quiet, **arguments)
+    bridge = fit_bridge(source, target, progress=not quiet and ranks.is_main(), **arguments)
+    if not ranks.is_main():
+        return
     bridge.save_pretrained(output)
     _print({"output": str(output), "metrics": bridge.metrics}, f"Bridge saved in {output}", as_json, quiet)
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
-from .. import ranks
+from .. import ranks, shards
 from ..align import AlignedPair
 from ..models import in_eval_mode, logits_at
 from .batches import TrainingTexts, anchor_positions, anchors_of, collate_items, collate_pairs, side_of
@@ -74,6 +74,7 @@ class Teacher:
         self.memory = None
         if settings.top_k and not self.hidden_maps:  # hidden states are too large to keep
             self.memory = memory or TeacherMemory(settings.top_k, settings.temperature)
+        self.spread = shards.is_spread(source)  # every process must make as many passes as the others
         self.layers = {"source": {path for path, _ in self.hidden_maps.values()}, "target": set(self.hidden_maps)}
 
     def _run(self, model, base, batch: dict, side: str, anchors: bool = False) -> tuple[torch.Tensor, dict]:
@@ -102,6 +103,8 @@ class Teacher:
         At the anchors the untouched target is its own teacher.
         """
         logits, states = self._imitated(target, batch)
+        if self.spread and "texts" in batch and not batch["texts"][1]:
+            self._own_anchors(target, collate_pairs([], batch["texts"][0][:1]))
         if len(batch["anchor_rows"]):
             logits = torch.cat([logits.float(), self._own_anchors(target, batch).float()])
         return logits, states
@@ -111,16 +114,19 @@ class Teacher:
         memory = self.memory
         assert memory is not None, "only a teacher with a memory remembers"
         counts = [len(pair.target_positions) for pair in pairs]
+        idle = pairs[0] if self.spread else None
         parts = [
-            memory.recall("teacher", pairs, counts, lambda absent: self._imitated(target, collate_pairs(absent))[0])
-        ]
-        if anchors:
-            counts = [len(anchor_positions(anchor)) for anchor in anchors]
-            parts.append(
-                memory.recall(
-                    "target", anchors, counts, lambda absent: self._own_anchors(target, collate_pairs([], absent))
-                )
+            memory.recall(
+                "teacher", pairs, counts, lambda absent: self._imitated(target, collate_pairs(absent))[0], idle
             )
+        ]
+        read = anchors or (pairs[:1] if self.spread else [])
+        if read:
+            counts = [len(anchor_positions(anchor)) for anchor in read]
+            own = memory.recall(
+                "target", read, counts, lambda absent: self._own_anchors(target, collate_pairs([], absent)), idle
+            )
+            parts += [own] if anchors else []
         return Likeliest.cat(parts).to(target.device)
 
     @torch.no_grad()
@@ -331,7 +337,11 @@ def refine(
             "ddp_broadcast_buffers": False,  # the kernels: they never change
             "seed": seed,
         }
-        arguments |= training_args or {}
+        if shards.asked(training_args) and not shards.is_spread(model):
+            raise ValueError("FSDP spreads the models that `translate` loads, and these are whole: leave `fsdp` out.")
+        arguments |= shards.without(training_args)
+        if shards.is_spread(model):
+            shards.leave_out(model)
         together = arguments["per_device_train_batch_size"] * arguments.setdefault("gradient_accumulation_steps", 1)
         start = copies(model)
 

@@ -13,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from .. import ranks
 from ..models import contiguous_head
+from ..shards import is_spread
 from .corpus import read_corpus
 from .samples import TextSample
 
@@ -261,6 +262,7 @@ def _continued(
                 logits_processor=LogitsProcessorList([_SampleAmongLikeliest(temperature, top_p)]),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=is_spread(model),
             )
     finally:
         tokenizer.padding_side, tokenizer.pad_token = side, pad
