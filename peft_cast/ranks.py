@@ -35,17 +35,22 @@ def begin(device: str | torch.device | None = None) -> torch.device:
         ValueError: If one accelerator is asked for by its number, which all processes would share.
     """
     wanted = torch.device(device) if device is not None else default_device()
-    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    if not dist.is_available() or launched == 1:
+    if launched() == 1:
         return wanted
     own = PartialState(cpu=wanted.type == "cpu", timeout=PATIENCE).device
     if own.type == "cpu":
         return torch.device("cpu")
     if device is not None and wanted.index is not None and wanted != own:
         raise ValueError(
-            f"`device` is '{wanted}', which all {launched} processes would share: leave it out, and each has its own."
+            f"`device` is '{wanted}', which all {launched()} processes would share: leave it out, and each has its own."
         )
     return own
+
+
+def launched() -> int:
+    """How many processes a launcher started, whether or not they have joined yet."""
+    known = dist.is_available() and "LOCAL_RANK" in os.environ
+    return int(os.environ.get("WORLD_SIZE", 1)) if known else 1
 
 
 def default_device() -> torch.device:
@@ -62,7 +67,7 @@ def rank() -> int:
     """The number of this one, from 0."""
     if dist.is_available() and dist.is_initialized():
         return PartialState().process_index
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if launched() > 1 else 0
 
 
 def is_main() -> bool:

@@ -46,7 +46,7 @@ def asked(training_args: Mapping[str, Any] | None) -> bool:
             "DeepSpeed is not supported: use FSDP, `training_args={'fsdp': True}` or `accelerate launch --use_fsdp`."
         )
     wanted = bool(given.get("fsdp")) or _is_on("FSDP")
-    if wanted and ranks.count() == 1:
+    if wanted and ranks.launched() == 1:
         raise ValueError(
             "FSDP spreads the models over several processes and there is one: start with `accelerate launch --num_processes`, "
             "or without `fsdp`."

@@ -28,7 +28,7 @@ OPTIONS = {
 }  # fmt: skip
 # What `accelerate launch --use_fsdp` tells its processes.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-PROMPTS = {"prompts": ["Say: one thing", "Say: another thing"], "max_new_tokens": 12, "batch_size": 8}
+PROMPTS = {"prompts": ["Say: one thing", "Say: another thing"], "max_new_tokens": 12, "batch_size": 8, "samples": 10}
 
 
 def launch(folder, jobs):
@@ -102,7 +102,7 @@ def together(models, killed, tmp_path_factory):
         {"name": "spread", "environment": FSDP},
         {"name": "resumed", "output_dir": str(folder / "resumed"), "resume_from_checkpoint": True},
         {"name": "nan", "fail_at": [1, 4, "nan"]},
-        {"name": "written", "text": PROMPTS, "steps": 2, "training_args": {"fsdp": True}},
+        {"name": "written", "text": PROMPTS, "steps": 4, "training_args": {"fsdp": True}},  # few texts, read several times
         {
             "name": "other losses", "steps": 2, "beta": 0.1, "teacher": 0.5, "depth_map": "similarity",
             "training_args": {"fsdp": True, "gradient_accumulation_steps": 2},
@@ -229,7 +229,7 @@ def test_what_does_not_go_together_is_one_clear_error(models, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused("there is one: start with `accelerate launch --num_processes`")
-    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "launched", lambda: 2)
     assert shards.asked(None)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="takes none that are loaded"):

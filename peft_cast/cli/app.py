@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from .. import ranks
+from .. import ranks, shards
 from ..bridge import Bridge, fit_bridge
 from ..evaluation import HarnessTask, evaluate
 from ..fold import to_lora
@@ -147,7 +147,8 @@ def translate_command(
     quiet = quiet or not ranks.is_main()
     _hush(quiet)
     if dry_run or not quiet:
-        planned = _plan(models, arguments)
+        spread = shards.asked(arguments.get("training_args"))
+        planned = _plan(models, arguments, processes=ranks.launched(), fsdp=spread)
         err.print(str(planned))
         if dry_run:
             return _print(planned.as_dict(), "", as_json)
@@ -175,13 +176,22 @@ def plan_command(
         str | None, typer.Option("--on", help=f"A device to plan for ({', '.join(DEVICES)}); this machine otherwise.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of a text; the most when not given.")] = None,
+    processes: Annotated[int, typer.Option(help="Devices that share the work; the plan is that of each.")] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="The models are spread over them.")] = False,
     config: Config = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a translation will cost: parameters, files, memory and time. Loads no model."""
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()))
-    planned = _plan((None if source == "-" else source, adapter, target), arguments, device=on, tokens=tokens)
+    planned = _plan(
+        (None if source == "-" else source, adapter, target),
+        arguments,
+        device=on,
+        tokens=tokens,
+        processes=processes,
+        fsdp=fsdp,
+    )
     _print(planned.as_dict(), str(planned), as_json)
 
 
