@@ -208,7 +208,8 @@ def plan(
     heads = 2 * vocabulary * sum(m.config.get_text_config().hidden_size for m in (on, onto))
     optimizer = 16 * trained  # float32 parameters, gradients and Adam's two moments
     remembered = texts * length * aligned * (teacher_top_k or 0) * 6 * (1 + 0.25 * (gamma > 0))
-    solve = 40 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2  # float64 copies of the largest
+    # The largest in float64, and its factor.
+    solve = 2 * 8 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2
 
     def phase(flops: float, flops32: float, above: float, small: float = 0) -> PhasePlan:
         seconds = flops / device.flops + flops32 / device.flops32 + small * device.kernel
