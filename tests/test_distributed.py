@@ -31,18 +31,23 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICI
 PROMPTS = {"prompts": ["Say: one thing", "Say: another thing"], "max_new_tokens": 12, "batch_size": 8, "samples": 10}
 
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = (
+    "accelerate.commands.launch", "--config_file", ROOT / "examples" / "accelerate_fsdp_8_gpus.yaml", "--num_processes", "2",
+    "--main_process_port", "0",
+)  # fmt: skip
+
+
+def two_processes(launcher, *command):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, *command]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
+
+
 def launch(folder, jobs):
     """Do jobs with two processes, see launched.py."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, ROOT / "tests" / "launched.py", folder],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=150,
-    )
+    return two_processes(TORCHRUN, ROOT / "tests" / "launched.py", folder)
 
 
 def found(folder, name):
@@ -202,6 +207,19 @@ def test_errors_are_the_same_in_all_processes(together):
     for name, words in (("odd", "`batch_size` is 3, the texts of all 2 processes"), ("no text", "holds no text")):
         first, second = found(together, name)
         assert words in first["error"] and first == second
+
+
+def test_the_command_line_with_the_configuration_for_eight_gpus(models, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": line}) for line in TEXTS))
+    sizes = ("--steps", "2", "--batch-size", "4", "--max-length", "40", "--set", "fit_samples=8", "--dtype", "float32")
+    done = two_processes(
+        ACCELERATE, "-m", "peft_cast", "translate", *models.values(), "-o", tmp_path / "out", "--text", text, *sizes
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Saved in") == 1 and done.stderr.count("Plan for") == 1 and "each of 2" in done.stderr
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
 
 
 def test_memory_that_runs_out_in_one_process_ends_the_run(monkeypatch):
