@@ -144,6 +144,7 @@ def open_pair(
         raise ValueError("FSDP spreads models for good, so it takes none that are loaded: pass hub ids or folders.")
     on_source = None
     with ExitStack() as stack:
+        stack.enter_context(shards.unknown_to_others())
         if adapter is None:
             load = partial(load_model, source, "source", revision=source_revision)
         else:

@@ -190,7 +190,6 @@ def translate(
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
     with ExitStack() as stack:
-        stack.enter_context(shards.unknown_to_others())
         with phases.measure("load"):
             pair = stack.enter_context(
                 open_pair(
