@@ -73,12 +73,14 @@ def elsewhere() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         lora = make_lora(LLAMA_2_7B, Path(folder))
         options = {"steps": 1000, "batch_size": 16, "max_length": 512, "gradient_checkpointing": True}
-        for name, target, device in (
-            ("Llama-2-7B to Mistral-7B, one H100", MISTRAL_7B, "h100"),
-            ("Llama-2-7B to Mistral-7B, one A100", MISTRAL_7B, "a100"),
-            ("Llama-2-7B to Llama-3-70B, one H200", LLAMA_3_70B, "h200"),
+        spread = {"processes": 8, "fsdp": True, "batch_size": 8}
+        for name, target, device, more in (
+            ("Llama-2-7B to Mistral-7B, one H100", MISTRAL_7B, "h100", {}),
+            ("Llama-2-7B to Mistral-7B, one A100", MISTRAL_7B, "a100", {}),
+            ("Llama-2-7B to Llama-3-70B, one H200", LLAMA_3_70B, "h200", {}),
+            ("Llama-2-7B to Llama-3-70B, each of eight H100", LLAMA_3_70B, "h100", spread),
         ):
-            planned = peft_cast.plan(LLAMA_2_7B, lora, target, device=device, **options)
+            planned = peft_cast.plan(LLAMA_2_7B, lora, target, device=device, **{**options, **more})
             print(f"\n{name}\n{planned}")
             plans[name] = planned.as_dict()
     return plans

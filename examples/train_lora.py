@@ -27,7 +27,8 @@ from transformers import (
     set_seed,
 )
 
-from peft_cast.models import default_device, default_dtype
+from peft_cast.models import default_dtype
+from peft_cast.ranks import default_device
 
 
 HERE = Path(__file__).parent

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from . import ranks
 from .align import map_layers, map_modules, split_place
 from .arguments import check_arguments
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
@@ -29,10 +30,8 @@ from .models import (
     layer_count,
     load_model,
     shared_head,
-    training_device,
     unload_adapters,
     untouched,
-    working_device,
 )
 from .pair import map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
@@ -169,7 +168,7 @@ def distill_lora(
         `TranslationResult`: With a plain LoRA as its adapter.
     """
     check_arguments({**pair_options, **{n: v for n, v in locals().items() if n != "pair_options"}})
-    training_device(pair_options.get("device"))
+    ranks.training_device(pair_options.get("device"))
     settings = TeacherSettings(gamma=gamma, target_share=target_share(teacher))
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
@@ -222,7 +221,7 @@ def distill_lora(
     }  # fmt: skip
     result = TranslationResult(model, metrics, refinement.history, pair.modules)
     if output_dir is not None:
-        result.save_pretrained(output_dir)
+        ranks.shared(partial(result.save_pretrained, output_dir))
     return result
 
 
@@ -261,7 +260,7 @@ def lora_from_factors(
 def _load(
     source, adapter, target, source_rank, device, dtype
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
-    device = working_device(device)
+    device = ranks.begin(device)
     source = load_source(source, adapter, device, dtype=dtype)
     target = load_model(target, "target", device, dtype=dtype)
     layers = layer_count(source)

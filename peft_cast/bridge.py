@@ -18,13 +18,14 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import ranks
 from .align import ModuleMap, align_texts
 from .arguments import check_arguments
 from .bridge_config import Side, read_bridge_config
 from .files import change_dtype, complete_folder, write_json
 from .fit import ClosedForm, fit_closed_form, load_closed_form, save_closed_form
 from .install import adapter_name_of, cast_config, install
-from .models import LoraKernel, load_model, working_device
+from .models import LoraKernel, load_model
 from .pair import open_pair
 from .safety import one_line, secrets_removed, without_secrets
 from .sharing import (
@@ -107,7 +108,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Raises:
             ValueError: If the adapter or the target does not fit the bridge.
         """
-        device = working_device(device)
+        device = ranks.begin(device)
         target = load_model(target or self.target.name, "target", device, self.target.revision, dtype)
         return self._cast(adapter, target, source, gain, source_rank, adapter_name, adapter_revision).eval()
 

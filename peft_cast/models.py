@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from . import ranks
 from .align import layer_paths
 from .safety import one_line, secrets_removed, why_no_model, without_secrets
 
@@ -34,47 +35,6 @@ class LoraKernel:
     A: torch.Tensor
     B: torch.Tensor
     scaling: float
-
-
-def default_device() -> torch.device:
-    """The accelerator when there is one, else the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
-def working_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, the default one if none is.
-
-    Raises:
-        ValueError: If there is no such device here.
-    """
-    if device is None:
-        return default_device()
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"`device` must be 'cpu', 'cuda' or another device of PyTorch, got {device!r}.") from error
-    if wanted.type == "cpu":
-        return wanted
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if here is None or wanted.type != here.type or (wanted.index or 0) >= torch.accelerator.device_count():
-        count = f"{torch.accelerator.device_count()} of type '{here.type}'" if here else "no accelerator"
-        raise ValueError(f"`device` is '{device}', but PyTorch finds {count} here: pass another, or leave it out.")
-    return wanted
-
-
-def training_device(device: str | torch.device | None) -> torch.device:
-    """`working_device` for what `transformers.Trainer` trains on.
-
-    Raises:
-        ValueError: Also if it is another accelerator than the first, which is the only one that Trainer takes.
-    """
-    wanted = working_device(device)
-    if wanted.index:
-        raise ValueError(
-            f"`device` is '{device}', but Trainer works on the first device that it sees: let it see that one alone, with "
-            f"CUDA_VISIBLE_DEVICES or its like in the environment, and pass '{wanted.type}'."
-        )
-    return wanted
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -270,7 +230,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Within the context torch draws from the seed; the random state of before is put back after."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    devices = list(range(torch.cuda.device_count()))
+    if devices and ranks.count() > 1:  # the others' are none of this process's business
+        devices = [torch.cuda.current_device()]
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import ranks, shards
 from .align import (
     AlignedPair,
     ModuleMap,
@@ -44,13 +45,13 @@ from .fit.capture import layer_outputs
 from .install import check_shapes
 from .models import (
     LoraKernel,
+    default_dtype,
     layer_count,
     load_model,
     load_tokenizer,
     logits_at,
     moved,
     untouched,
-    working_device,
 )
 from .source import SourceAdapter, adapted_source, load_source
 from .text import C4, SelfWritten, is_written, read_text, write_texts
@@ -131,18 +132,31 @@ def open_pair(
     source_rank: int | float | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    spread: bool = False,
 ) -> Iterator[Pair]:
     """Load and align a pair; afterwards both models are as they were. Arguments and errors as in `translate`.
 
-    Without an `adapter` (`None`) every linear layer of the source is mapped.
+    Without an `adapter` (`None`) every linear layer of the source is mapped. With `spread` the models are spread over the
+    processes, see `shards`.
     """
-    device = working_device(device)
+    device = ranks.begin(device)
+    if spread and any(isinstance(model, torch.nn.Module) for model in (source, adapter, target)):
+        raise ValueError("FSDP spreads models for good, so it takes none that are loaded: pass hub ids or folders.")
+    on_source = None
     with ExitStack() as stack:
+        stack.enter_context(shards.unknown_to_others())
         if adapter is None:
-            source = load_model(source, "source", device, source_revision, dtype)
+            load = partial(load_model, source, "source", revision=source_revision)
         else:
-            source = load_source(source, adapter, device, source_revision, adapter_revision, dtype)
-        target = load_model(target, "target", device, target_revision, dtype)
+            load = partial(load_source, source, adapter, revision=source_revision, adapter_revision=adapter_revision)
+        adapt = partial(adapted_source, adapter=adapter, revision=adapter_revision, source_rank=source_rank)
+        load_target = partial(load_model, target, "target", revision=target_revision)
+        if spread:
+            dtype = dtype or default_dtype(device)
+            load, load_target = partial(load, dtype=dtype), partial(load_target, dtype=dtype)
+            source, target, on_source = stack.enter_context(shards.opened(load, load_target, adapt, device))
+        else:
+            source, target = load(device=device, dtype=dtype), load_target(device=device, dtype=dtype)
         if source is target:
             raise ValueError("`source` and `target` are the same object: load the model twice.")
         tokenizers = (
@@ -153,9 +167,8 @@ def open_pair(
         stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
         stack.enter_context(moved(source, device))
         stack.enter_context(moved(target, device))
-        on_source = None
-        if adapter is not None:
-            on_source = stack.enter_context(adapted_source(source, adapter, adapter_revision, source_rank))
+        if adapter is not None and on_source is None:
+            on_source = stack.enter_context(adapt(source))
         proportional = "proportional" if depth_map == "similarity" else depth_map
         layers = map_layers(layer_count(source), layer_count(target), proportional)
         adapted = on_source.kernels if on_source else linear_layers(source)
@@ -176,7 +189,7 @@ def map_by_similarity(
         positions (`int`): About how many aligned positions to compare the layers at.
     """
     similarity, _ = layer_similarity(pair, texts, positions)
-    layers = monotone_map(similarity)
+    layers = monotone_map(ranks.same(similarity))
     return replace(pair, modules=map_modules(pair.kernels, pair.target, layers, module_map, pair.source))
 
 
@@ -231,20 +244,29 @@ def fitted(
     if cache_dir is not None:
         key = f"{_identity(pair)} {pair.modules.kernels} {texts} {options}{also}"
         file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        try:
-            fit = load_closed_form(file)
-            if _belongs_to(fit, pair, bool(options.get("hidden"))):
-                return fit
-        except (FileNotFoundError, ValueError, KeyError):  # not there, broken, or another pair's: fitted anew
-            pass
+        known = ranks.shared(lambda: _known(file, pair, bool(options.get("hidden"))))
+        if known is not None:
+            return known
     fit = fit_closed_form(
         pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, progress=progress, **options
     )
-    if file is not None:
-        with optional("The closed form"):
-            save_closed_form(fit, file)
-            # As a later run will read it: another order of the numbers in memory shows in the last digits.
-            return load_closed_form(file)
+    return ranks.shared(lambda: _kept(fit, file)) if file is not None else fit
+
+
+def _known(file: Path, pair: Pair, hidden: bool) -> ClosedForm | None:
+    """The closed form in the cache; `None` if it is not there, broken, or another pair's."""
+    with suppress(FileNotFoundError, ValueError, KeyError):
+        fit = load_closed_form(file)
+        if _belongs_to(fit, pair, hidden):
+            return fit
+    return None
+
+
+def _kept(fit: ClosedForm, file: Path) -> ClosedForm:
+    """The closed form as a later run will read it: another order of the numbers in memory shows in the last digits."""
+    with optional("The closed form"):
+        save_closed_form(fit, file)
+        return load_closed_form(file)
     return fit
 
 

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from . import ranks
 from .align import ModuleMap
 from .diagnosis import diagnose, list_not_carried
 from .files import change_dtype, write_json
@@ -63,7 +64,7 @@ class TranslationResult(Publishable):
 
         As in PEFT, an adapter of another name than "default" goes to a subfolder of its name. The files appear together, once
         all are written. The card names the licences of both models and of the source adapter where it finds them; one that you
-        changed is kept (docs/sharing.md).
+        changed is kept (docs/sharing.md). Of several processes the main one writes, whichever call this.
 
         Args:
             folder: Where.
@@ -74,6 +75,8 @@ class TranslationResult(Publishable):
             ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
             OSError: If the files cannot be written, with what was there before intact.
         """
+        if not ranks.is_main():
+            return
         with replacing_folder(folder) as partial:
             saved = self._save(partial)
             if dtype is not None:

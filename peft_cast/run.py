@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 
+from . import ranks
 from .align import AlignedPair
 from .files import check_place, optional, read_json_if_there, remove_partial, replacing, write_json
 from .fit import checkpoints, fingerprint, last_checkpoint, read_state
@@ -29,7 +31,7 @@ FREE = {
     "target_revision", "dtype", "device", "cache_dir", "output_dir", "progress", "resume_from_checkpoint",
     "report_samples", "report_similarity",
 }  # fmt: skip
-FREE_TRAINING_ARGS = ("logging_", "save_", "report_to", "run_name", "disable_tqdm")
+FREE_TRAINING_ARGS = ("fsdp", "logging_", "save_", "report_to", "run_name", "disable_tqdm")
 
 
 class NotSavedError(OSError):
@@ -65,15 +67,16 @@ class Run:
         if self.folder is None:
             return read()
         file = _work(self.folder) / "texts.json"
-        kept = read_json_if_there(file)
+        kept = ranks.shared(lambda: read_json_if_there(file))
         if kept is not None:
             return _texts(kept)
         texts = read()
-        with optional("The text"):
-            parts = {name: part for name, part in vars(texts).items() if name != "metrics"}
-            kept = {name: [vars(pair) for pair in part] for name, part in parts.items()}
-            write_json({**kept, "metrics": texts.metrics}, file, indent=None)
-            shutil.rmtree(self._parts, ignore_errors=True)
+        if ranks.is_main():
+            with optional("The text"):
+                parts = {name: part for name, part in vars(texts).items() if name != "metrics"}
+                kept = {name: [vars(pair) for pair in part] for name, part in parts.items()}
+                write_json({**kept, "metrics": texts.metrics}, file, indent=None)
+                shutil.rmtree(self._parts, ignore_errors=True)
         return texts
 
     def written(self, key: str, write: Callable[[], list[str]]) -> list[str]:
@@ -81,13 +84,14 @@ class Run:
         if self.folder is None:
             return write()
         file = self._parts / f"{key}.json"
-        kept = read_json_if_there(file)
+        kept = ranks.shared(lambda: read_json_if_there(file))
         if isinstance(kept, list):
             return kept
         batch = write()
-        with optional("A part of the written text"), replacing(file) as partial:
-            # Not `write_json`, which leaves out what looks like a token: the text must come back as it was.
-            partial.write_text(json.dumps(batch), encoding="utf-8")
+        if ranks.is_main():
+            with optional("A part of the written text"), replacing(file) as part:
+                # Not `write_json`, which leaves out what looks like a token: the text must come back as it was.
+                part.write_text(json.dumps(batch), encoding="utf-8")
         return batch
 
     @property
@@ -103,7 +107,7 @@ class Run:
         if self.folder is None:
             return
         try:
-            result.save_pretrained(self.folder)
+            ranks.shared(partial(result.save_pretrained, self.folder))
         except OSError as error:
             raise NotSavedError(
                 f"The translation is finished but could not be saved to '{self.folder}' ({error}): make room there and "
@@ -111,16 +115,11 @@ class Run:
                 result,
             ) from error
         self.finish()
-        for file in _work(self.folder).glob("predictions_*"):
-            file.unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Mark the run as finished."""
-        if self.folder is None:
-            return
-        file = self.folder / "run.json"
-        with optional("The note that the run is finished"):
-            write_json({**(read_json_if_there(file) or {}), "finished": True}, file)
+        """Mark the run as finished, and remove what only an unfinished one needs."""
+        if self.folder is not None:
+            ranks.shared(partial(_finish, self.folder))
 
     @contextmanager
     def advising(self) -> Iterator[None]:
@@ -136,6 +135,14 @@ class Run:
                     "arguments and `resume_from_checkpoint=True` (`--resume` on the command line).",
                 )
             raise
+
+
+def _finish(folder: Path) -> None:
+    file = folder / "run.json"
+    with optional("The note that the run is finished"):
+        write_json({**(read_json_if_there(file) or {}), "finished": True}, file)
+    for file in _work(folder).glob("predictions_*"):
+        file.unlink(missing_ok=True)
 
 
 def check_folder(output_dir: str | Path | None, resume: bool, *inputs: Any) -> None:
@@ -192,8 +199,12 @@ def open_run(
     """
     if output_dir is None:
         return Run(cache=None if cache_dir is None else Path(cache_dir))
-    folder = Path(output_dir)
-    file, begun_with = folder / "run.json", describe()
+    begun_with = describe()
+    return ranks.shared(lambda: _open(Path(output_dir), cache_dir, resume, begun_with))
+
+
+def _open(folder: Path, cache_dir: str | Path | None, resume: bool, begun_with: Mapping[str, Any]) -> Run:
+    file = folder / "run.json"
     known = read_json_if_there(file) if resume else None
     if known is not None:
         names = [name for name in begun_with if known["begun_with"].get(name) != begun_with[name]]

@@ -14,9 +14,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from . import ranks, shards
 from .align import ModuleMap, align_texts, map_modules
 from .fit import ClosedForm, KernelFit, within_memory
-from .models import LoraKernel, load_model, training_device, unload_adapters
+from .models import LoraKernel, load_model, unload_adapters
 from .pair import Pair, PairTexts, fitted, open_pair
 from .result import TranslationResult
 from .run import Run, check_folder, clear_run, described, open_run
@@ -83,13 +84,15 @@ def translate_several(
         raise ValueError("`bridge` is for one adapter at a time: pass no `bridge`.")
     if options["beta"] > 0 or options["depth_map"] == "similarity":
         raise ValueError("`beta` and `depth_map='similarity'` are for one adapter at a time: translate them in turn.")
+    if shards.asked(options["training_args"]):
+        raise ValueError("FSDP is for one adapter at a time: translate them in turn.")
     names = adapter_names(adapters, options.pop("adapter_name"))
     resume, folders = options["resume_from_checkpoint"], [_folder(options["output_dir"], name) for name in names]
     for folder in folders:
-        check_folder(folder, resume, source, *adapters, target)
+        ranks.shared(partial(check_folder, folder, resume, source, *adapters, target))
     text = options.pop("text")
     texts = [_text_of(text, name) for name in names]
-    device = training_device(options["device"])
+    device = ranks.begin(options["device"])
     source = load_source(
         source, adapters[0], device, options["source_revision"], options["adapter_revision"], options["dtype"]
     )
@@ -108,7 +111,7 @@ def translate_several(
         run = open_run(options["output_dir"], options["cache_dir"], resume, describe)
         if run.begun:
             for folder in filter(None, folders):  # of a run before, which is not this one's to go on with
-                clear_run(folder)
+                ranks.shared(partial(clear_run, folder))
         with run.advising():
             maps = _fit(pair, run, texts[0], options)
     results, states = [], []

@@ -14,12 +14,13 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import ranks, shards
 from .align import layer_pairs
 from .arguments import check_arguments
 from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate, within_memory
 from .install import adapter_name_of, cast_config, install
-from .models import count_parameters, seeded, shared_head, training_device, unload_adapters
+from .models import count_parameters, seeded, shared_head, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .report import gather_report
@@ -100,7 +101,8 @@ def translate(
         fit_samples (`int`): Texts for the closed form.
         eval_samples (`int`): Texts kept out of the refinement to measure the distance to the teacher.
         steps (`int`): Refinement steps; 0 keeps the closed form.
-        batch_size (`int`): Texts per step (and device).
+        batch_size (`int`): Texts per step, of all processes together: with several (`accelerate launch`, docs/scale.md) each
+            takes its part.
         learning_rate (`float`): Peak step of AdamW relative to the size (root mean square) of each factor, decayed
             linearly to 0.
         max_length (`int`): Most tokens per text; longer texts are cut.
@@ -139,7 +141,8 @@ def translate(
         source_revision, adapter_revision, target_revision (`str`, *optional*): Hub revisions.
         adapter_name (`str`): Name of the adapter on the target. Several adapters get the last parts of their paths, or
             the names in a list.
-        device: Where to work: the accelerator when there is one, else the CPU. Loaded models return to where they were.
+        device: Where to work: the accelerator when there is one, else the CPU; with several processes each has its own. Loaded
+            models return to where they were.
         dtype (`torch.dtype`, *optional*): Precision of models loaded here; bfloat16 where the hardware is fast at it
             (GPU, CPU with AMX or AVX512-BF16), else float32.
         output_dir: Where Trainer writes checkpoints and the finished adapter is saved, for several adapters in subfolders of
@@ -147,7 +150,7 @@ def translate(
         resume_from_checkpoint (`bool`): Go on with the run in `output_dir` that was stopped or killed, to the same result as
             if it had not been; if there is none, begin one. See docs/resuming.md.
         training_args: Further `transformers.TrainingArguments`, which take precedence (gradient accumulation, bf16,
-            logging, save_steps, ...).
+            logging, save_steps, ...). `{"fsdp": True}`, as `accelerate launch --use_fsdp`, spreads both models over the processes.
         report_samples (`int`): How many held-out texts the report quotes: so many that the target continues without and
             with the adapter, and so many of those that excite it most and least. Quotes are saved beside the adapter and
             never pushed; 0 for none.
@@ -166,14 +169,18 @@ def translate(
         NotSavedError: If the finished adapter cannot be written to `output_dir`; `error.result` holds it.
     """
     arguments = dict(locals())
-    check_before_loading(arguments)
+    device = ranks.begin(device)
+    progress = progress and ranks.is_main()
+    ranks.shared(lambda: check_before_loading(arguments))
     if isinstance(adapter, (list, tuple)):
         options = {name: value for name, value in arguments.items() if name not in ("source", "adapter", "target")}
-        return translate_several(translate, source, adapter, target, **options)
+        return translate_several(translate, source, adapter, target, **{**options, "progress": progress})
     if not isinstance(adapter_name, str):
         raise ValueError(
             f"`adapter_name` must be a string, got {adapter_name!r}: several names are for a list of adapters."
         )
+    spread = shards.asked(training_args)
+    ranks.per_process(batch_size)
     settings = TeacherSettings(alpha, beta, gamma, temperature, target_share(teacher), teacher_top_k)
     if bridge is not None and beta > 0:
         raise ValueError(
@@ -199,6 +206,7 @@ def translate(
                     source_rank=source_rank,
                     device=device,
                     dtype=dtype,
+                    spread=spread,
                 )  # fmt: skip
             )
         describe = partial(described, {**arguments, "bridge": bridge}, pair)
@@ -285,7 +293,8 @@ def translate(
         },
         "report": report,
     }  # fmt: skip
-    result = TranslationResult(model, metrics, refinement.history, pair.modules, adapter_name)
+    metrics, history = ranks.same((metrics, refinement.history))  # seconds differ
+    result = TranslationResult(model, metrics, history, pair.modules, adapter_name)
     run.save(result)
     return result
 
@@ -302,7 +311,7 @@ def check_before_loading(arguments: Mapping[str, Any]) -> None:
     given = arguments.get
     check_arguments(arguments)
     target_share(given("teacher", "source"))
-    training_device(given("device"))
+    ranks.training_device(given("device"))
     adapters = given("adapter")
     inputs = adapters if isinstance(adapters, (list, tuple)) else [adapters]
     check_folder(

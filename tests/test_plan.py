@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import c4_texts, make_lora, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import plan, to_lora
@@ -107,6 +108,38 @@ def test_a_70b_model_is_planned_in_seconds_without_its_weights(tmp_path, lora_fo
     assert not planned.fits and "It does not fit" in str(planned)
     # Of 80 GiB for 131 GiB of weights alone
     assert planned.memory > planned.weights["target"]
+
+
+def test_several_devices_share_texts_and_with_fsdp_the_weights(source_folder, lora_folder, target_folder):
+    options = {"device": SLOW, "batch_size": 8, "max_length": 64, "fit_samples": 32, "steps": 4}
+    one, shared, spread = (
+        plan(source_folder, lora_folder, target_folder, **options, **more)
+        for more in ({}, {"processes": 4}, {"processes": 4, "fsdp": True})
+    )
+    for phase in ("closed_form", "refine"):
+        assert 3 * shared.phases[phase].flops < one.phases[phase].flops * 1.2
+        assert shared.phases[phase].above_weights < one.phases[phase].above_weights
+    layers = [
+        m.model.layers
+        for m in (
+            tiny_model("llama", 300),
+            tiny_model("gemma3", 420, hidden_size=40, num_hidden_layers=2, head_dim=16),
+        )
+    ]
+    itemsize = one.weights["target"] / sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(target_folder).parameters()
+    )
+    each = [
+        [sum(p.numel() for p in layer.parameters() if p.ndim == 2) * itemsize for layer in model] for model in layers
+    ]
+    # Three quarters of the layers are elsewhere, and two whole ones of a model are put together while it works.
+    saved = 0.75 * sum(map(sum, each)) - 2 * max(map(max, each))
+    assert shared.phases["load"].memory - spread.phases["load"].memory == pytest.approx(saved, rel=1e-3)
+    assert (
+        "each of 4" in str(spread) and spread.phases["refine"].above_weights == shared.phases["refine"].above_weights
+    )
+    with pytest.raises(ValueError, match="must be a multiple of the 3 processes"):
+        plan(source_folder, lora_folder, target_folder, **options, processes=3)
 
 
 def test_is_json_ready_and_readable(source_folder, lora_folder, target_folder):

@@ -19,8 +19,8 @@ import peft_cast
 from peft_cast import CastLayer, Mixture, SelfWritten
 from peft_cast.diagnosis import diagnose
 from peft_cast.evaluation import drift
-from peft_cast.models import training_device, working_device
 from peft_cast.pair import open_pair, read_texts
+from peft_cast.ranks import training_device, working_device
 from peft_cast.text import TextSample
 
 

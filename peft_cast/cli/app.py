@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from .. import __version__
+from .. import __version__, ranks, shards
 from ..bridge import Bridge, fit_bridge
 from ..evaluation import HarnessTask, evaluate
 from ..files import check_place
@@ -60,7 +60,9 @@ FitText = Annotated[
 Steps = Annotated[
     int | None, typer.Option(help="Refinement steps; 0 keeps the closed form.", rich_help_panel="Training")
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Texts per step and device.", rich_help_panel="Training")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Texts per step, of all processes together.", rich_help_panel="Training")
+]
 LearningRate = Annotated[
     float | None, typer.Option(help="Peak step relative to each factor's size.", rich_help_panel="Training")
 ]
@@ -142,16 +144,20 @@ def translate_command(
     }  # fmt: skip
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()), options)
     models = (None if source == "-" else source, adapter, target)
+    quiet = quiet or not ranks.is_main()
     hush(quiet)
     where = {"output_dir": output, "resume_from_checkpoint": resume}
     check_before_loading({**dict(zip(("source", "adapter", "target"), models)), **where, **arguments})
     if dry_run or not quiet:
-        planned = _plan(models, arguments)
+        spread = shards.asked(arguments.get("training_args"))
+        planned = _plan(models, arguments, processes=ranks.launched(), fsdp=spread)
         say(str(planned))
         if dry_run:
             return print_result(planned.as_dict(), "", as_json)
         say(f"Translating {adapter} to {target}, into {output}\n")
     translated = translate(*models, progress=not quiet, **{**where, **arguments})
+    if not ranks.is_main():
+        return
     result = cast(TranslationResult, translated)  # of one adapter
     print_result(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
@@ -170,13 +176,16 @@ def plan_command(
         str | None, typer.Option("--on", help=f"A device to plan for ({', '.join(DEVICES)}); this machine otherwise.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of a text; the most when not given.")] = None,
+    processes: Annotated[int, typer.Option(help="Devices that share the work; the plan is that of each.")] = 1,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="The models are spread over them.")] = False,
     config: Config = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a translation will cost: parameters, files, memory and time. Loads no model."""
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()))
-    planned = _plan((None if source == "-" else source, adapter, target), arguments, device=on, tokens=tokens)
+    models = (None if source == "-" else source, adapter, target)
+    planned = _plan(models, arguments, device=on, tokens=tokens, processes=processes, fsdp=fsdp)
     print_result(planned.as_dict(), str(planned), as_json)
 
 
@@ -252,7 +261,9 @@ def bridge_command(
     )  # fmt: skip
     hush(quiet)
     check_place(output, source, target, kind=None)
-    bridge = fit_bridge(source, target, progress=not quiet, **arguments)
+    bridge = fit_bridge(source, target, progress=not quiet and ranks.is_main(), **arguments)
+    if not ranks.is_main():
+        return
     bridge.save_pretrained(output)
     print_result({"output": str(output), "metrics": bridge.metrics}, f"Bridge saved in {output}", as_json, quiet)
 

@@ -16,10 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import ranks
 from ..arguments import check_arguments
 from ..environment import environment
 from ..files import write_json
-from ..models import load_model, load_tokenizer, moved, unload_adapters, untouched, working_device
+from ..models import load_model, load_tokenizer, moved, unload_adapters, untouched
 from ..result import TranslationResult
 from ..safety import check_weights, one_line, read_adapter_config, without_secrets
 from ..text import read_corpus
@@ -78,7 +79,7 @@ def evaluate(
     check_arguments({"drift_samples": drift_samples, "dtype": dtype})
     runs = {n: list(a) if isinstance(a, (list, tuple)) else [a] for n, a in adapters.items()}
     retrained = _retrained(retrained, runs, tasks)
-    device = working_device(device)
+    device = ranks.begin(device)
     model = load_model(target, "target", device, dtype=dtype)
     tokenizer = load_tokenizer(tokenizer, model, "target")
     texts = read_corpus(drift_text, drift_samples) if drift_text is not None else []

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .. import ranks
 from ..files import PARTIAL, optional, replacing
 from .watch import FILE as WATCH
 from .watch import Watch, put_back
@@ -22,7 +24,8 @@ from .watch import Watch, put_back
 
 ADAPTER, STATE = "adapter_model.safetensors", "trainer_state.json"
 UNWRITABLE = (OSError, RuntimeError, SafetensorError)  # a full disk, says Python, torch or safetensors
-PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+PICKLES = ("optimizer.pt", "scheduler.pt")
+RANDOM = "rng_state*.pth"  # of each process
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -46,12 +49,24 @@ def is_whole(checkpoint: Path) -> bool:
         state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError):
         return False
-    return bool(weights) and "global_step" in state and all(zipfile.is_zipfile(checkpoint / name) for name in PICKLES)
+    random = list(checkpoint.glob(RANDOM))
+    pickles = [*(checkpoint / name for name in PICKLES), *random]
+    return bool(weights and random) and "global_step" in state and all(map(zipfile.is_zipfile, pickles))
 
 
 def read_state(checkpoint: Path) -> TrainerState:
     """Trainer's state: the step, the log, the batch size."""
     return TrainerState.load_from_json(str(checkpoint / STATE))
+
+
+def _replace_state(state: TrainerState, checkpoint: Path) -> None:
+    with optional("The smaller batch size"), replacing(checkpoint / STATE) as file:
+        state.save_to_json(str(file))
+
+
+def _partial_folder(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(prefix=PARTIAL, dir=folder)
 
 
 class _Boundary(TrainerCallback):
@@ -81,7 +96,8 @@ class _Boundary(TrainerCallback):
 class CheckpointedTrainer(Trainer):
     """`transformers.Trainer` whose checkpoints are whole or not there, with a `Watch`.
 
-    A checkpoint is written to a folder of another name and renamed; one that cannot be written is a warning.
+    A checkpoint is written to a folder of another name and renamed; one that cannot be written is a warning. Of several processes
+    each writes its random state and the main one everything else.
 
     Attributes:
         watch (`Watch`): To be told the losses.
@@ -90,7 +106,8 @@ class CheckpointedTrainer(Trainer):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.watch, self.boundary = Watch(), _Boundary()
+        self.current_flos: float = 0
+        self.watch, self.boundary = Watch(self.args.per_device_train_batch_size * ranks.count()), _Boundary()
         self.last_saved: Path | None = None
         self._writing: str | None = None
         self.add_callback(self.watch)
@@ -99,36 +116,53 @@ class CheckpointedTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return self._writing or super()._get_output_dir(trial)
 
+    def store_flos(self) -> None:
+        # Trainer adds up those of all processes, in the middle of a checkpoint: one that cannot write would be waited for.
+        self.state.total_flos += self.current_flos
+        self.current_flos = 0
+
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial))
         place = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        save = super()._save_checkpoint
+
+        def finish() -> None:
+            written = Path(str(self._writing)) / place.name
+            self.watch.save(written)
+            if place.exists():
+                shutil.rmtree(place)
+            written.replace(place)
+
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder, ignore_cleanup_errors=True) as self._writing:
-                written = Path(self._writing) / place.name
-                super()._save_checkpoint(model, trial)
-                self.watch.save(written)
-                if place.exists():
-                    shutil.rmtree(place)
-                written.replace(place)
+            self._writing = ranks.shared(lambda: _partial_folder(folder))
+            ranks.everywhere(lambda: save(model, trial))
+            ranks.shared(finish)
         except UNWRITABLE as error:
-            warnings.warn(
-                f"The checkpoint of step {self.state.global_step} could not be written to '{folder}' ({error}): the "
-                "training goes on without it."
-            )
+            if ranks.is_main():
+                warnings.warn(
+                    f"The checkpoint of step {self.state.global_step} could not be written to '{folder}' ({error}): the "
+                    "training goes on without it."
+                )
             return
         finally:
+            if self._writing and ranks.is_main():
+                shutil.rmtree(self._writing, ignore_errors=True)
             self._writing = None
-        if is_whole(place):  # not with `save_only_model`
+        if ranks.shared(lambda: is_whole(place)):  # not with `save_only_model`
             self.last_saved = place
-        others = [path for path in checkpoints(folder) if path != place]
-        if self.args.save_total_limit:
+        if self.args.save_total_limit and ranks.is_main():
+            others = [path for path in checkpoints(folder) if path != place]
             for old in others[: max(0, len(others) - self.args.save_total_limit + 1)]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def save_last_step(self) -> None:
-        """Write a checkpoint of the last whole step, unless there is none or something stopped an update halfway."""
+        """Write a checkpoint of the last whole step, unless there is none or something stopped an update halfway.
+
+        Several processes write none: what stopped this one need not have stopped the others, which a checkpoint takes.
+        """
         step = self.state.global_step
+        if ranks.count() > 1:
+            return
         if self.boundary.whole and (self.last_saved is None or read_state(self.last_saved).global_step < step):
             self.boundary.put_back()
             self._save_checkpoint(self.model_wrapped, None)
@@ -151,8 +185,7 @@ class CheckpointedTrainer(Trainer):
             size = self.args.per_device_train_batch_size
             if state.train_batch_size != size:  # memory ran out; Trainer would take the old size from here
                 state.train_batch_size = size
-                with optional("The smaller batch size"), replacing(checkpoint / STATE) as partial:
-                    state.save_to_json(str(partial))
+                ranks.shared(partial(_replace_state, state, checkpoint))
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except FloatingPointError as error:

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers import PreTrainedModel
 
+from .. import ranks
 from ..align import AlignedPair, ModuleMap, SharedVocabulary, layer_pairs, split_place
 from ..align.places import layer_path
 from ..models import LoraKernel, free_memory, shared_head
@@ -113,16 +114,24 @@ class _Regressions:
         x, g = source.input(name)[at].float(), source.gradient(name)[at].float()
         return (x, g) if self.kernels is None else (x @ self.kernels[name].A.T, g @ self.kernels[name].B)
 
-    def update(self, source: Captured, target: Captured, at_source: tuple, at_target: tuple, held_out: bool) -> None:
+    def update(
+        self,
+        source: Captured,
+        target: Captured,
+        at_source: tuple,
+        at_target: tuple,
+        held_out: bool,
+        elsewhere: int = 0,
+    ) -> None:
         seen = {name: self._seen(source, name, at_source) for name in self.sources}
         if not self.inputs:
             self._start(source, target, seen)
         for names, columns, moments in zip(self.input_groups, self.columns, self.inputs):
             y = torch.cat([seen[s][0] for s in columns], dim=1)
-            moments.update(target.input(names[0])[at_target], y, held_out)
+            moments.update(target.input(names[0])[at_target], y, held_out, elsewhere)
         for name, moments in self.outputs.items():
             y = torch.cat([seen[s][1] for s in self.module_map.kernels[name]], dim=1)
-            moments.update(target.gradient(name)[at_target], y, held_out)
+            moments.update(target.gradient(name)[at_target], y, held_out, elsewhere)
 
     def solve(self, ridge: float | None) -> dict[str, list[KernelFit]]:
         into: dict[tuple[str, str], tuple[torch.Tensor, float]] = {}
@@ -162,7 +171,7 @@ def fit_closed_form(
     """Fit every kernel's projections from one forward and one backward pass per model.
 
     If the second moments of all target layers do not fit into `memory`, the text is read once for each group of layers
-    whose moments do; the result is the same.
+    whose moments do; the result is the same. Several processes share each batch, and each gets the fit of all.
 
     Every fifth batch (the last, if there are fewer) is held out: it chooses the ridge strength and gives the reported
     R².
@@ -194,7 +203,8 @@ def fit_closed_form(
         raise ValueError("The closed form needs at least 2 texts, one to fit and one to check on: pass more text.")
     batch_size = min(batch_size, -(-len(pairs) // 2))
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
-    groups = layer_groups(module_map, target, free_memory(target.device) // 2 if memory is None else memory)
+    memory = ranks.least(free_memory(target.device) // 2) if memory is None else memory
+    groups = layer_groups(module_map, target, memory)
     passes = batches * len(groups)
     work = iter(progress(passes) if progress else passes)
     found: dict[str, list[KernelFit]] = {}
@@ -205,12 +215,17 @@ def fit_closed_form(
         hidden_fits |= states
     for _ in work:  # the progress bar ends when the iterator does
         pass
-    return ClosedForm(
+    fit = ClosedForm(
         kernels=found,
-        hidden_maps={path: fit.weight for path, fit in hidden_fits.items()},
+        hidden_maps={path: fit.weight.cpu() for path, fit in hidden_fits.items()},
         hidden_r2={path: float(fit.r2[0]) for path, fit in hidden_fits.items()},
-        positions=sum(len(pair.target_positions) for pair in pairs),
+        positions=sum(_positions(pairs)),
     )
+    return ranks.same(fit) if kernels is not None else fit  # a bridge's maps are as large as the models
+
+
+def _positions(pairs: Sequence[AlignedPair]) -> list[int]:
+    return [len(pair.target_positions) for pair in pairs]
 
 
 def layer_groups(module_map: ModuleMap, target: nn.Module, memory: int) -> list[ModuleMap]:
@@ -255,6 +270,7 @@ def _fit_group(
     pairs_of_layers = layer_pairs(group) if hidden else {}
     # Something must be held out, or the regression on noisy gradients is trusted far too much.
     held_out_batches = set(range(4, batches, 5)) or {batches - 1}
+    elsewhere = 0
     with (
         shared_head(source, vocabulary.source_ids),
         shared_head(target, vocabulary.target_ids),
@@ -264,7 +280,12 @@ def _fit_group(
         layer_outputs(target, pairs_of_layers) as target_states,
     ):
         for number, chunk in enumerate(islice(work, batches)):
-            batch = collate_pairs(chunk)
+            own = ranks.share(chunk)
+            batch = collate_pairs(own or chunk[:1])
+            counted = slice(None) if own else slice(0)  # a last batch may be smaller than there are processes
+            held_out = number in held_out_batches
+            parts = [sum(_positions(ranks.share(chunk, of))) for of in range(ranks.count())]
+            elsewhere += sum(parts[: ranks.rank()]) if held_out else 0
             index = {}
             for side, model, ids in (
                 ("source", source, vocabulary.source_ids),
@@ -272,15 +293,15 @@ def _fit_group(
             ):
                 inputs, rows, positions = side_of(batch, side, model.device)
                 _pass(model, inputs, ids)
-                index[side] = (rows, positions)
-            held_out = number in held_out_batches
-            regressions.update(at_source, at_target, index["source"], index["target"], held_out)
+                index[side] = (rows[counted], positions[counted])
+            regressions.update(at_source, at_target, index["source"], index["target"], held_out, elsewhere)
             for path, source_path in pairs_of_layers.items():
                 x = with_bias(source_states[source_path].detach()[index["source"]].float())
                 y = target_states[path].detach()[index["target"]]
                 if path not in hidden_moments:
                     hidden_moments[path] = Moments(x.shape[1], y.shape[1], y.device)
-                hidden_moments[path].update(x.to(y.device), y, held_out)
+                hidden_moments[path].update(x.to(y.device), y, held_out, elsewhere)
+            elsewhere += sum(parts[ranks.rank() + 1 :]) if held_out else 0
     states = {path: moments.solve([moments.yy.shape[0]], ridge) for path, moments in hidden_moments.items()}
     return regressions.solve(ridge), states
 

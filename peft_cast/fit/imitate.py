@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from .. import ranks
 from ..align import AlignedPair
 from ..phases import Phases
 from .batches import TrainingTexts, collate_pairs
@@ -20,21 +21,34 @@ from .refine import Refinement, Teacher, refine
 def distance_to_teacher(
     model: PeftModel, teacher: Teacher, pairs: Sequence[AlignedPair], batch_size: int = 8
 ) -> float:
-    """KL(teacher ‖ model) in nats per aligned position over some texts, at temperature 1.
+    """KL(teacher ‖ model) in nats per aligned position over some texts, at temperature 1; several processes share them.
 
     Args:
         model: The translated model; put `model.disable_adapter()` around the call for the untouched target.
         teacher: The teacher.
         pairs: The texts.
-        batch_size (`int`): Texts per pass.
+        batch_size (`int`): Texts per pass, of all processes together.
     """
-    parts = []
-    for i in range(0, len(pairs), batch_size):
-        batch = collate_pairs(pairs[i : i + batch_size])
+    nats = positions = 0.0
+    for own, texts in _shares(pairs, batch_size):
+        batch = collate_pairs(texts)
         goal, _ = teacher.goals(model, batch)
         logits, _ = teacher.student(model, model, batch)
-        parts.append(kl_divergence(goal, logits))
-    return float(torch.cat(parts).mean())
+        if own:
+            nats += float(kl_divergence(goal, logits).double().sum())
+            positions += len(batch["rows"])
+    nats, positions = ranks.totals(nats, positions)
+    return nats / positions
+
+
+def _shares(
+    pairs: Sequence[AlignedPair], batch_size: int
+) -> Iterator[tuple[Sequence[AlignedPair], Sequence[AlignedPair]]]:
+    """This process's part of each batch, and what it reads: something in any case, so that all make as many passes."""
+    for i in range(0, len(pairs), batch_size):
+        chunk = pairs[i : i + batch_size]
+        own = ranks.share(chunk)
+        yield own, own or chunk[:1]
 
 
 def imitate(
@@ -62,8 +76,12 @@ def imitate(
         return within_memory(lambda size: distance_to_teacher(model, teacher, held_out, size), batch_size)
 
     def excited(size: int) -> list[torch.Tensor]:
-        nats = [teacher.excitement(collate_pairs(held_out[i : i + size])).cpu() for i in range(0, len(held_out), size)]
-        return list(torch.cat(nats).split([len(pair.source_positions) for pair in held_out]))
+        batches = []
+        for own, read in _shares(held_out, size):
+            nats = teacher.excitement(collate_pairs(read)).cpu()
+            batches.append(list(nats.split([len(pair.source_positions) for pair in read]))[: len(own)])
+        of_each = ranks.gathered([batches])
+        return [nats for batch in zip(*of_each) for part in batch for nats in part]
 
     with phases.measure("evaluate"):
         excitement = within_memory(excited, batch_size)

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from .. import ranks
 from ..align import AlignedPair
 from ..files import optional, write_tensors
 from ..tuner.checks import TensorInfo, read_header
@@ -105,6 +107,7 @@ class TeacherMemory:
         pairs: Sequence[AlignedPair],
         counts: Sequence[int],
         make: Callable[[list[AlignedPair]], torch.Tensor],
+        idle: AlignedPair | None = None,
     ) -> Likeliest:
         """The predictions for some texts one after another, those not seen before made by `make`.
 
@@ -113,11 +116,15 @@ class TeacherMemory:
             pairs: The texts.
             counts: Positions of each.
             make: Logits (positions, vocabulary) of some texts one after another.
+            idle: For `make`, and then thrown away, where another process must make something and this one need not. `None`
+                if each may make passes of its own.
         """
         sizes = dict(zip(pairs, counts))
         known = {pair: self._find(role, pair, count) for pair, count in sizes.items()}
         found = {pair: part for pair, part in known.items() if part is not None}
         absent = [pair for pair in sizes if pair not in found]
+        if idle is not None and ranks.anywhere(bool(absent)) and not absent:
+            make([idle])
         if absent:
             made = Likeliest.of(make(absent), self.k, self.temperature).to(torch.device("cpu"))
             parts = dict(zip(absent, made.split([sizes[pair] for pair in absent])))
@@ -171,7 +178,8 @@ class TeacherMemory:
 
     def _write(self, folder: Path, parts: Mapping[str, Likeliest]) -> None:
         tensors = {f"{key}.{name}": getattr(part, name) for key, part in parts.items() for name in ("tokens", "log_p")}
-        file = folder / f"{self.prefix}_{_digest(str(list(parts)))}.safetensors"
+        process = f"_{ranks.rank()}" if ranks.count() > 1 else ""  # no two write one file
+        file = folder / f"{self.prefix}_{_digest(str(list(parts)))}{process}.safetensors"
         with optional("The teacher's predictions"):
             write_tensors(tensors, file)
             self.files |= dict.fromkeys(parts, file)
@@ -198,7 +206,11 @@ def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:
     for model in models:
         for name, parameter in model.named_parameters():
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            values = parameter.detach()
+            values = (
+                values.to_local() if isinstance(values, DTensor) else values
+            )  # the main process has the first ones
+            digest.update(values.flatten()[:64].float().cpu().numpy().tobytes())
     for tensor in extra:
         digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return ranks.same(digest.hexdigest())

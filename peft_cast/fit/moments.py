@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import ranks
+
 
 # Ridge strengths that can be chosen, relative to the mean eigenvalue of the inputs' second moment.
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -54,7 +56,7 @@ def bfloat16_products() -> Iterator[None]:
 class Moments:
     """Sums of x xᵀ and y xᵀ over the positions of fitting texts, and some held-out positions as they are.
 
-    Memory does not grow with the text.
+    Memory does not grow with the text. Of several processes each has its own positions; `solve` brings them together.
 
     Args:
         dim_x (`int`): Width of the inputs x.
@@ -66,12 +68,13 @@ class Moments:
         self.yx = torch.zeros(dim_y, dim_x, device=device)
         self.yy = torch.zeros(dim_y, device=device)
         self.held_out: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.any_held_out = False  # in any process
 
-    def update(self, x: torch.Tensor, y: torch.Tensor, held_out: bool) -> None:
-        """Add positions: x (n, dim_x), y (n, dim_y)."""
+    def update(self, x: torch.Tensor, y: torch.Tensor, held_out: bool, elsewhere: int = 0) -> None:
+        """Add positions: x (n, dim_x), y (n, dim_y). `elsewhere` is how many held-out ones before them other processes have."""
         y = y.to(x.device).float()
         if held_out:
-            room = HELD_OUT - sum(len(kept) for kept, _ in self.held_out)
+            room = HELD_OUT - elsewhere - sum(len(kept) for kept, _ in self.held_out)
             if room > 0:
                 self.held_out.append((x[:room].clone(), y[:room].clone()))
             return
@@ -94,10 +97,12 @@ class Moments:
         Raises:
             ValueError: If the moments are not finite.
         """
+        ranks.add_up(self.xx, self.yx, self.yy)
         for i in range(0, len(self.xx), BLOCK):
             self.xx[i + BLOCK :, i : i + BLOCK] = self.xx[i : i + BLOCK, i + BLOCK :].T
         given = [self.xx, self.yx, self.yy, *(y.square().sum() + x.float().square().sum() for x, y in self.held_out)]
-        if not all(torch.isfinite(m).all() for m in given):
+        self.any_held_out = ranks.anywhere(bool(self.held_out))
+        if ranks.anywhere(not all(torch.isfinite(m).all() for m in given)):
             raise ValueError(
                 "The closed-form fit met NaN or infinite activations or gradients: load the models in float32 or "
                 "bfloat16 instead of float16."
@@ -127,15 +132,18 @@ class Moments:
         """The solution of one strength, `None` if it is too weak for the rounding of the moments."""
         # Moments of language models are ill-conditioned (a few huge directions): weak damping needs float64.
         dtype = torch.float64 if ridge < 1e-2 else torch.float32
-        xx = self.xx.to(dtype)
-        damping = ridge * xx.diagonal().mean().clamp_min(torch.finfo(dtype).tiny)
-        factor, failed = torch.linalg.cholesky_ex(xx + damping * torch.eye(len(xx), dtype=dtype, device=xx.device))
-        if failed:
+        damped = self.xx.to(dtype, copy=True)  # the one copy: of a width of 28672 it takes 6 GiB
+        damped.diagonal().add_(ridge * damped.diagonal().mean().clamp_min(torch.finfo(dtype).tiny))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        if ranks.anywhere(bool(failed)):
             return None
         weight = torch.cholesky_solve(self.yx.to(dtype).T, factor).T.float()
-        if self.held_out:
-            error = sum((y - x.float() @ weight.T).square().sum(0) for x, y in self.held_out)
-            total = sum(y.square().sum(0) for _, y in self.held_out)
+        if self.any_held_out:
+            zero = torch.zeros_like(self.yy)
+            error = sum(((y - x.float() @ weight.T).square().sum(0) for x, y in self.held_out), start=zero)
+            total = sum((y.square().sum(0) for _, y in self.held_out), start=zero)
+            ranks.add_up(error, total)
         else:  # ‖y − W x‖² of the fitting texts, from the moments alone
             error = self.yy - 2 * (weight * self.yx).sum(1) + ((weight @ self.xx) * weight).sum(1)
             total = self.yy

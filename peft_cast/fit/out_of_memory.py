@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from .. import ranks
+
 
 T = TypeVar("T")
 
@@ -23,6 +25,9 @@ def is_out_of_memory(error: Exception) -> bool:
 def within_memory(attempt: Callable[[int], T], size: int) -> T:
     """`attempt(size)`, and again with the next smaller divisor of `size` as often as memory runs out.
 
+    Several processes do not try again: those that had enough memory wait for the others in the middle of a batch. The error ends
+    the one, and with it the launcher ends all.
+
     accelerate's `find_executable_batch_size` takes 0.9 of the size each time, which leaves no whole number of batches.
 
     Args:
@@ -30,7 +35,7 @@ def within_memory(attempt: Callable[[int], T], size: int) -> T:
         size (`int`): How many.
 
     Raises:
-        torch.OutOfMemoryError: If memory does not suffice for one text at a time.
+        torch.OutOfMemoryError: If memory does not suffice for one text at a time, or at all with several processes.
     """
     while True:
         try:
@@ -38,6 +43,12 @@ def within_memory(attempt: Callable[[int], T], size: int) -> T:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
+            if ranks.count() > 1:
+                raise torch.OutOfMemoryError(
+                    f"Memory ran out in process {ranks.rank()} with {-(-size // ranks.count())} texts at a time: begin anew with a "
+                    "smaller `batch_size`, and `gradient_accumulation_steps` in `training_args` for as many texts per step."
+                    f" ({error})"
+                ) from error
             if size == 1:
                 raise torch.OutOfMemoryError(
                     f"Memory does not suffice for one text at a time: lower `max_length`, or load the models in bfloat16. ({error})"

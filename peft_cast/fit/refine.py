@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +14,17 @@ from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
+from .. import ranks, shards
 from ..align import AlignedPair
 from ..models import in_eval_mode, logits_at
 from .batches import TrainingTexts, anchor_positions, anchors_of, collate_items, collate_pairs, side_of
 from .capture import layer_outputs
-from .checkpoints import CheckpointedTrainer, read_state
+from .checkpoints import CheckpointedTrainer
 from .closed_form import with_bias
 from .losses import kl_divergence, mix_logits, normalised_mse
 from .memory import Likeliest, TeacherMemory
 from .out_of_memory import within_memory
-from .watch import copies, put_back
+from .watch import Watch, copies, put_back
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Teacher:
         self.memory = None
         if settings.top_k and not self.hidden_maps:  # hidden states are too large to keep
             self.memory = memory or TeacherMemory(settings.top_k, settings.temperature)
+        self.spread = shards.is_spread(source)  # every process must make as many passes as the others
         self.layers = {"source": {path for path, _ in self.hidden_maps.values()}, "target": set(self.hidden_maps)}
 
     def _run(self, model, base, batch: dict, side: str, anchors: bool = False) -> tuple[torch.Tensor, dict]:
@@ -100,6 +103,8 @@ class Teacher:
         At the anchors the untouched target is its own teacher.
         """
         logits, states = self._imitated(target, batch)
+        if self.spread and "texts" in batch and not batch["texts"][1]:
+            self._own_anchors(target, collate_pairs([], batch["texts"][0][:1]))
         if len(batch["anchor_rows"]):
             logits = torch.cat([logits.float(), self._own_anchors(target, batch).float()])
         return logits, states
@@ -109,16 +114,19 @@ class Teacher:
         memory = self.memory
         assert memory is not None, "only a teacher with a memory remembers"
         counts = [len(pair.target_positions) for pair in pairs]
+        idle = pairs[0] if self.spread else None
         parts = [
-            memory.recall("teacher", pairs, counts, lambda absent: self._imitated(target, collate_pairs(absent))[0])
-        ]
-        if anchors:
-            counts = [len(anchor_positions(anchor)) for anchor in anchors]
-            parts.append(
-                memory.recall(
-                    "target", anchors, counts, lambda absent: self._own_anchors(target, collate_pairs([], absent))
-                )
+            memory.recall(
+                "teacher", pairs, counts, lambda absent: self._imitated(target, collate_pairs(absent))[0], idle
             )
+        ]
+        read = anchors or (pairs[:1] if self.spread else [])
+        if read:
+            counts = [len(anchor_positions(anchor)) for anchor in read]
+            own = memory.recall(
+                "target", read, counts, lambda absent: self._own_anchors(target, collate_pairs([], absent)), idle
+            )
+            parts += [own] if anchors else []
         return Likeliest.cat(parts).to(target.device)
 
     @torch.no_grad()
@@ -202,10 +210,11 @@ class CastTrainer(CheckpointedTrainer):
         # Factors differ in size by orders of magnitude (activations and gradients of two models have their own units),
         # and Adam's steps do not know: each tensor's step is in proportion to its root mean square at the start.
         if self.optimizer is None and self.relative_steps:
+            found = [pair for module in self.model.modules() for pair in _sizes(module)]
+            sizes = ranks.same([size for _, size in found])
             groups = [
                 {"params": [parameter], "lr": self.args.learning_rate * max(size, 1e-4)}
-                for module in self.model.modules()
-                for parameter, size in _sizes(module)
+                for (parameter, _), size in zip(found, sizes)
             ]
             optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = optimizer_cls(groups, **kwargs)
@@ -224,24 +233,30 @@ class CastTrainer(CheckpointedTrainer):
             divergence = goal.kl_divergence(logits, settings.temperature)
         else:
             divergence = kl_divergence(goal, logits, settings.temperature)
-        aligned = len(inputs["rows"])
-        kl = divergence[:aligned].mean()
-        loss = settings.alpha * kl
-        self.parts["kl"].append(float(kl.detach()))
-        if len(divergence) > aligned:
-            kl_anchor = divergence[aligned:].mean()
+        # Means over the batch, of which each process has a part: gradients are averaged over processes, so with sums over
+        # the part, divided by what a process has on average, they are those of one process that has it all.
+        aligned, texts = len(inputs["rows"]), len(inputs["source_input_ids"])
+        anchors = len(inputs["target_input_ids"]) - texts
+        every = [n / ranks.count() for n in ranks.totals(aligned, len(divergence) - aligned, texts, anchors)]
+        parts = {"kl": divergence[:aligned].sum() / every[0]}
+        loss = settings.alpha * parts["kl"]
+        if every[1]:
+            parts["kl_anchor"] = divergence[aligned:].sum() / every[1]
             # Batches hold more anchors or fewer, small ones often none: each counts alike, gamma on average.
-            texts = len(inputs["source_input_ids"])
-            share = (len(inputs["target_input_ids"]) - texts) * self.train_dataset.every / texts
-            loss = loss + settings.gamma * share * kl_anchor
-            self.parts["kl_anchor"].append(float(kl_anchor.detach()))
-        if goal_states:
-            mse = torch.stack([normalised_mse(states[path], goal) for path, goal in goal_states.items()]).mean()
-            loss = loss + settings.beta * mse
-            self.parts["mse"].append(float(mse.detach()))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss became {loss.item()} at step {self.state.global_step + 1}.")
-        self.watch.see(float((kl if settings.alpha else loss).detach()))
+            share = every[3] * self.train_dataset.every / every[2]
+            loss = loss + settings.gamma * share * parts["kl_anchor"]
+        if goal_states:  # its variance is that of each process's own positions
+            mse = [normalised_mse(states[path], goal) for path, goal in goal_states.items()]
+            parts["mse"] = torch.stack(mse).mean()
+            loss = loss + settings.beta * parts["mse"]
+        # What decides must be the same in all processes, or they wait for each other for ever.
+        numbers = ranks.totals(float(loss.detach()), *(float(part.detach()) for part in parts.values()))
+        whole, *means = (number / ranks.count() for number in numbers)
+        if not math.isfinite(whole):
+            raise FloatingPointError(f"The loss became {whole} at step {self.state.global_step + 1}.")
+        for name, mean in zip(parts, means):
+            self.parts[name].append(mean)
+        self.watch.see(means[0] if settings.alpha else whole)
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -300,7 +315,8 @@ def refine(
         model: The target with the adapter to train.
         teacher: The adapted source model and the loss settings.
         texts: What is read.
-        steps, batch_size, learning_rate, seed, output_dir, training_args, progress: As in `translate`.
+        steps, batch_size, learning_rate, seed, output_dir, training_args, progress: As in `translate`. Of several processes each
+            takes its part of a batch.
         relative_steps (`bool`): See `CastTrainer`.
         checkpoint (`Path`, *optional*): Where to go on from.
 
@@ -314,7 +330,7 @@ def refine(
         arguments = {
             "output_dir": str(Path(output_dir) / "checkpoints") if output_dir else scratch,
             "max_steps": steps,
-            "per_device_train_batch_size": batch_size,
+            "per_device_train_batch_size": ranks.per_process(batch_size),
             "learning_rate": learning_rate,
             "warmup_steps": min(10, steps // 5),
             "weight_decay": 0.0,
@@ -327,9 +343,15 @@ def refine(
             "dataloader_pin_memory": torch.accelerator.is_available(),
             "disable_tqdm": not progress,
             "use_cpu": model.device.type == "cpu",
+            "ddp_find_unused_parameters": False,
+            "ddp_broadcast_buffers": False,  # the kernels: they never change
             "seed": seed,
         }
-        arguments |= training_args or {}
+        if shards.asked(training_args) and not shards.is_spread(model):
+            raise ValueError("FSDP spreads the models that `translate` loads, and these are whole: leave `fsdp` out.")
+        arguments |= shards.without(training_args)
+        if shards.is_spread(model):
+            shards.leave_out(model)
         together = arguments["per_device_train_batch_size"] * arguments.setdefault("gradient_accumulation_steps", 1)
         start = copies(model)
 
@@ -350,11 +372,16 @@ def refine(
                 checkpoint = trainer.last_saved or checkpoint
             return trainer
 
-        size = read_state(checkpoint).train_batch_size if checkpoint else arguments["per_device_train_batch_size"]
+        size = arguments["per_device_train_batch_size"]
+        if checkpoint is not None:  # memory may have run out, and there may have been another number of processes
+            before = Watch.together_in(checkpoint) // ranks.count()
+            size = max(
+                divisor for divisor in range(1, together + 1) if together % divisor == 0 and divisor <= max(before, 1)
+            )
         trainer = within_memory(train, size)
         model.eval()
         used = trainer.args
         return Refinement(
             trainer.state.log_history, trainer.state.global_step, trainer.watch.stopped,
-            used.per_device_train_batch_size, used.gradient_accumulation_steps,
+            used.per_device_train_batch_size * ranks.count(), used.gradient_accumulation_steps,
         )  # fmt: skip

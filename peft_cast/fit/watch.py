@@ -44,9 +44,11 @@ class Watch(TrainerCallback):
     Attributes:
         best: Copies of what was trained, with `best_step`; empty as long as nothing good exists.
         stopped (`str`, *optional*): Why the training was stopped.
+        together: Texts that all processes read at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: int = 0) -> None:
+        self.together = together
         self.losses: list[float] = []  # of the batches of this step
         self.stretch: list[float] = []  # of the steps since the last look
         self.start: float | None = None
@@ -57,7 +59,7 @@ class Watch(TrainerCallback):
         self.stopped: str | None = None
 
     def see(self, loss: float) -> None:
-        """Note the loss of a batch: the KL divergence in nats, where it is trained on."""
+        """Note the loss of a batch, the mean of all processes: the KL divergence in nats, where it is trained on."""
         self.losses.append(loss)
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
@@ -81,6 +83,12 @@ class Watch(TrainerCallback):
             if all(p.isfinite().all() for p in trained_parameters(model).values()):
                 self.lowest, self.best, self.best_step = mean, copies(model), step
 
+    @staticmethod
+    def together_in(folder: Path) -> int:
+        """How many texts were read at a time in a training that was saved."""
+        with safe_open(folder / FILE, framework="pt") as saved:
+            return json.loads(saved.metadata()["watch"])["together"]
+
     def stop(self, why: str) -> None:
         """Note why the training ends early."""
         kept = f" The projections of step {self.best_step}, the best so far, were kept." if self.best else ""
@@ -88,12 +96,12 @@ class Watch(TrainerCallback):
 
     def save(self, folder: Path) -> None:
         """Write what a resumed training must know; at a step's end."""
-        names = ("stretch", "start", "lowest", "above", "best_step")
+        names = ("stretch", "start", "lowest", "above", "best_step", "together")
         write_tensors(self.best, folder / FILE, watch=json.dumps({name: getattr(self, name) for name in names}))
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote."""
+        """Read what `save` wrote, all but `together`, which is this training's own."""
         with safe_open(folder / FILE, framework="pt") as saved:
             for name, value in json.loads(saved.metadata()["watch"]).items():
-                setattr(self, name, value)
+                setattr(self, name, value if name != "together" else self.together)
             self.best = {name: saved.get_tensor(name) for name in saved.keys()}

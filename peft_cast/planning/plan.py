@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..align import AlignedPair, ModuleMap, map_layers, map_modules
+from ..align import AlignedPair, ModuleMap, layer_paths, map_layers, map_modules
 from ..arguments import check_arguments
 from ..fit.batches import ANCHOR_EVERY, collate_pairs, side_of
 from ..fit.capture import capture
@@ -87,8 +87,9 @@ class Plan:
         return {**asdict(self), "memory": self.memory, "seconds": self.seconds, "fits": self.fits}
 
     def __str__(self) -> str:
+        n = self.assumed["processes"]
         lines = [
-            f"Plan for {self.device.name} ({_size(self.device.memory)})",
+            f"Plan for {self.device.name} ({_size(self.device.memory)})" + (f", each of {n}" if n > 1 else ""),
             f"  weights      source {_size(self.weights['source'])}, target {_size(self.weights['target'])}",
             f"  parameters   {self.parameters['trained']:,} trained (source LoRA {self.parameters['source_lora']:,})",
             f"  files        adapter {_size(self.files['adapter'])}, folded LoRA {_size(self.files['folded'])}, "
@@ -132,6 +133,8 @@ def plan(
     projection_sharing: str | None = None,
     source_rank: int | float | None = None,
     gradient_checkpointing: bool = False,
+    processes: int = 1,
+    fsdp: bool = False,
     dtype: torch.dtype | None = None,
     source_revision: str | None = None,
     adapter_revision: str | None = None,
@@ -151,16 +154,22 @@ def plan(
         aligned (`float`): Share of the positions at which both tokenizers have a boundary.
         gradient_checkpointing (`bool`): `training_args={"gradient_checkpointing": True}` of `translate`: activations are made a
             second time instead of kept.
+        processes (`int`): How many devices share the work (docs/scale.md); the plan is that of each of them.
+        fsdp (`bool`): Whether the models are spread over them. The time in which layers travel between devices is not counted.
         dtype (`torch.dtype`, *optional*): Of the models; bfloat16 for named devices, what is fast here otherwise.
 
     Returns:
         `Plan`
 
     Raises:
-        ValueError: If the device is unknown, or the adapter or a configuration cannot be used; the message says why.
+        ValueError: If the device is unknown, `batch_size` is no multiple of `processes`, or the adapter or a configuration cannot
+            be used; the message says why.
     """
     check_arguments(dict(locals()))
     device = _device(device)
+    if batch_size % processes:
+        raise ValueError(f"`batch_size` ({batch_size}) must be a multiple of the {processes} processes that share it.")
+    own_rows = batch_size // processes
     dtype = dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
     if source is None:
         source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
@@ -176,7 +185,8 @@ def plan(
             projection_bias=projection_bias, projection_sharing=projection_sharing,
         )  # fmt: skip
         weights = {"source": sum(p.nbytes for p in on.parameters() if p.is_meta), "target": size_of(onto)}
-        base = sum(weights.values()) + device.runtime
+        here = sum(weights.values())
+        base = (_kept_here((on, onto), here, processes) if fsdp else here) + device.runtime
         groups = layer_groups(modules, onto, max(device.memory - base, 0) // 2)
         sizes = [sum(moments_size(onto, name) for name in group.kernels) for group in groups]
         group = groups[sizes.index(max(sizes))]
@@ -190,20 +200,21 @@ def plan(
             vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (on, onto))
             with read.model.disable_adapter(), model.disable_adapter():
                 passes, moments, kept = _closed_form(
-                    on, onto, _batch(min(batch_size, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, group
+                    on, onto, _batch(min(own_rows, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, group
                 )  # fmt: skip
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             if gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            goal, step, check = _refinement(read.model, model, batch_size, length, aligned, vocabulary, settings)
-    texts = steps * batch_size
+            goal, step, check = _refinement(read.model, model, own_rows, length, aligned, vocabulary, settings)
+    texts = steps * own_rows
     # Folded, every module gets the largest rank, as servers want it.
     ranks = [sum(kernel.spec.r for kernel in m.peft_cast_kernels["default"]) for m in _layers(model)]
     folded = max(ranks) * sum(m.in_features + m.out_features for m in _layers(model))
     heads = 2 * vocabulary * sum(m.config.get_text_config().hidden_size for m in (on, onto))
     optimizer = 16 * trained  # float32 parameters, gradients and Adam's two moments
     remembered = texts * length * aligned * (teacher_top_k or 0) * 6 * (1 + 0.25 * (gamma > 0))
-    solve = 40 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2  # float64 copies of the largest
+    # The largest in float64, and its factor.
+    solve = 2 * 8 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2
 
     def phase(flops: float, flops32: float, above: float, small: float = 0) -> PhasePlan:
         seconds = flops / device.flops + flops32 / device.flops32 + small * device.kernel
@@ -212,7 +223,8 @@ def plan(
     cubes = sum(m.in_features**3 + m.out_features**3 for m in _layers(model))
     evaluations = 3 * -(-eval_samples // batch_size)
     phases = {
-        "load": PhasePlan(sum(weights.values()) / 1e9, base, device.runtime, 0.0),
+        # Spread models are loaded by one process after another.
+        "load": PhasePlan(sum(weights.values()) / 1e9 * (processes if fsdp else 1), int(base), device.runtime, 0.0),
         "closed_form": phase(
             len(groups) * batches * passes.flops, batches * moments.flops * sum(sizes) / max(sizes) + 4 * cubes, heads + max(kept + passes.peak, kept + solve)
         ),
@@ -224,10 +236,24 @@ def plan(
     files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
     assumed = {
         "tokens": length, "aligned": aligned, "vocabulary": vocabulary, "steps": steps, "batch_size": batch_size,
-        "fit_samples": fit_samples, "fit_tokens": max_length, "fit_groups": len(groups), "dtype": str(dtype),
+        "processes": processes, "fsdp": fsdp, "fit_samples": fit_samples, "fit_tokens": max_length, "fit_groups": len(groups), "dtype": str(dtype),
     }  # fmt: skip
     lora = sum(len(kernel.A) * (kernel.A.shape[1] + kernel.B.shape[0]) for kernel in kernels.values())
     return Plan(device, weights, {"trained": trained, "source_lora": lora}, files, phases, assumed)
+
+
+def _kept_here(models: Sequence[PreTrainedModel], weights: int, processes: int) -> int:
+    """Bytes of the models' weights in one process when they are spread: its part, all that is not spread, and two whole layers
+    of the model at work, that which works and the next."""
+    sizes = [
+        [
+            sum(p.nbytes for p in model.get_submodule(path).parameters() if p.is_meta and p.ndim >= 2)
+            for path in layer_paths(model)
+        ]
+        for model in models
+    ]
+    elsewhere = sum(map(sum, sizes)) * (1 - 1 / processes)
+    return int(weights - elsewhere) + 2 * max(map(max, sizes))
 
 
 def _layers(model) -> list:

@@ -17,6 +17,7 @@ from ..environment import environment
 from ..models import contiguous_head
 from ..pair import Pair, PairTexts, layer_similarity
 from ..safety import HIDDEN
+from ..shards import is_spread
 from ..text import Corpus, Mixture, SelfWritten
 from .redact import redact, redact_pieces
 
@@ -57,7 +58,7 @@ def gather_report(
         `least` (see `quote`); `samples` (see `continued`); `layer_similarity`: `cka`, (source layers × target layers), and
         the number of `positions`.
     """
-    held_out = texts.held_out
+    held_out, together = texts.held_out, is_spread(model)
     by_text = [float(nats.float().mean()) for nats in excitement]
     order = sorted(range(len(by_text)), key=lambda i: -by_text[i])
     most, least = order[:samples], order[samples:][-samples:] if samples else []
@@ -80,18 +81,23 @@ def gather_report(
         "excitement": {"by_text": by_text},
     }  # fmt: skip
     if samples:
-        quoted = _tried("quoted texts", lambda: {"most": quotes(most), "least": quotes(least)})
+        quoted = _tried("quoted texts", lambda: {"most": quotes(most), "least": quotes(least)}, together)
         parts["excitement"] |= quoted or {}
-        parts["samples"] = _tried("samples", lambda: continued(pair.tokenizers[1], model, held_out[:samples]))
+        parts["samples"] = _tried(
+            "samples", lambda: continued(pair.tokenizers[1], model, held_out[:samples]), together
+        )
     if similarity:
-        parts["layer_similarity"] = _tried("layer similarity", compared)
+        parts["layer_similarity"] = _tried("layer similarity", compared, together)
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _tried(what: str, make: Callable[[], Any]) -> Any:
+def _tried(what: str, make: Callable[[], Any], together: bool) -> Any:
     try:
         return make()
-    except Exception as error:  # hours of training must not be lost to a picture of them
+    except Exception as error:
+        if together:  # the other processes wait for this one
+            raise
+        # Hours of training must not be lost to a picture of them.
         warnings.warn(f"The report goes without its {what}: {error}", stacklevel=2)
         return None
 
@@ -163,7 +169,12 @@ def _greedy(tokenizer, model: PeftModel, prompts: Sequence[Sequence[int]]) -> li
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     with contiguous_head(model):
         output = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=pad
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            pad_token_id=pad,
+            synced_gpus=is_spread(model),
         )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 

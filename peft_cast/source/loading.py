@@ -86,6 +86,9 @@ def adapted_source(
     lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
     try:
         model = _load(source, adapter, config, revision, parameters, header)
+        parameters = {
+            name: parameters[name] for name in kept
+        }  # the others may be spread over processes and given up here
         changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
         if changed:
             model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})

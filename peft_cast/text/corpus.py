@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 
+from .. import ranks
 from ..safety import looks_like_path, one_line, secrets_removed, without_secrets
 
 
@@ -46,7 +47,7 @@ C4 = Corpus("allenai/c4", name="en", min_chars=200)
 
 
 def read_corpus(corpus: Any, limit: int) -> list[str]:
-    """The first `limit` texts of a corpus that are long enough.
+    """The first `limit` texts of a corpus that are long enough; of several processes one reads, and all have them.
 
     Args:
         corpus: A `Corpus` or anything that its `source` may be; `None` is C4 (`allenai/c4`, en), streamed.
@@ -56,6 +57,10 @@ def read_corpus(corpus: Any, limit: int) -> list[str]:
         ValueError: If it holds no text that is long enough, or lacks the column.
         OSError: If it cannot be reached; the message says what to pass instead.
     """
+    return ranks.shared(lambda: _read(corpus, limit))
+
+
+def _read(corpus: Any, limit: int) -> list[str]:
     if corpus is None:
         corpus = C4
     elif not isinstance(corpus, Corpus):

@@ -13,7 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import ranks
 from ..models import contiguous_head, seeded
+from ..shards import is_spread
 from .corpus import read_corpus
 from .samples import TextSample
 
@@ -89,6 +91,8 @@ def write_texts(
     keep: Keep = lambda key, write: write(),
 ) -> list[TextSample]:
     """Let the model write texts, a batch at a time; what a batch becomes depends on nothing but its prompts and the seed.
+
+    Several processes write a part of each batch, other texts than a single process would.
 
     Args:
         model: The source model with its LoRA active.
@@ -247,7 +251,8 @@ def _batch(
 
     def write() -> list[str]:
         tokens, temperature, top_p, rendered = options
-        with seeded(int(hashlib.sha256(repr(which).encode()).hexdigest()[:15], 16)):
+        own = (*which, ranks.rank()) if ranks.count() > 1 else which
+        with seeded(int(hashlib.sha256(repr(own).encode()).hexdigest()[:15], 16)):
             return _sample(model, tokenizer, asked, tokens, temperature=temperature, top_p=top_p, rendered=rendered)
 
     return keep(hashlib.sha256(repr((which, options, list(asked))).encode()).hexdigest()[:32], write)
@@ -264,6 +269,14 @@ def _sample(
     rendered: bool = False,
 ) -> list[str]:
     """What the model writes after each text; rendered chat templates hold their special tokens already."""
+    own = ranks.share(texts)
+    written = _continued(model, tokenizer, own or texts[:1], max_new_tokens, temperature, top_p, rendered)
+    return ranks.gathered(written[: len(own)])
+
+
+def _continued(
+    model, tokenizer, texts: Sequence[str], max_new_tokens: int, temperature: float, top_p: float, rendered: bool
+) -> list[str]:
     side, pad = tokenizer.padding_side, tokenizer.pad_token
     tokenizer.padding_side, tokenizer.pad_token = "left", pad or tokenizer.eos_token
     try:
@@ -276,6 +289,7 @@ def _sample(
                 logits_processor=LogitsProcessorList([_SampleAmongLikeliest(temperature, top_p)]),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=is_spread(model),
             )
     finally:
         tokenizer.padding_side, tokenizer.pad_token = side, pad

@@ -1,0 +1,214 @@
+"""Several processes that work on one translation (`accelerate launch`, `torchrun`), on accelerate's `PartialState`.
+
+In one process, and before `begin`, everything here does nothing. In several each function but `rank`, `count`, `is_main`,
+`share` and `per_process` must be called by all of them, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+
+T = TypeVar("T")
+# While one process reads or solves the others wait; one that dies is noticed by the launcher, not by a timeout.
+PATIENCE = timedelta(days=1)
+
+
+def begin(device: str | torch.device | None = None) -> torch.device:
+    """Join the other processes, if a launcher started several, and return the device to work on.
+
+    Args:
+        device: What the user asked for. With several processes only its type counts: each has an accelerator of its own.
+
+    Raises:
+        ValueError: If there is no such device, or one accelerator is asked for by its number, which all processes would share.
+    """
+    wanted = working_device(device)
+    if launched() == 1:
+        return wanted
+    own = PartialState(cpu=wanted.type == "cpu", timeout=PATIENCE).device
+    if own.type == "cpu":
+        return torch.device("cpu")
+    if device is not None and wanted.index is not None and wanted != own:
+        raise ValueError(
+            f"`device` is '{wanted}', which all {launched()} processes would share: leave it out, and each has its own."
+        )
+    return own
+
+
+def launched() -> int:
+    """How many processes a launcher started, whether or not they have joined yet."""
+    known = dist.is_available() and "LOCAL_RANK" in os.environ
+    return int(os.environ.get("WORLD_SIZE", 1)) if known else 1
+
+
+def default_device() -> torch.device:
+    """The accelerator when there is one, else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def working_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, the default one if none is.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    if device is None:
+        return default_device()
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"`device` must be 'cpu', 'cuda' or another device of PyTorch, got {device!r}.") from error
+    if wanted.type == "cpu":
+        return wanted
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if here is None or wanted.type != here.type or (wanted.index or 0) >= torch.accelerator.device_count():
+        count = f"{torch.accelerator.device_count()} of type '{here.type}'" if here else "no accelerator"
+        raise ValueError(f"`device` is '{device}', but PyTorch finds {count} here: pass another, or leave it out.")
+    return wanted
+
+
+def training_device(device: str | torch.device | None) -> torch.device:
+    """`working_device` for what `transformers.Trainer` trains on.
+
+    Raises:
+        ValueError: Also if it is another accelerator than the first, which is the only one that Trainer takes in one process.
+    """
+    wanted = working_device(device)
+    if wanted.index and launched() == 1:
+        raise ValueError(
+            f"`device` is '{device}', but Trainer works on the first device that it sees: let it see that one alone, with "
+            f"CUDA_VISIBLE_DEVICES or its like in the environment, and pass '{wanted.type}'."
+        )
+    return wanted
+
+
+def count() -> int:
+    """How many processes there are."""
+    return PartialState().num_processes if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this one, from 0."""
+    if dist.is_available() and dist.is_initialized():
+        return PartialState().process_index
+    return int(os.environ.get("RANK", 0)) if launched() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks."""
+    return rank() == 0
+
+
+def shared(make: Callable[[], T]) -> T:
+    """What `make` gives in the main process, in all of them; an error of it is raised in all of them."""
+    if count() == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if is_main():
+        try:
+            made[0] = make()
+        except Exception as error:
+            broadcast_object_list([None, _sendable(error)])
+            raise
+    value, failed = broadcast_object_list(made)
+    if failed is not None:
+        raise failed
+    return value
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:  # it holds what cannot be sent
+        return RuntimeError(str(error))
+
+
+def everywhere(act: Callable[[], None]) -> None:
+    """Act in every process; an error in one of them is raised in all."""
+    error: Exception | None = None
+    try:
+        act()
+    except Exception as raised:
+        error = raised
+    errors = gathered([error and f"{error} (process {rank()})"])
+    if error is not None:
+        raise error
+    for message in filter(None, errors):
+        raise OSError(message)
+
+
+def same(value: T) -> T:
+    """The main process's value, where all have one that may differ in the last digits."""
+    return shared(lambda: value)
+
+
+def gathered(values: list[T]) -> list[T]:
+    """The lists of all processes, one after another."""
+    return gather_object(values) if count() > 1 else values
+
+
+def share(items: Sequence[T], of: int | None = None) -> Sequence[T]:
+    """This process's part of some items, or that of another: the first has the first ones. It may be empty."""
+    size = -(-len(items) // count())
+    first = size * (rank() if of is None else of)
+    return items[first : first + size]
+
+
+def add_up(*tensors: torch.Tensor) -> None:
+    """Replace tensors by their sums over all processes."""
+    if count() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def totals(*numbers: float) -> list[float]:
+    """The sums of some numbers over all processes, NaN where one is."""
+    if count() == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64, device=PartialState().device)
+    add_up(sums)
+    return sums.tolist()
+
+
+def least(number: int) -> int:
+    """The smallest of the processes' numbers."""
+    return min(gathered([number]))
+
+
+def anywhere(condition: bool) -> bool:
+    """Whether it holds in any process."""
+    return totals(float(condition))[0] > 0
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Within the context one process after another works, e.g. where the memory of a machine does not suffice for all at once."""
+    for turn in range(count()):
+        if turn == rank():
+            yield
+        if count() > 1:
+            PartialState().wait_for_everyone()
+
+
+def per_process(batch_size: int) -> int:
+    """Texts that each process takes of a batch.
+
+    Raises:
+        ValueError: If they do not come out even.
+    """
+    if batch_size % count():
+        raise ValueError(
+            f"`batch_size` is {batch_size}, the texts of all {count()} processes together, and must be a multiple of their number."
+        )
+    return batch_size // count()

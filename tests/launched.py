@@ -1,0 +1,86 @@
+"""One process of several: does the translations that a file lists and writes down what it got.
+
+    torchrun --standalone --nproc_per_node 2 tests/launched.py FOLDER
+
+FOLDER/jobs.json is a list of arguments of `translate`, each with a `name`. Process r writes FOLDER/NAME.r.json and
+FOLDER/NAME.r.safetensors. A job may have an `environment`, and `fail_at`, [process, step, how]: there that process kills itself
+("kill") or meets a loss that is no number ("nan").
+"""
+
+import json
+import os
+import signal
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+import peft_cast
+from peft_cast import ranks
+from peft_cast.fit import CastTrainer
+
+
+HELD_OUT = 100  # positions of the closed form that are kept: fewer than there are
+
+
+@contextmanager
+def watched(folder: Path, fail_at: list | None):
+    """Within the context note the texts of every step, and fail where it is asked for."""
+    loss, seen = CastTrainer.compute_loss, []
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen.append([list(pair.target_ids) for pair in inputs["texts"][0]])
+        if fail_at and fail_at[:2] == [ranks.rank(), self.state.global_step]:
+            if fail_at[2] == "kill":
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.teacher.settings = replace(self.teacher.settings, alpha=float("nan"))
+        return loss(self, model, inputs, *args, **kwargs)
+
+    CastTrainer.compute_loss = compute_loss
+    try:
+        yield seen
+    finally:
+        CastTrainer.compute_loss = loss
+
+
+def run(folder: Path, job: dict) -> dict:
+    """Do one job; what came of it, JSON-ready."""
+    name, fail_at, environment = job.pop("name"), job.pop("fail_at", None), job.pop("environment", {})
+    if isinstance(job["text"], dict):
+        job["text"] = peft_cast.SelfWritten(**job["text"])
+    os.environ.update(environment)
+    try:
+        with watched(folder, fail_at) as seen:
+            result = peft_cast.translate(**job, dtype=torch.float32, progress=False)
+    except ValueError as error:
+        return {"error": str(error)}
+    finally:
+        for variable in environment:
+            del os.environ[variable]
+    weights = {n: t.contiguous().clone() for n, t in result.model.state_dict().items() if "peft_cast_kernels" in n}
+    save_file(weights, folder / f"{name}.{ranks.rank()}.safetensors")
+    spread = [p for p in result.model.parameters() if isinstance(p, DTensor)]
+    return {
+        "metrics": result.metrics, "history": result.history, "texts": seen,
+        "spread": [sum(p.numel() for p in spread), sum(p.to_local().numel() for p in spread)],
+    }  # fmt: skip
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    peft_cast.fit.moments.HELD_OUT = HELD_OUT
+    warnings.simplefilter("ignore")
+    for job in json.loads((folder / "jobs.json").read_text()):
+        file = folder / f"{job['name']}.{os.environ['RANK']}.json"
+        file.write_text(json.dumps(run(folder, job)))
+
+
+if __name__ == "__main__":
+    main()

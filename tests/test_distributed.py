@@ -1,0 +1,255 @@
+"""Several processes, as `accelerate launch` and `torchrun` start them: the same translation, shared. On the CPU, with gloo."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, c4_texts
+from launched import HELD_OUT
+from safetensors.torch import load_file
+
+import peft_cast
+from peft_cast import ranks, shards
+from peft_cast.fit import last_checkpoint, within_memory
+from peft_cast.pair import open_pair
+
+
+TEXTS = c4_texts(80)
+STEPS = 6
+OPTIONS = {
+    "text": TEXTS[:40], "fit_text": TEXTS[40:], "steps": STEPS, "batch_size": 4, "fit_samples": 21, "eval_samples": 5,
+    "max_length": 48, "report_samples": 1, "training_args": {"save_steps": 2},
+}  # fmt: skip
+# What `accelerate launch --use_fsdp` tells its processes.
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+PROMPTS = {"prompts": ["Say: one thing", "Say: another thing"], "max_new_tokens": 12, "batch_size": 8, "samples": 10}
+
+
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = (
+    "accelerate.commands.launch", "--config_file", ROOT / "examples" / "accelerate_fsdp_8_gpus.yaml", "--num_processes", "2",
+    "--main_process_port", "0",
+)  # fmt: skip
+
+
+def two_processes(launcher, *command):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, *command]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=150)
+
+
+def launch(folder, jobs):
+    """Do jobs with two processes, see launched.py."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    return two_processes(TORCHRUN, ROOT / "tests" / "launched.py", folder)
+
+
+def found(folder, name):
+    """What each process got."""
+    return [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
+
+
+def weights(folder, name):
+    return [load_file(folder / f"{name}.{rank}.safetensors") for rank in range(2)]
+
+
+def close(first, second, tolerance=1e-4):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=tolerance, atol=tolerance * float(tensor.abs().max()))
+
+
+def shares(metrics):
+    """The held-out R² of every kernel's closed form."""
+    fits = [fit for group in metrics["closed_form"]["modules"].values() for fit in group]
+    return [fit[side] for fit in fits for side in ("r2_in", "r2_out")]
+
+
+@pytest.fixture(scope="module")
+def models(source_folder, lora_folder, target_folder):
+    return {"source": source_folder, "adapter": lora_folder, "target": target_folder}
+
+
+@pytest.fixture(scope="module")
+def alone(models):
+    """One process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_cast.fit.moments.HELD_OUT", HELD_OUT)
+        result = peft_cast.translate(**models, **OPTIONS, dtype=torch.float32, progress=False)
+    state = {n: t for n, t in result.model.state_dict().items() if "peft_cast_kernels" in n}
+    return SimpleNamespace(metrics=result.metrics, history=result.history, weights=state)
+
+
+@pytest.fixture(scope="module")
+def killed(models, tmp_path_factory):
+    """A run of which one process was killed in the last step but one: its folder, exit code, and seconds until all had ended."""
+    folder = tmp_path_factory.mktemp("killed")
+    job = {**models, **OPTIONS, "name": "run", "output_dir": str(folder / "run"), "fail_at": [1, 5, "kill"]}
+    done = launch(folder, [job])
+    left = time.time() - (folder / "killed").stat().st_mtime
+    return SimpleNamespace(folder=folder / "run", code=done.returncode, said=done.stderr, seconds=left)
+
+
+@pytest.fixture(scope="module")
+def together(models, killed, tmp_path_factory):
+    """Two processes, one job after another."""
+    folder = tmp_path_factory.mktemp("together")
+    shutil.copytree(killed.folder, folder / "resumed")
+    base = {**models, **OPTIONS}
+    jobs = [
+        {"name": "plain", "output_dir": str(folder / "plain")},
+        {"name": "spread", "environment": FSDP},
+        {"name": "resumed", "output_dir": str(folder / "resumed"), "resume_from_checkpoint": True},
+        {"name": "nan", "fail_at": [1, 4, "nan"]},
+        {"name": "written", "text": PROMPTS, "steps": 4, "training_args": {"fsdp": True}},  # few texts, read several times
+        {
+            "name": "other losses", "steps": 2, "beta": 0.1, "teacher": 0.5, "depth_map": "similarity",
+            "training_args": {"fsdp": True, "gradient_accumulation_steps": 2},
+        },
+        {"name": "odd", "batch_size": 3},
+        {"name": "no text", "text": ["x"]},
+    ]  # fmt: skip
+    done = launch(folder, [{**base, **job} for job in jobs])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", ["plain", "spread"])
+def test_two_processes_give_what_one_gives(name, together, alone):
+    first, second = found(together, name)
+    assert first["metrics"] == second["metrics"] and first["history"] == second["history"]
+    assert first["metrics"]["kl"] == pytest.approx(alone.metrics["kl"], rel=1e-5)
+    assert first["metrics"]["excitement"] == pytest.approx(alone.metrics["excitement"], rel=1e-5)
+    assert first["metrics"]["text"] == alone.metrics["text"]
+    assert shares(first["metrics"]) == pytest.approx(shares(alone.metrics), rel=1e-4, abs=1e-6)
+    for name_of in ("kl", "kl_anchor", "grad_norm"):
+        here, there = ([entry[name_of] for entry in h if name_of in entry] for h in (first["history"], alone.history))
+        assert here == pytest.approx(there, rel=1e-3)
+    in_first, in_second = weights(together, name)
+    assert all(torch.equal(in_first[n], in_second[n]) for n in in_first)
+    close(in_first, {n: alone.weights[n] for n in in_first})
+
+
+def test_each_process_reads_a_part_of_every_batch(together):
+    first, second = (process["texts"] for process in found(together, "plain"))
+    assert len(first) == STEPS and {len(texts) for texts in first + second} == {2}
+    read = [tuple(ids) for texts in first + second for ids in texts]
+    assert len(set(read)) == len(read)
+
+
+def test_spread_models_are_kept_in_parts(together):
+    for process in found(together, "spread"):
+        whole, here = process["spread"]
+        assert 0 < here == whole // 2
+    assert found(together, "plain")[0]["spread"] == [0, 0]
+
+
+def test_one_process_writes_the_files(together, alone):
+    folder = together / "plain"
+    close(
+        load_file(folder / "adapter_model.safetensors"),
+        load_file(folder / "checkpoints/checkpoint-6/adapter_model.safetensors"),
+        0,
+    )
+    assert len(list((folder / "work").glob("closed_form_*"))) == 1 and (folder / "report.html").exists()
+    assert json.loads((folder / "run.json").read_text())["finished"]
+    assert not list(folder.rglob(".partial-*"))
+    names = {path.name for path in (folder / "checkpoints" / "checkpoint-6").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "watch.safetensors"} <= names
+
+
+def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(killed):
+    assert killed.code != 0 and "SIGKILL" in killed.said and killed.seconds < 30
+    assert last_checkpoint(killed.folder / "checkpoints").name == "checkpoint-4"
+    assert not (killed.folder / "adapter_config.json").exists()
+
+
+def test_a_killed_run_resumes_to_the_identical_result(together):
+    for resumed, whole in zip(weights(together, "resumed"), weights(together, "plain")):
+        close(resumed, whole, 0)
+    first, second = found(together, "resumed")
+    assert len(first["texts"]) == 2 and first["metrics"] == second["metrics"]
+    assert first["metrics"]["kl"] == found(together, "plain")[0]["metrics"]["kl"]
+
+
+def test_another_number_of_processes_may_resume(killed, models, alone, tmp_path):
+    shutil.copytree(killed.folder, tmp_path, dirs_exist_ok=True)
+    result = peft_cast.translate(
+        **models, **OPTIONS, output_dir=tmp_path, resume_from_checkpoint=True, dtype=torch.float32, progress=False
+    )
+    assert result.metrics["refinement"] == alone.metrics["refinement"]
+    close({n: t for n, t in result.model.state_dict().items() if n in alone.weights}, alone.weights)
+
+
+def test_a_loss_that_is_no_number_in_one_process_stops_all(together):
+    first, second = (process["metrics"]["refinement"] for process in found(together, "nan"))
+    assert first == second and first["steps"] == 4 and "The loss became nan at step 5" in first["stopped"]
+    in_first, in_second = weights(together, "nan")
+    assert all(torch.equal(in_first[n], in_second[n]) for n in in_first)
+
+
+@pytest.mark.parametrize("name", ["written", "other losses"])
+def test_all_processes_have_the_same_text_and_result(name, together):
+    first, second = found(together, name)
+    assert first["metrics"] == second["metrics"]
+    assert first["metrics"]["kl"]["translated"] < first["metrics"]["kl"]["closed_form"]
+    in_first, in_second = weights(together, name)
+    assert all(torch.equal(in_first[n], in_second[n]) for n in in_first)
+
+
+def test_errors_are_the_same_in_all_processes(together):
+    for name, words in (("odd", "`batch_size` is 3, the texts of all 2 processes"), ("no text", "holds no text")):
+        first, second = found(together, name)
+        assert words in first["error"] and first == second
+
+
+def test_the_command_line_with_the_configuration_for_eight_gpus(models, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": line}) for line in TEXTS))
+    sizes = ("--steps", "2", "--batch-size", "4", "--max-length", "40", "--set", "fit_samples=8", "--dtype", "float32")
+    done = two_processes(
+        ACCELERATE, "-m", "peft_cast", "translate", *models.values(), "-o", tmp_path / "out", "--text", text, *sizes
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Saved in") == 1 and done.stderr.count("Plan for") == 1 and "each of 2" in done.stderr
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in adapter.values())
+
+
+def test_memory_that_runs_out_in_one_process_ends_the_run(monkeypatch):
+    sizes = []
+
+    def attempt(size):
+        sizes.append(size)
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(ranks, "count", lambda: 4)
+    with pytest.raises(torch.OutOfMemoryError, match="process 0 with 2 texts at a time: begin anew with a smaller"):
+        within_memory(attempt, 8)
+    assert sizes == [8]
+
+
+def test_what_does_not_go_together_is_one_clear_error(models, monkeypatch):
+    def refused(message, **options):
+        with pytest.raises(ValueError, match=message):
+            peft_cast.translate(**{**models, **OPTIONS, **options})
+
+    refused("FSDP spreads the models over several processes and there is one", training_args={"fsdp": True})
+    refused("DeepSpeed is not supported: use FSDP", training_args={"deepspeed": {"zero_optimization": {"stage": 3}}})
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    refused("DeepSpeed is not supported")
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    refused("there is one: start with `accelerate launch --num_processes`")
+    monkeypatch.setattr(ranks, "launched", lambda: 2)
+    assert shards.asked(None)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="takes none that are loaded"):
+        with open_pair(models["source"], models["adapter"], torch.nn.Linear(1, 1), spread=True):
+            pass
