@@ -13,6 +13,7 @@ import peft_cast
 from peft_cast.fit import CastTrainer, Teacher, TeacherSettings, TrainingTexts, fit_closed_form
 from peft_cast.fit.batches import collate_items, collate_pairs
 from peft_cast.fit.capture import capture, next_token_loss
+from peft_cast.fit.closed_form import texts_per_pass
 from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse
 from peft_cast.fit.moments import Moments
 from peft_cast.models import logits_at, shared_head, untouched
@@ -46,6 +47,14 @@ def test_moments_of_bfloat16_numbers_are_exact_and_leave_the_precision_as_it_was
         moments.xx[tuple(upper)], (x.double().T @ x.double())[tuple(upper)].float(), rtol=1e-5, atol=1e-3
     )  # fmt: skip
     torch.testing.assert_close(moments.yx, (y.double().T @ x.double()).float(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "texts", "longest", "processes", "expected"),
+    [(8, 64, 256, 1, 8), (16, 64, 512, 1, 4), (16, 64, 512, 2, 8), (8, 64, 5000, 1, 1), (8, 6, 100, 1, 3)],
+)
+def test_long_texts_are_read_a_few_at_a_time(batch_size, texts, longest, processes, expected):
+    assert texts_per_pass(batch_size, texts, longest, processes) == expected
 
 
 def test_ridge_strength_follows_the_noise():

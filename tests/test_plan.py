@@ -7,6 +7,7 @@ import torch
 from conftest import c4_texts, make_lora, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import plan, to_lora
@@ -96,6 +97,18 @@ def test_counts_what_gradient_checkpointing_gives_free():
         peaks.append(cost.peak - sum(p.nbytes for p in model.parameters()))  # the gradients
         model.zero_grad()
     assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_quantised_weights_take_their_bits(source_folder, lora_folder, target_folder):
+    whole, quantised = (
+        plan(source_folder, lora_folder, target_folder, device=SLOW, dtype=torch.float32, weight_bits=bits)
+        for bits in (None, 4)
+    )
+    target = AutoModelForCausalLM.from_pretrained(target_folder)
+    layers = sum(p.numel() for name, p in target.named_parameters() if ".layers." in name and p.ndim == 2)
+    saved = whole.weights["target"] - quantised.weights["target"]
+    assert saved == pytest.approx(layers * (4 - 4.5 / 8), abs=2)
+    assert whole.memory - quantised.memory == saved + whole.weights["source"] - quantised.weights["source"]
 
 
 def test_a_70b_model_is_planned_in_seconds_without_its_weights(tmp_path, lora_folder, source_folder):

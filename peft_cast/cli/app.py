@@ -178,6 +178,10 @@ def plan_command(
     tokens: Annotated[int | None, typer.Option(help="Tokens of a text; the most when not given.")] = None,
     processes: Annotated[int, typer.Option(help="Devices that share the work; the plan is that of each.")] = 1,
     fsdp: Annotated[bool, typer.Option("--fsdp", help="The models are spread over them.")] = False,
+    weight_bits: Annotated[int | None, typer.Option(help="Of models that are loaded quantised.")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="As in `training_args`: less memory, more time.")
+    ] = False,
     config: Config = None,
     settings: Set = None,
     as_json: Json = False,
@@ -185,7 +189,10 @@ def plan_command(
     """Tell what a translation will cost: parameters, files, memory and time. Loads no model."""
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()))
     models = (None if source == "-" else source, adapter, target)
-    planned = _plan(models, arguments, device=on, tokens=tokens, processes=processes, fsdp=fsdp)
+    planned = _plan(
+        models, arguments, device=on, tokens=tokens, processes=processes, fsdp=fsdp, weight_bits=weight_bits,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
     print_result(planned.as_dict(), str(planned), as_json)
 
 

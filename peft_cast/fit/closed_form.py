@@ -29,6 +29,9 @@ from .capture import Captured, capture, layer_outputs, next_token_loss
 from .moments import Moments, RidgeFit
 
 
+PASS_TOKENS = 2048  # in one process
+
+
 @dataclass(frozen=True)
 class KernelFit:
     """The fitted projections of one kernel on one target place.
@@ -183,7 +186,7 @@ def fit_closed_form(
         vocabulary: The shared vocabulary, on which both losses are taken.
         kernels: The LoRA of each adapted source place. `None` fits the maps themselves, as if A and B were identities.
         module_map: Where they land.
-        batch_size (`int`): Texts per pass.
+        batch_size (`int`): The most texts per pass; less of long ones, see `texts_per_pass`.
         ridge (`float`, *optional*): Fixed ridge strength relative to the mean eigenvalue, instead of the held-out choice.
         hidden (`bool`): Also fit the maps between hidden states that the hidden-state loss needs.
         memory (`int`, *optional*): Bytes for second moments; half of what is free on the target's device when not given.
@@ -201,7 +204,8 @@ def fit_closed_form(
         }
     if len(pairs) < 2:
         raise ValueError("The closed form needs at least 2 texts, one to fit and one to check on: pass more text.")
-    batch_size = min(batch_size, -(-len(pairs) // 2))
+    longest = max(max(len(pair.source_ids), len(pair.target_ids)) for pair in pairs)
+    batch_size = texts_per_pass(batch_size, len(pairs), longest, ranks.count())
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
     memory = ranks.least(free_memory(target.device) // 2) if memory is None else memory
     groups = layer_groups(module_map, target, memory)
@@ -226,6 +230,14 @@ def fit_closed_form(
 
 def _positions(pairs: Sequence[AlignedPair]) -> list[int]:
     return [len(pair.target_positions) for pair in pairs]
+
+
+def texts_per_pass(batch_size: int, texts: int, longest: int, processes: int) -> int:
+    """How many texts, of up to `longest` tokens, all processes read in one pass: at most `batch_size` and half of the texts.
+
+    All activations of a pass are kept for its gradients, and passes of more than `PASS_TOKENS` are no faster.
+    """
+    return min(batch_size, -(-texts // 2), processes * max(1, PASS_TOKENS // longest))
 
 
 def layer_groups(module_map: ModuleMap, target: nn.Module, memory: int) -> list[ModuleMap]:

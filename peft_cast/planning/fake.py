@@ -11,7 +11,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+aten = torch.ops.aten
+# PyTorch's registry counts the attention of GPUs alone.
+FLOPS = flop_registry | {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g.shape, q.shape, k.shape, v.shape
+    ),
+}
 
 
 class _Counter(TorchDispatchMode):
@@ -28,7 +40,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
-        if flops := flop_registry.get(func._overloadpacket):
+        if flops := FLOPS.get(func._overloadpacket):
             self.flops += flops(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -88,9 +100,3 @@ def materialise(model: nn.Module) -> nn.Module:
                     known[id(tensor)] = fake
                 store[name] = known[id(tensor)]
     return model
-
-
-def size_of(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each counted once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.nbytes for t in tensors.values())

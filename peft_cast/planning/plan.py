@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..align import AlignedPair, ModuleMap, layer_paths, map_layers, map_modules
 from ..arguments import check_arguments
 from ..fit.batches import ANCHOR_EVERY, collate_pairs, side_of
 from ..fit.capture import capture
-from ..fit.closed_form import _pass, _Regressions, layer_groups, moments_size
+from ..fit.closed_form import _pass, _Regressions, layer_groups, moments_size, texts_per_pass
 from ..fit.losses import kl_divergence
 from ..fit.memory import Likeliest
 from ..fit.refine import Teacher, TeacherSettings, training_precision
@@ -26,7 +27,7 @@ from ..safety import one_line, read_adapter_config, secrets_removed, why_no_mode
 from ..source import adapted_source
 from ..tuner import CastConfig
 from .devices import DEVICES, Device, this_machine
-from .fake import Cost, counted, materialise, size_of
+from .fake import Cost, counted, materialise
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ def plan(
     gradient_checkpointing: bool = False,
     processes: int = 1,
     fsdp: bool = False,
+    weight_bits: int | None = None,
     dtype: torch.dtype | None = None,
     source_revision: str | None = None,
     adapter_revision: str | None = None,
@@ -156,6 +158,7 @@ def plan(
             second time instead of kept.
         processes (`int`): How many devices share the work (docs/scale.md); the plan is that of each of them.
         fsdp (`bool`): Whether the models are spread over them. The time in which layers travel between devices is not counted.
+        weight_bits (`int`, *optional*): Of models that are loaded quantised: 4 for bitsandbytes' nf4.
         dtype (`torch.dtype`, *optional*): Of the models; bfloat16 for named devices, what is fast here otherwise.
 
     Returns:
@@ -173,8 +176,8 @@ def plan(
     dtype = dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
     if source is None:
         source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
-    on = skeleton(_config(source, "source", source_revision)).to(dtype).eval().requires_grad_(False)
-    onto = skeleton(_config(target, "target", target_revision)).to(dtype).eval().requires_grad_(False)
+    on = _model(_config(source, "source", source_revision), dtype)
+    onto = _model(_config(target, "target", target_revision), dtype)
     layers = map_layers(layer_count(on), layer_count(onto), "proportional" if depth_map == "similarity" else depth_map)
     length = min(tokens or max_length, max_length)
     with adapted_source(on, adapter, adapter_revision, source_rank) as read:
@@ -184,13 +187,14 @@ def plan(
             kernels, modules, projection_type=projection_type, projection_size=projection_size,
             projection_bias=projection_bias, projection_sharing=projection_sharing,
         )  # fmt: skip
-        weights = {"source": sum(p.nbytes for p in on.parameters() if p.is_meta), "target": size_of(onto)}
+        weights = {"source": _weights(on, weight_bits), "target": _weights(onto, weight_bits)}
         here = sum(weights.values())
         base = (_kept_here((on, onto), here, processes) if fsdp else here) + device.runtime
         groups = layer_groups(modules, onto, max(device.memory - base, 0) // 2)
         sizes = [sum(moments_size(onto, name) for name in group.kernels) for group in groups]
         group = groups[sizes.index(max(sizes))]
-        batches = -(-fit_samples // batch_size)
+        together = texts_per_pass(batch_size, fit_samples, max_length, processes)
+        batches, at_once = -(-fit_samples // together), -(-together // processes)
         model = get_peft_model(onto, config, low_cpu_mem_usage=True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         own = [t for n, t in model.state_dict().items() if "peft_cast_kernels" in n]
@@ -200,7 +204,7 @@ def plan(
             vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (on, onto))
             with read.model.disable_adapter(), model.disable_adapter():
                 passes, moments, kept = _closed_form(
-                    on, onto, _batch(min(own_rows, -(-fit_samples // 2)), max_length, 0.95), vocabulary, kernels, group
+                    on, onto, _batch(at_once, max_length, 0.95), vocabulary, kernels, group
                 )  # fmt: skip
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             if gradient_checkpointing:
@@ -258,6 +262,24 @@ def _kept_here(models: Sequence[PreTrainedModel], weights: int, processes: int) 
 
 def _layers(model) -> list:
     return [module for module in model.modules() if hasattr(module, "peft_cast_kernels")]
+
+
+def _weights(model: PreTrainedModel, bits: int | None) -> int:
+    """Bytes of a skeleton's weights, those of the layers' matrices at so many bits and half a bit for their scales."""
+    whole = sum(p.nbytes for p in model.parameters() if p.is_meta)
+    if bits is None:
+        return whole
+    layers = [
+        p for path in layer_paths(model) for p in model.get_submodule(path).parameters() if p.is_meta and p.ndim >= 2
+    ]
+    return whole - sum(p.nbytes for p in layers) + int(sum(p.numel() for p in layers) * (bits + 0.5) / 8)
+
+
+def _model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    model = skeleton(config).to(dtype).eval().requires_grad_(False)
+    with suppress(ValueError, ImportError):  # a model that has no other attention is planned with its own
+        model.set_attn_implementation("sdpa")
+    return model
 
 
 def _device(device: str | Device | None) -> Device:
