@@ -127,9 +127,9 @@ TEXTS = {
     "prompts and more": _written,
     "C4": _c4,
     "half C4": lambda: peft_cast.Mixture((_written(), 1), (_c4(), 1)),
+    "C4 answered as chat": lambda: peft_cast.SelfWritten(corpus=_c4(), max_new_tokens=128, batch_size=96),
     "the 16 prompts": _given_prompts_alone,
     "prefix": lambda: peft_cast.SelfWritten(prefix="Question:", max_new_tokens=160, batch_size=96),
-    "C4 answered as chat": lambda: peft_cast.SelfWritten(corpus=_c4(), max_new_tokens=128, batch_size=96),
     "real questions": _real_questions,
 }
 

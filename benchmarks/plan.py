@@ -73,10 +73,12 @@ def elsewhere() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         lora = make_lora(LLAMA_2_7B, Path(folder))
         options = {"steps": 1000, "batch_size": 16, "max_length": 512, "gradient_checkpointing": True}
+        quantised = {"weight_bits": 4, "batch_size": 4, "max_length": 256}
         spread = {"processes": 8, "fsdp": True, "batch_size": 8}
         for name, target, device, more in (
             ("Llama-2-7B to Mistral-7B, one H100", MISTRAL_7B, "h100", {}),
             ("Llama-2-7B to Mistral-7B, one A100", MISTRAL_7B, "a100", {}),
+            ("Llama-2-7B to Mistral-7B, both in 4 bits, one RTX 4090", MISTRAL_7B, "rtx4090", quantised),
             ("Llama-2-7B to Llama-3-70B, one H200", LLAMA_3_70B, "h200", {}),
             ("Llama-2-7B to Llama-3-70B, each of eight H100", LLAMA_3_70B, "h100", spread),
         ):

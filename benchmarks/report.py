@@ -187,6 +187,23 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def spread_plan() -> str:
+    """What each device of the recipe in docs/scale.md takes, by phase."""
+    found = json.loads((setting.FIGURES / "plan.json").read_text(encoding="utf-8"))["elsewhere"]
+    planned = found["Llama-2-7B to Llama-3-70B, each of eight H100"]
+    lines = [
+        f"| phase | time | memory of each GPU ({planned['device']['memory'] / 2**30:.0f} GiB) | of that above the weights |",
+        "|---|---|---|---|",
+    ]
+    for name, phase in planned["phases"].items():
+        cells = (
+            f"{phase['seconds'] / 60:.0f} min",
+            *(f"{phase[k] / 2**30:.0f} GiB" for k in ("memory", "above_weights")),
+        )
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Groups of layers: {planned['assumed']['fit_groups']}."])
+
+
 def put(page: Path, mark: str, end: str, text: str) -> None:
     old = page.read_text(encoding="utf-8")
     new = re.sub(f"{mark}\n.*?{end}", lambda _: f"{mark}\n{text}\n{end}", old, flags=re.DOTALL)
@@ -201,4 +218,5 @@ if __name__ == "__main__":
         put(results, "<!-- speed -->", "<!-- end speed -->", speed())
     if (setting.FIGURES / "plan.json").exists():
         put(ROOT / "docs" / "planning.md", "<!-- plan -->", "<!-- end plan -->", plans())
+        put(ROOT / "docs" / "scale.md", "<!-- spread plan -->", "<!-- end spread plan -->", spread_plan())
     put(ROOT / "README.md", "<!-- figures -->", "<!-- end -->", demo())

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import peft_cast
 from peft_cast.fit import CastTrainer, Teacher, TeacherSettings, TrainingTexts, fit_closed_form
-from peft_cast.fit.batches import collate_items, collate_pairs
+from peft_cast.fit.batches import ByLength, collate_items, collate_pairs
 from peft_cast.fit.capture import capture, next_token_loss
 from peft_cast.fit.closed_form import texts_per_pass
 from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse
@@ -55,6 +55,19 @@ def test_moments_of_bfloat16_numbers_are_exact_and_leave_the_precision_as_it_was
 )
 def test_long_texts_are_read_a_few_at_a_time(batch_size, texts, longest, processes, expected):
     assert texts_per_pass(batch_size, texts, longest, processes) == expected
+
+
+def test_batches_hold_texts_of_about_one_length_in_another_order_in_every_epoch():
+    lengths = [(7 * i) % 100 for i in range(203)]
+    sampler = ByLength(lengths, batch_size=8, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(203)) and first == list(ByLength(lengths, 8, 3))
+    batches = [[lengths[i] for i in first[at : at + 8]] for at in range(0, 203, 8)]
+    assert sum(8 * max(batch) for batch in batches[:-1]) < 1.25 * sum(map(sum, batches[:-1]))
+    longest = [max(batch) for batch in batches]
+    assert longest != sorted(longest, reverse=True)  # nor from long to short
+    sampler.set_epoch(1)
+    assert list(sampler) != first
 
 
 def test_ridge_strength_follows_the_noise():

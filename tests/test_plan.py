@@ -7,7 +7,6 @@ import torch
 from conftest import c4_texts, make_lora, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
-from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import plan, to_lora

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 from .. import ranks, shards
 from ..align import AlignedPair
 from ..models import in_eval_mode, logits_at
-from .batches import TrainingTexts, anchor_positions, anchors_of, collate_items, collate_pairs, side_of
+from .batches import ByLength, TrainingTexts, anchor_positions, anchors_of, collate_items, collate_pairs, side_of
 from .capture import layer_outputs
 from .checkpoints import CheckpointedTrainer
 from .closed_form import with_bias
@@ -205,6 +205,10 @@ class CastTrainer(CheckpointedTrainer):
         # The loss is a mean over the batch: let Trainer divide by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, list[float]] = {"kl": [], "mse": [], "kl_anchor": []}
+
+    def _get_train_sampler(self, *args, **kwargs) -> ByLength:
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks.count()
+        return ByLength([len(pair.target_ids) for pair in self.train_dataset.pairs], together, self.args.seed)
 
     def create_optimizer(self, model=None):
         # Factors differ in size by orders of magnitude (activations and gradients of two models have their own units),
