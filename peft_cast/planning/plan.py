@@ -249,15 +249,15 @@ def plan(
 def _kept_here(models: Sequence[PreTrainedModel], weights: int, processes: int) -> int:
     """Bytes of the models' weights in one process when they are spread: its part, all that is not spread, and two whole layers
     of the model at work, that which works and the next."""
-    sizes = [
-        [
-            sum(p.nbytes for p in model.get_submodule(path).parameters() if p.is_meta and p.ndim >= 2)
-            for path in layer_paths(model)
-        ]
-        for model in models
-    ]
+    sizes = [[sum(p.nbytes for p in layer) for layer in _matrices(model)] for model in models]
     elsewhere = sum(map(sum, sizes)) * (1 - 1 / processes)
     return int(weights - elsewhere) + 2 * max(map(max, sizes))
+
+
+def _matrices(model: PreTrainedModel) -> list[list[torch.Tensor]]:
+    """The matrices of each of a skeleton's layers, without an adapter's."""
+    layers = [model.get_submodule(path) for path in layer_paths(model)]
+    return [[p for p in layer.parameters() if p.is_meta and p.ndim >= 2] for layer in layers]
 
 
 def _layers(model) -> list:
@@ -269,9 +269,7 @@ def _weights(model: PreTrainedModel, bits: int | None) -> int:
     whole = sum(p.nbytes for p in model.parameters() if p.is_meta)
     if bits is None:
         return whole
-    layers = [
-        p for path in layer_paths(model) for p in model.get_submodule(path).parameters() if p.is_meta and p.ndim >= 2
-    ]
+    layers = [p for layer in _matrices(model) for p in layer]
     return whole - sum(p.nbytes for p in layers) + int(sum(p.numel() for p in layers) * (bits + 0.5) / 8)
 
 
