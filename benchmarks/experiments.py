@@ -103,8 +103,12 @@ def draw(name: str, runs: dict[str, dict]) -> None:
     figure.savefig(setting.FIGURES / f"experiment_{name}.png", dpi=130)
 
 
-def _written() -> list:
-    return setting.written("smollm2-gemma3", "gsm8k", "all", 0)
+def _written(**options: Any) -> list:
+    return setting.written("smollm2-gemma3", "gsm8k", "all", 0, **options)
+
+
+def _cut() -> list:
+    return _written(max_new_tokens=128)
 
 
 def _given_prompts_alone():
@@ -124,7 +128,9 @@ def _c4() -> list[str]:
 
 
 TEXTS = {
-    "prompts and more": _written,
+    "prompts and more": _cut,
+    "to their end": _written,  # answers to the same prompts, of 192 tokens at most
+    "at temperature 0.7": lambda: _written(temperature=0.7),
     "C4": _c4,
     "half C4": lambda: peft_cast.Mixture((_written(), 1), (_c4(), 1)),
     "C4 answered as chat": lambda: peft_cast.SelfWritten(corpus=_c4(), max_new_tokens=128, batch_size=96),
@@ -135,7 +141,8 @@ TEXTS = {
 
 # Every target layer takes the kernels of one source layer, the others are dropped.
 ONE_TO_ONE = {round(target * 29 / 17): target for target in range(18)}
-SHARED = {"projection_type": "full", "projection_sharing": "layer"}
+LONGER: dict[str, Any] = {"text": "to their end"}
+FULL = {**LONGER, "projection_type": "full"}
 
 EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "anchor": {f"gamma {gamma:g}": {"gamma": gamma} if gamma != 1 else {} for gamma in (0.0, 0.3, 1.0, 3.0)},
@@ -158,10 +165,10 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "loss": {"KL": {}, "KL and MSE": {"beta": 0.1}, "MSE": {"alpha": 0.0, "beta": 0.1}},
     "text": {name: {} if name == "prompts and more" else {"text": name} for name in TEXTS},
     "sharing": {
-        "per module, thin": {},
-        "per module, full": {"projection_type": "full"},
-        "per layer, full": SHARED,
-        "one for all, full": {**SHARED, "projection_sharing": "all"},
+        "per module, thin": LONGER,
+        "per module, full": FULL,
+        "per layer, full": {**FULL, "projection_sharing": "layer"},
+        "one for all, full": {**FULL, "projection_sharing": "all"},
     },
     "nonlinear": {"linear": {}, "with an MLP": {"projection_type": "mlp"}, "with a bias": {"projection_bias": True}},
     "depth_map": {
@@ -170,7 +177,7 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
         "one to one": {"depth_map": ONE_TO_ONE},
     },
     "start": {"scaled by fit": {}, "gain 1": {"gain": 1.0}, "weak (gain 0.1)": {"gain": 0.1}},
-    "steps": {str(steps): {"steps": steps} if steps != 50 else {} for steps in (0, 25, 50, 100, 200)},
+    "steps": {str(n): {**LONGER, "steps": n} if n != 50 else LONGER for n in (0, 25, 50, 100, 200)},
 }
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 HERE = Path(__file__).parent
@@ -127,15 +128,20 @@ def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 
     return [peft_cast.Classification("AG News", folder / "ag_news_test.jsonl", news_prompt, labels, limit=classify)]
 
 
-def written(pair: str, task: str, modules: str, seed: int) -> list[TextSample]:
+def written(pair: str, task: str, modules: str, seed: int, **options: Any) -> list[TextSample]:
     """What the adapted source answers to our prompts and to further ones of the target's; written once and kept.
+
+    `options` are those of `SelfWritten` that shall differ from the table's.
 
     Beside it lies `<name>_cost.json`: seconds and memory that the writing took, a part of every translation's cost.
     """
-    file = OUTPUT / "text" / f"{pair}_{task}_{modules}_seed{seed}.json"
+    differs = "".join(f"_{name}={value}" for name, value in options.items())
+    file = OUTPUT / "text" / f"{pair}_{task}_{modules}_seed{seed}{differs}.json"
     if not file.exists():
         source, target = PAIRS[pair]
-        spec = SelfWritten(prompts=prompts(task), max_new_tokens=NEW_TOKENS[task], batch_size=96)
+        spec = SelfWritten(
+            **{"prompts": prompts(task), "max_new_tokens": NEW_TOKENS[task], "batch_size": 96, **options}
+        )
         phases = Phases()
         with (
             phases.measure("text"),
@@ -150,5 +156,6 @@ def written(pair: str, task: str, modules: str, seed: int) -> list[TextSample]:
     return [TextSample(**sample) for sample in json.loads(file.read_text(encoding="utf-8"))]
 
 
-NEW_TOKENS = {"gsm8k": 128, "agnews": 8, "kinds": 8, "definitions": 40}
+# Of the answers to GSM8K that the source writes 59% end within 128 tokens, 78% within 192.
+NEW_TOKENS = {"gsm8k": 192, "agnews": 8, "kinds": 8, "definitions": 40}
 SAMPLES = {"gsm8k": 416, "agnews": 656, "kinds": 656, "definitions": 656}

@@ -38,10 +38,16 @@ def main() -> None:
             adapters[row] = made
     adapters["retrained"] = [target.adapter(args.task, args.modules)]
     name = f"table_{args.pair}_{args.task}" + ("" if args.modules == "all" else f"_{args.modules}")
+    file = setting.FIGURES / f"{name}.json"
+    before = peft_cast.Evaluation.load(file) if file.exists() else None
     evaluation = peft_cast.evaluate(
         target.folder(), adapters, setting.tasks(args.task), retrained="retrained",
-        drift_text=setting.c4_documents()[1], drift_samples=setting.DRIFT_DOCUMENTS, output=setting.FIGURES / f"{name}.json",
+        drift_text=setting.c4_documents()[1], drift_samples=setting.DRIFT_DOCUMENTS, output=file,
     )  # fmt: skip
+    if before is not None:
+        evaluation = with_earlier(evaluation, before)
+        known = json.loads(file.read_text(encoding="utf-8"))["known"]
+        file.write_text(json.dumps({**evaluation.to_dict(), "known": known}, indent=1) + "\n", encoding="utf-8")
     evaluation.plot(setting.FIGURES / f"{name}.png")
     print(evaluation)
     # The source with its own LoRA: how good the teacher is.
@@ -50,6 +56,17 @@ def main() -> None:
         output=setting.FIGURES / f"{name.replace('table', 'source', 1)}.json",
     )  # fmt: skip
     print(own)
+
+
+def with_earlier(evaluation: peft_cast.Evaluation, before: peft_cast.Evaluation) -> peft_cast.Evaluation:
+    """The evaluation with the rows of `before` that were not asked for this time; `settings["earlier"]` names them."""
+    names = {m.adapter for m in evaluation.measurements}
+    kept = [m for m in before.measurements if m.adapter not in names]
+    of = {
+        row: [m for m in (*evaluation.measurements, *kept) if m.adapter == row] for row in ("base", *ROWS, "retrained")
+    }
+    settings = {**evaluation.settings, "earlier": sorted({m.adapter for m in kept})}
+    return peft_cast.Evaluation(tuple(m for group in of.values() for m in group), evaluation.retrained, settings)
 
 
 def make(row: str, seed: int, source, target, args) -> Path | None:

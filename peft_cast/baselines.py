@@ -29,6 +29,7 @@ from .models import (
     count_parameters,
     layer_count,
     load_model,
+    seeded,
     shared_head,
     unload_adapters,
     untouched,
@@ -186,11 +187,11 @@ def distill_lora(
         for place, sources in pair.modules.kernels.items():
             stacked[split_place(place)[0]] += sum(len(pair.kernels[s].A) for s in sources)
         r = r or max(stacked.values())
-        torch.manual_seed(seed)
         memory = teacher_memory(pair, settings, cache_dir)
         config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(stacked), task_type="CAUSAL_LM")
         try:
-            model = get_peft_model(pair.target, config).eval()
+            with seeded(seed):
+                model = get_peft_model(pair.target, config).eval()
             ids = pair.vocabulary
             with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
                 kl, refinement, excitement = imitate(

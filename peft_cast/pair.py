@@ -54,7 +54,7 @@ from .models import (
     untouched,
 )
 from .source import SourceAdapter, adapted_source, load_source
-from .text import C4, SelfWritten, is_written, read_text, write_texts
+from .text import C4, SelfWritten, default_text, is_written, read_text, write_texts
 
 
 @dataclass(frozen=True)
@@ -350,6 +350,8 @@ def read_texts(
             rendered=[s.rendered for s in samples], max_length=max_length,
         )  # fmt: skip
 
+    if text is None:
+        text = default_text(pair.tokenizers[0])
     if fit_text is None and is_written(text):
         fit_text = C4
     wanted = train if fit_text is not None else max(train, fit)

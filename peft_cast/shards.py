@@ -85,6 +85,10 @@ def _spread(model: PreTrainedModel, own: set[nn.Parameter], device: torch.device
         device: Where it shall work.
         over: All processes.
     """
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"'{model.name_or_path}' is quantised, which FSDP cannot spread: pass it unquantised or go without FSDP."
+        )
     model.requires_grad_(False)
     paths = layer_paths(model)
     layers = [model.get_submodule(path) for path in paths]
@@ -119,7 +123,7 @@ def opened(
         device: Where to work.
 
     Raises:
-        ValueError: If the adapter changes the source's own weights.
+        ValueError: If the adapter changes the source's own weights, or a model is quantised.
     """
     over = init_device_mesh(device.type, (ranks.count(),))
     with ExitStack() as stack:

@@ -92,10 +92,11 @@ def translate(
             ids, all on `source`, is translated at once: models are loaded and the closed form's text is read only once.
         target: The model it shall work on: hub id, path or loaded model. A loaded one is wrapped in place, as
             `get_peft_model` does; `result.model.unload()` gives it back.
-        text: What the refinement reads: `None` for C4 (`allenai/c4`, en, streamed), a hub dataset id, a local
-            jsonl/txt/parquet file, an iterable of strings, a `datasets.Dataset`, a `Corpus`, `SelfWritten` (text that
-            the adapted source writes, which shows the adapter's effect best), a list of `TextSample` written earlier, or
-            a `Mixture`. For several adapters also a dictionary from their names to texts.
+        text: What the refinement reads: `SelfWritten` (text that the adapted source writes, which shows the adapter's effect
+            best), a hub dataset id, a local jsonl/txt/parquet file, an iterable of strings, a `datasets.Dataset`, a `Corpus`,
+            a list of `TextSample` written earlier, or a `Mixture`. `None` for snippets of C4 (`allenai/c4`, en, streamed)
+            that the adapted source answers in its chat template, or C4 itself if its tokenizer has none. For several
+            adapters also a dictionary from their names to texts.
         fit_text: What the closed form and the anchors read, general text, likewise. When not given: C4 if the models
             write `text` themselves, else `text`, and there are no anchors.
         fit_samples (`int`): Texts for the closed form.

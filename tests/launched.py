@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node 2 tests/launched.py FOLDER
 
-FOLDER/jobs.json is a list of arguments of `translate`, each with a `name`. Process r writes FOLDER/NAME.r.json and
+FOLDER/jobs.json is a list of arguments of `translate`, each with a `name`, or of another `verb` of the package. Process r writes FOLDER/NAME.r.json and
 FOLDER/NAME.r.safetensors. A job may have an `environment`, and `fail_at`, [process, step, how]: there that process kills itself
 ("kill") or meets a loss that is no number ("nan").
 """
@@ -14,6 +14,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -49,22 +50,36 @@ def watched(folder: Path, fail_at: list | None):
         CastTrainer.compute_loss = loss
 
 
+def weights_of(result) -> dict[str, torch.Tensor]:
+    """What was fitted or trained, by name: of a bridge its maps, of a translation or distillation the adapter's tensors."""
+    if isinstance(result, peft_cast.Bridge):
+        maps = {f"{name}.{i}": fit for name, fits in result.maps.kernels.items() for i, fit in enumerate(fits)}
+        return {f"{n}.{side}": getattr(fit, side).float() for n, fit in maps.items() for side in ("A_P_in", "P_out_B")}
+    model = (result[0] if isinstance(result, list) else result).model
+    own = ("peft_cast_kernels", "lora_")
+    return {n: t.contiguous().clone() for n, t in model.state_dict().items() if any(part in n for part in own)}
+
+
 def run(folder: Path, job: dict) -> dict:
     """Do one job; what came of it, JSON-ready."""
     name, fail_at, environment = job.pop("name"), job.pop("fail_at", None), job.pop("environment", {})
+    verb = attrgetter(job.pop("verb", "translate"))(peft_cast)
     if isinstance(job["text"], dict):
         job["text"] = peft_cast.SelfWritten(**job["text"])
     os.environ.update(environment)
     try:
         with watched(folder, fail_at) as seen:
-            result = peft_cast.translate(**job, dtype=torch.float32, progress=False)
+            result = verb(**job, dtype=torch.float32, progress=False)
     except ValueError as error:
         return {"error": str(error)}
     finally:
         for variable in environment:
             del os.environ[variable]
-    weights = {n: t.contiguous().clone() for n, t in result.model.state_dict().items() if "peft_cast_kernels" in n}
-    save_file(weights, folder / f"{name}.{ranks.rank()}.safetensors")
+    save_file(weights_of(result), folder / f"{name}.{ranks.rank()}.safetensors")
+    if isinstance(result, peft_cast.Bridge):
+        return {"metrics": result.metrics}
+    if isinstance(result, list):
+        return {"metrics": [each.metrics for each in result]}
     spread = [p for p in result.model.parameters() if isinstance(p, DTensor)]
     return {
         "metrics": result.metrics, "history": result.history, "texts": seen,

@@ -248,7 +248,9 @@ def test_texts_are_made_from_words_and_files(tmp_path):
     prompts = ("Question: two?\nAnswer:", "Question: three?\nAnswer:")
     assert read_prompts(tmp_path / "prompts.txt") == prompts
     assert text_of({"self": {"prompts": str(tmp_path / "prompts.txt")}}).prompts == prompts
-    assert text_of("self") == peft_cast.SelfWritten() and text_of("c4") is None and text_of("a/b") == "a/b"
+    assert (
+        text_of("self") == peft_cast.SelfWritten() and text_of("c4") == peft_cast.text.C4 and text_of("a/b") == "a/b"
+    )
     mixed = text_of([{"text": "self", "weight": 3}, {"text": {"corpus": {"source": "a/b", "split": "test"}}}])
     assert mixed == peft_cast.Mixture((peft_cast.SelfWritten(), 3), (peft_cast.Corpus("a/b", split="test"), 1))
     for wrong in (3, {"self": {"lines": 1}}, {"other": {}}, [], {"corpus": "x"}):

@@ -6,13 +6,15 @@ import shutil
 import subprocess
 import sys
 import time
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, c4_texts
-from launched import HELD_OUT
+from conftest import ROOT, c4_texts, make_lora
+from launched import HELD_OUT, weights_of
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import ranks, shards
@@ -71,9 +73,29 @@ def shares(metrics):
     return [fit[side] for fit in fits for side in ("r2_in", "r2_out")]
 
 
+def other_verbs(models, other):
+    """What shares its work besides a translation: name of the job → verb and arguments."""
+    few = {
+        name: OPTIONS[name] for name in ("text", "fit_text", "batch_size", "fit_samples", "eval_samples", "max_length")
+    }
+    pair = {"source": models["source"], "target": models["target"]}
+    return {
+        "bridge": ("fit_bridge", {**pair, "text": TEXTS[40:61], "batch_size": 4, "max_length": 48}),
+        "distilled": ("baselines.distill_lora", {**models, **few, "steps": 3}),
+        "several": ("translate", {**models, **few, "steps": 2, "adapter": [models["adapter"], other]}),
+    }
+
+
 @pytest.fixture(scope="module")
 def models(source_folder, lora_folder, target_folder):
     return {"source": source_folder, "adapter": lora_folder, "target": target_folder}
+
+
+@pytest.fixture(scope="module")
+def other(source_folder, tmp_path_factory):
+    """Another adapter on the source."""
+    model = AutoModelForCausalLM.from_pretrained(source_folder)
+    return str(make_lora(model, tmp_path_factory.mktemp("other") / "tiny-other", r=2, seed=9))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +119,7 @@ def killed(models, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def together(models, killed, tmp_path_factory):
+def together(models, other, killed, tmp_path_factory):
     """Two processes, one job after another."""
     folder = tmp_path_factory.mktemp("together")
     shutil.copytree(killed.folder, folder / "resumed")
@@ -115,7 +137,9 @@ def together(models, killed, tmp_path_factory):
         {"name": "odd", "batch_size": 3},
         {"name": "no text", "text": ["x"]},
     ]  # fmt: skip
-    done = launch(folder, [{**base, **job} for job in jobs])
+    jobs = [{**base, **job} for job in jobs]
+    jobs += [{"name": name, "verb": verb, **given} for name, (verb, given) in other_verbs(models, other).items()]
+    done = launch(folder, jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -134,6 +158,23 @@ def test_two_processes_give_what_one_gives(name, together, alone):
     in_first, in_second = weights(together, name)
     assert all(torch.equal(in_first[n], in_second[n]) for n in in_first)
     close(in_first, {n: alone.weights[n] for n in in_first})
+
+
+@pytest.mark.parametrize("name", ["bridge", "distilled", "several"])
+def test_bridges_distillation_and_several_adapters_share_their_work(name, together, models, other, monkeypatch):
+    monkeypatch.setattr("peft_cast.fit.moments.HELD_OUT", HELD_OUT)
+    verb, given = other_verbs(models, other)[name]
+    result = attrgetter(verb)(peft_cast)(**given, dtype=torch.float32, progress=False)
+    first, second = found(together, name)
+    kls = [
+        [m["kl"] for m in (p["metrics"] if name == "several" else [p["metrics"]]) if "kl" in m]
+        for p in (first, second)
+    ]
+    assert kls[0] == kls[1]
+    in_first, in_second = weights(together, name)
+    assert all(torch.equal(in_first[n], in_second[n]) for n in in_first)
+    # A bridge keeps its maps in bfloat16; Adam's first steps make as much of a gradient's last digits as of its first ones.
+    close(in_first, weights_of(result), 2**-7 if name == "bridge" else 1e-3)
 
 
 def test_each_process_reads_a_part_of_every_batch(together):
@@ -233,6 +274,12 @@ def test_memory_that_runs_out_in_one_process_ends_the_run(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError, match="process 0 with 2 texts at a time: begin anew with a smaller"):
         within_memory(attempt, 8)
     assert sizes == [8]
+
+
+def test_fsdp_spreads_no_quantised_models():
+    quantised = SimpleNamespace(is_quantized=True, name_or_path="some/model-4bit")
+    with pytest.raises(ValueError, match="'some/model-4bit' is quantised, which FSDP cannot spread"):
+        shards._spread(quantised, set(), torch.device("cpu"), None)
 
 
 def test_what_does_not_go_together_is_one_clear_error(models, monkeypatch):

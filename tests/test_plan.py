@@ -110,6 +110,11 @@ def test_quantised_weights_take_their_bits(source_folder, lora_folder, target_fo
     assert whole.memory - quantised.memory == saved + whole.weights["source"] - quantised.weights["source"]
 
 
+def test_quantised_weights_are_not_planned_spread(source_folder, lora_folder, target_folder):
+    with pytest.raises(ValueError, match="FSDP spreads no quantised models"):
+        plan(source_folder, lora_folder, target_folder, device=SLOW, fsdp=True, processes=2, weight_bits=4)
+
+
 def test_a_70b_model_is_planned_in_seconds_without_its_weights(tmp_path, lora_folder, source_folder):
     llama = tiny_config(
         "llama", 128_256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,

@@ -390,6 +390,24 @@ def test_bad_arguments_are_one_clear_error(options, message, source_folder, lora
     refused(message, source_folder, lora_folder, target_folder, **options)
 
 
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}User: {{ m['content'] }}\nBot:{% endfor %}"])
+def test_without_text_a_chat_model_answers_snippets_of_c4(
+    template, source_folder, lora_folder, target_folder, monkeypatch
+):
+    c4 = peft_cast.text.Corpus(TEXTS)
+    for module in ("text.corpus", "text.mixture", "pair"):
+        monkeypatch.setattr(f"peft_cast.{module}.C4", c4)
+    with open_pair(source_folder, lora_folder, target_folder) as pair:
+        pair.tokenizers[0].chat_template = template
+        texts = read_texts(pair, None, train=4, held_out=2, fit=8, anchored=True)
+        read = [pair.tokenizers[0].decode(text.source_ids) for text in texts.train]
+    assert len(texts.fit) == 8
+    if template is None:
+        assert not texts.anchors and all(TEXTS[2 + i][:50] in text for i, text in enumerate(read))
+    else:
+        assert texts.anchors and all("User: " in text and "\nBot:" in text for text in read)
+
+
 def test_no_text_and_no_network_says_what_to_pass(source_folder, lora_folder, target_folder):
     refused("pass text that is at hand", source_folder, lora_folder, target_folder, OSError, text=None)
 

@@ -41,7 +41,10 @@ Target = Annotated[str, typer.Argument(help="Model it shall work on: hub id or f
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder that is written.")]
 Text = Annotated[
     str | None,
-    typer.Option(help="What the refinement reads: file, hub dataset id, `c4` or `self`.", rich_help_panel="Text"),
+    typer.Option(
+        help="What the refinement reads: file, hub dataset id, `c4` or `self`; `self` for a chat model, else `c4`, when not given.",
+        rich_help_panel="Text",
+    ),
 ]
 Prompts = Annotated[
     Path | None,

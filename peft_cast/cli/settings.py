@@ -13,7 +13,7 @@ import yaml
 
 from ..arguments import unknown
 from ..evaluation import AnswerLikelihood, Classification, Generation, HarnessTask
-from ..text import Corpus, Mixture, SelfWritten
+from ..text import C4, Corpus, Mixture, SelfWritten
 
 
 TASKS = {
@@ -105,7 +105,7 @@ def text_of(value: Any) -> Any:
         ValueError: For anything else.
     """
     if isinstance(value, str):
-        return {"self": SelfWritten(), "c4": None, "C4": None}.get(value, value)
+        return {"self": SelfWritten(), "c4": C4, "C4": C4}.get(value, value)
     if isinstance(value, list) and value and all(isinstance(part, dict) and "text" in part for part in value):
         return Mixture(*((text_of(part["text"]), part.get("weight", 1)) for part in value))
     if isinstance(value, dict) and set(value) == {"self"}:

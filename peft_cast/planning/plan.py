@@ -165,13 +165,15 @@ def plan(
         `Plan`
 
     Raises:
-        ValueError: If the device is unknown, `batch_size` is no multiple of `processes`, or the adapter or a configuration cannot
-            be used; the message says why.
+        ValueError: If the device is unknown, `batch_size` is no multiple of `processes`, `fsdp` meets `weight_bits`, or the
+            adapter or a configuration cannot be used; the message says why.
     """
     check_arguments(dict(locals()))
     device = _device(device)
     if batch_size % processes:
         raise ValueError(f"`batch_size` ({batch_size}) must be a multiple of the {processes} processes that share it.")
+    if fsdp and weight_bits:
+        raise ValueError("FSDP spreads no quantised models: plan with `fsdp` or with `weight_bits`, not with both.")
     own_rows = batch_size // processes
     dtype = dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
     if source is None:

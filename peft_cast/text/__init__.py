@@ -1,7 +1,7 @@
 """What is read as text: corpora, text the adapted source model writes itself, and mixtures."""
 
 from .corpus import C4, Corpus, read_corpus
-from .mixture import Mixture, check_text, is_written, read_text
+from .mixture import Mixture, check_text, default_text, is_written, read_text
 from .samples import TextSample
 from .written import SelfWritten, write_texts
 
@@ -13,6 +13,7 @@ __all__ = [
     "SelfWritten",
     "TextSample",
     "check_text",
+    "default_text",
     "is_written",
     "read_corpus",
     "read_text",

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .corpus import check_corpus, read_corpus
+from transformers import PreTrainedTokenizerBase
+
+from .corpus import C4, Corpus, check_corpus, read_corpus
 from .samples import TextSample
 from .written import SelfWritten
 
@@ -26,6 +28,14 @@ class Mixture:
         if not parts or any(weight <= 0 for _, weight in parts):
             raise ValueError("A Mixture needs at least one (text, weight) pair, each with a positive weight.")
         object.__setattr__(self, "parts", tuple(parts))
+
+
+def default_text(source_tokenizer: PreTrainedTokenizerBase) -> SelfWritten | Corpus:
+    """What is read when nothing is given: the adapted source's answers to snippets of C4, or C4 if it has no chat template.
+
+    C4 as it stands shows little of an adapter, and draws the target towards a source that is weaker (docs/results.md, Text).
+    """
+    return SelfWritten() if source_tokenizer.chat_template else C4
 
 
 def is_written(text: Any) -> bool:
