@@ -301,6 +301,52 @@ def contiguous_head(model: PreTrainedModel | PeftModel) -> AbstractContextManage
     return _before_head(model, torch.Tensor.contiguous)
 
 
+@contextmanager
+def states_at(model: PreTrainedModel | PeftModel, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[nn.Module]:
+    """Within the context the model gives, as its logits, what its head would read at some positions, shape (m, hidden).
+
+    Yields the head. Only for models of which `ends_in_head` is true.
+
+    Args:
+        rows, positions (`torch.Tensor`): As in `logits_at`.
+    """
+    head = model.get_output_embeddings()
+    model.set_output_embeddings(_StatesAt(rows, positions))
+    try:
+        yield head
+    finally:
+        model.set_output_embeddings(head)
+
+
+class _StatesAt(nn.Module):
+    """In a head's place: the states of some positions as they are."""
+
+    def __init__(self, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        super().__init__()
+        self.at = rows, positions
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states[self.at]
+
+
+@torch.no_grad()
+def ends_in_head(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the logits are what the head, a linear layer, makes: nothing is capped, scaled or cast after it.
+
+    Tried on one token; of a model that is spread over processes all must try.
+    """
+    head, made = model.get_output_embeddings(), []
+    if type(head) is not nn.Linear:
+        return False
+    handle = head.register_forward_hook(lambda _, __, logits: made.append((logits, logits._version)))
+    try:
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        logits = model(input_ids=token, use_cache=False).logits
+    finally:
+        handle.remove()
+    return len(made) == 1 and made[0][0] is logits and made[0][1] == logits._version
+
+
 def logits_at(
     model: PreTrainedModel | PeftModel, rows: torch.Tensor, positions: torch.Tensor
 ) -> AbstractContextManager[None]:

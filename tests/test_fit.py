@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import c4_texts, make_lora, tiny_model
+from conftest import ARCHITECTURES, c4_texts, make_lora, tiny_model
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
@@ -14,9 +14,9 @@ from peft_cast.fit import CastTrainer, Teacher, TeacherSettings, TrainingTexts, 
 from peft_cast.fit.batches import ByLength, collate_items, collate_pairs
 from peft_cast.fit.capture import capture, next_token_loss
 from peft_cast.fit.closed_form import texts_per_pass
-from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse
+from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse, whole
 from peft_cast.fit.moments import Moments
-from peft_cast.models import logits_at, shared_head, untouched
+from peft_cast.models import ends_in_head, logits_at, shared_head, states_at, untouched
 from peft_cast.pair import open_pair, read_texts
 
 
@@ -252,7 +252,7 @@ def test_the_untouched_target_is_the_anchors_teacher(share, source_folder, lora_
     batch = collate_pairs([text], [anchor])
     teacher = Teacher(adapted, TeacherSettings(gamma=1.0, target_share=share))
     goal, _ = teacher.goals(student, batch)
-    found, _ = teacher.student(student, student, batch)
+    found = whole(teacher.student(student, student, batch)[0])
     m = len(text.target_positions)
     with torch.no_grad():
         ids, positions = torch.tensor([anchor.target_ids]), list(anchor.target_positions[::2])
@@ -275,6 +275,45 @@ def test_logits_at_some_positions_are_the_models_own(architecture):
     with logits_at(model, rows, positions):
         torch.testing.assert_close(model(ids).logits, full[rows, positions])
     assert torch.equal(model(ids).logits, full)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_where_the_logits_are_the_heads_they_can_be_made_in_blocks(architecture):
+    model = tiny_model(architecture)
+    ends = architecture != "gemma2"  # caps its logits
+    assert ends_in_head(model) == ends_in_head(model.bfloat16()) == ends
+    model.float()
+    ids, rows, positions = torch.randint(3, 300, (3, 9)), torch.tensor([0, 2, 2]), torch.tensor([4, 0, 8])
+    full = model(ids).logits
+    if ends:
+        with states_at(model, rows, positions) as head:
+            states = model(ids).logits
+        torch.testing.assert_close(head(states), full[rows, positions])
+    assert torch.equal(model(ids).logits, full)
+
+
+def test_logits_in_blocks_train_the_same(source_folder, lora_folder, target_folder, monkeypatch):
+    options = {
+        "text": c4_texts(20),
+        "steps": 4,
+        "batch_size": 4,
+        "fit_samples": 8,
+        "max_length": 40,
+        "progress": False,
+    }
+    used, results = [], []
+    for allowed in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr("peft_cast.fit.refine.ends_in_head", lambda model: allowed and ends_in_head(model))
+            patch.setattr("peft_cast.fit.refine.states_at", lambda *args: used.append(allowed) or states_at(*args))
+            results.append(
+                peft_cast.translate(source_folder, lora_folder, target_folder, **options, dtype=torch.float32)
+            )
+    assert used and all(used)
+    first, second = results
+    assert first.metrics["kl"] == pytest.approx(second.metrics["kl"], rel=1e-4)
+    norms = [[entry["grad_norm"] for entry in r.history if "grad_norm" in entry] for r in results]
+    assert len(norms[0]) == 4 and norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 def test_excitement_is_zero_without_a_lora_and_positive_with_one(source_folder, lora_folder, byte_tokenizer):

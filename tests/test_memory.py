@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast.fit import Teacher, TeacherMemory, TeacherSettings, collate_pairs, fingerprint
-from peft_cast.fit.losses import kl_divergence
+from peft_cast.fit.losses import Predictions, kl_divergence, whole
 from peft_cast.fit.memory import Likeliest
 
 
@@ -54,6 +54,25 @@ def test_its_gradient_is_that_of_its_value(k, temperature, monkeypatch):
     (found * weights).sum().backward()
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mine.grad, student.grad.float(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [8, 50])
+def test_from_the_states_that_a_head_reads_value_and_gradient_are_the_same(k, monkeypatch):
+    monkeypatch.setattr("peft_cast.fit.losses.rows_at_once", lambda _: 3)
+    monkeypatch.setattr("peft_cast.fit.losses.positions_together", lambda *_: 6)
+    head, states, goal = torch.nn.Linear(16, 50).requires_grad_(False), torch.randn(20, 16), 3 * torch.randn(20, 50)
+    weights, first, second = torch.rand(20), states.clone().requires_grad_(True), states.clone().requires_grad_(True)
+    kept = Likeliest.of(goal, k)
+    expected, found = kept.kl_divergence(head(first)), kept.kl_divergence(Predictions(second, head))
+    torch.testing.assert_close(found, expected)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    torch.testing.assert_close(second.grad, first.grad)
+    assert first.grad.abs().min(dim=-1).values.max() > 0
+    torch.testing.assert_close(kl_divergence(goal, Predictions(states, head)), kl_divergence(goal, head(states)))
+    blocks = list(Predictions(states, head).split(3))
+    assert [len(block) for block in blocks] == [3] * 6 + [2]
+    torch.testing.assert_close(torch.cat(blocks), whole(Predictions(states, head)))
 
 
 def pair_of_texts(tokenizer, count=3):
@@ -123,6 +142,7 @@ def test_remembered_goals_are_the_teachers(share, source_folder, lora_folder, by
     goal, _ = teacher.goals(student, collate_pairs([first, second], [anchor]))
     teacher.remembered(student, [second], [])  # the other text and the anchor are new in the second call
     kept = teacher.remembered(student, [first, second], [anchor])
+    goal = whole(goal)
     logits = torch.randn_like(goal)
     torch.testing.assert_close(kept.kl_divergence(logits), kl_divergence(goal, logits), rtol=1e-2, atol=1e-2)
 

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import plan, to_lora
+from peft_cast.fit.losses import Predictions, whole
+from peft_cast.fit.memory import Likeliest
 from peft_cast.planning import DEVICES, Device, this_machine
 from peft_cast.planning.fake import counted
 
@@ -96,6 +98,20 @@ def test_counts_what_gradient_checkpointing_gives_free():
         peaks.append(cost.peak - sum(p.nbytes for p in model.parameters()))  # the gradients
         model.zero_grad()
     assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_logits_are_never_there_all_at_once():
+    n, vocabulary, peaks = 4000, 50_000, []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        head = torch.nn.Linear(64, vocabulary, bias=False).requires_grad_(False)
+        kept = Likeliest(torch.zeros(n, 8, dtype=torch.int32), torch.zeros(n, 9, dtype=torch.float16))
+        for in_blocks in (True, False):
+            states = torch.zeros(n, 64, requires_grad=True)
+            with counted() as cost:
+                student = Predictions(states, head)
+                kept.kl_divergence(student if in_blocks else whole(student)).sum().backward()
+            peaks.append(cost.peak)
+    assert peaks[1] > 2 * n * vocabulary * 4 > 10 * peaks[0]
 
 
 def test_quantised_weights_take_their_bits(source_folder, lora_folder, target_folder):

@@ -17,7 +17,7 @@ from .. import ranks
 from ..align import AlignedPair
 from ..files import optional, write_tensors
 from ..tuner.checks import TensorInfo, read_header
-from .losses import LikeliestKL, rows_at_once
+from .losses import LikeliestKL, Logits, Predictions, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Likeliest:
     log_p: torch.Tensor
 
     @classmethod
-    def of(cls, logits: torch.Tensor, k: int, temperature: float = 1.0) -> Likeliest:
+    def of(cls, logits: Logits, k: int, temperature: float = 1.0) -> Likeliest:
         """The k likeliest of logits (n, vocabulary), at a temperature."""
         parts = []
         for rows in logits.split(rows_at_once(logits)):
@@ -54,13 +54,13 @@ class Likeliest:
     def to(self, device: torch.device) -> Likeliest:
         return Likeliest(self.tokens.to(device), self.log_p.to(device))
 
-    def kl_divergence(self, student: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    def kl_divergence(self, student: Logits, temperature: float = 1.0) -> torch.Tensor:
         """`T² KL(these ‖ softmax(student / T))` in nats at each position, all other tokens taken as one.
 
         Never more than the KL over the whole vocabulary, and equal to it where the others are in the teacher's proportion.
 
         Args:
-            student (`torch.Tensor`): Logits (n, vocabulary).
+            student (`torch.Tensor` or `Predictions`): Logits (n, vocabulary).
             temperature (`float`): The temperature T at which the teacher was cut.
 
         Returns:
@@ -68,6 +68,8 @@ class Likeliest:
         """
         whole = self.tokens.shape[-1] == student.shape[-1]  # no others: their mass is rounding
         log_p = self.log_p[:, :-1] if whole else self.log_p
+        if isinstance(student, Predictions):
+            return LikeliestKL.apply(student.states, self.tokens, log_p, temperature, student.head)
         return LikeliestKL.apply(student, self.tokens, log_p, temperature)
 
 
@@ -106,7 +108,7 @@ class TeacherMemory:
         role: str,
         pairs: Sequence[AlignedPair],
         counts: Sequence[int],
-        make: Callable[[list[AlignedPair]], torch.Tensor],
+        make: Callable[[list[AlignedPair]], Logits],
         idle: AlignedPair | None = None,
     ) -> Likeliest:
         """The predictions for some texts one after another, those not seen before made by `make`.

@@ -16,12 +16,12 @@ from transformers import PrinterCallback, TrainingArguments
 
 from .. import ranks, shards
 from ..align import AlignedPair
-from ..models import in_eval_mode, logits_at
+from ..models import ends_in_head, in_eval_mode, logits_at, states_at
 from .batches import ByLength, TrainingTexts, anchor_positions, anchors_of, collate_items, collate_pairs, side_of
 from .capture import layer_outputs
 from .checkpoints import CheckpointedTrainer
 from .closed_form import with_bias
-from .losses import kl_divergence, mix_logits, normalised_mse
+from .losses import Logits, Predictions, kl_divergence, mix_logits, normalised_mse, whole
 from .memory import Likeliest, TeacherMemory
 from .out_of_memory import within_memory
 from .watch import Watch, copies, put_back
@@ -76,8 +76,20 @@ class Teacher:
             self.memory = memory or TeacherMemory(settings.top_k, settings.temperature)
         self.spread = shards.is_spread(source)  # every process must make as many passes as the others
         self.layers = {"source": {path for path, _ in self.hidden_maps.values()}, "target": set(self.hidden_maps)}
+        self.ends_in_head: dict[nn.Module, bool] = {}
 
-    def _run(self, model, base, batch: dict, side: str, anchors: bool = False) -> tuple[torch.Tensor, dict]:
+    def _predict(self, model, base, inputs: dict, rows: torch.Tensor, positions: torch.Tensor) -> Logits:
+        """What the model predicts at m positions, (m, vocabulary), in blocks if its architecture allows it."""
+        if base not in self.ends_in_head:
+            with in_eval_mode(base):
+                self.ends_in_head[base] = ends_in_head(base)
+        if self.ends_in_head[base]:
+            with states_at(base, rows, positions) as head:
+                return Predictions(model(**inputs).logits, head)
+        with logits_at(base, rows, positions):
+            return model(**inputs).logits
+
+    def _run(self, model, base, batch: dict, side: str, anchors: bool = False) -> tuple[Logits, dict]:
         """Logits (m, vocabulary) and hidden states by layer path (m, hidden) at the m aligned positions.
 
         With `anchors` the logits of the a anchor positions follow, (m + a, vocabulary).
@@ -85,11 +97,11 @@ class Teacher:
         inputs, rows, positions = side_of(batch, side, base.device)
         extra = anchors_of(batch, base.device) if anchors else (rows[:0], positions[:0])
         at = torch.cat([rows, extra[0]]), torch.cat([positions, extra[1]])
-        with logits_at(base, *at), layer_outputs(base, self.layers[side]) as states:
-            logits = model(**inputs).logits
+        with layer_outputs(base, self.layers[side]) as states:
+            logits = self._predict(model, base, inputs, *at)
         return logits, {path: state[rows, positions] for path, state in states.items()}
 
-    def student(self, model, base: PeftModel, batch: dict) -> tuple[torch.Tensor, dict]:
+    def student(self, model, base: PeftModel, batch: dict) -> tuple[Logits, dict]:
         """Logits (m + a, vocabulary) and, per target layer, hidden states (m, hidden_T) of the translated model.
 
         `model` is what is called (it may be wrapped for distributed training), `base` the PeftModel in it.
@@ -97,7 +109,7 @@ class Teacher:
         return self._run(model, base.get_base_model(), batch, "target", anchors=True)
 
     @torch.no_grad()
-    def goals(self, target: PeftModel, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def goals(self, target: PeftModel, batch: dict) -> tuple[Logits, dict[str, torch.Tensor]]:
         """Teacher logits (m + a, vocabulary) and, per target layer, the hidden states (m, hidden_T) to reach.
 
         At the anchors the untouched target is its own teacher.
@@ -106,7 +118,7 @@ class Teacher:
         if self.spread and "texts" in batch and not batch["texts"][1]:
             self._own_anchors(target, collate_pairs([], batch["texts"][0][:1]))
         if len(batch["anchor_rows"]):
-            logits = torch.cat([logits.float(), self._own_anchors(target, batch).float()])
+            logits = torch.cat([whole(logits).float(), whole(self._own_anchors(target, batch)).float()])
         return logits, states
 
     def remembered(self, target: PeftModel, pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair]) -> Likeliest:
@@ -130,18 +142,18 @@ class Teacher:
         return Likeliest.cat(parts).to(target.device)
 
     @torch.no_grad()
-    def _imitated(self, target: PeftModel, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _imitated(self, target: PeftModel, batch: dict) -> tuple[Logits, dict[str, torch.Tensor]]:
         """Teacher logits (m, vocabulary) and hidden states at the aligned positions."""
         share, device = self.settings.target_share, target.device
         source = (self.source, self.source.get_base_model(), batch, "source")
         adapted, adapted_states = self._run(*source)
-        logits = adapted.to(device)
+        logits = adapted if adapted.device == device else whole(adapted).to(device)
         if share:
             with self.source.disable_adapter():
                 plain, plain_states = self._run(*source)
             with target.disable_adapter(), in_eval_mode(target):
                 own, own_states = self._run(target, target.get_base_model(), batch, "target")
-            logits = mix_logits(logits, plain.to(device), own, share)
+            logits = mix_logits(whole(logits), whole(plain).to(device), whole(own), share)
         states = {}
         for path, (source_path, weight) in self.hidden_maps.items():
             weight = weight.to(device)
@@ -152,16 +164,17 @@ class Teacher:
             states[path] = state
         return logits, states
 
-    @staticmethod
     @torch.no_grad()
-    def _own_anchors(target: PeftModel, batch: dict) -> torch.Tensor:
+    def _own_anchors(self, target: PeftModel, batch: dict) -> Logits:
         """Logits (a, vocabulary) of the untouched target at the anchors, whose rows are the last ones."""
         rows, positions = anchors_of(batch, target.device)
         first = len(batch["source_input_ids"])
-        inputs = {name: batch[f"target_{name}"][first:].to(target.device) for name in ("input_ids", "attention_mask")}
-        head = logits_at(target.get_base_model(), rows - first, positions)
-        with target.disable_adapter(), in_eval_mode(target), head:
-            return target(**inputs, use_cache=False).logits
+        inputs: dict[str, Any] = {
+            name: batch[f"target_{name}"][first:].to(target.device) for name in ("input_ids", "attention_mask")
+        }
+        inputs["use_cache"] = False
+        with target.disable_adapter(), in_eval_mode(target):
+            return self._predict(target, target.get_base_model(), inputs, rows - first, positions)
 
     @torch.no_grad()
     def excitement(self, batch: dict) -> torch.Tensor:
@@ -261,7 +274,7 @@ class CastTrainer(CheckpointedTrainer):
         for name, mean in zip(parts, means):
             self.parts[name].append(mean)
         self.watch.see(means[0] if settings.alpha else whole)
-        return (loss, {"logits": logits}) if return_outputs else loss
+        return (loss, {"logits": whole(logits)}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         for name, values in self.parts.items():

@@ -18,7 +18,7 @@ from ..arguments import check_arguments
 from ..fit.batches import ANCHOR_EVERY, collate_pairs, side_of
 from ..fit.capture import capture
 from ..fit.closed_form import _pass, _Regressions, layer_groups, moments_size, texts_per_pass
-from ..fit.losses import kl_divergence
+from ..fit.losses import Logits, kl_divergence
 from ..fit.memory import Likeliest
 from ..fit.refine import Teacher, TeacherSettings, training_precision
 from ..install import cast_config
@@ -206,7 +206,7 @@ def plan(
             vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (on, onto))
             with read.model.disable_adapter(), model.disable_adapter():
                 passes, moments, kept = _closed_form(
-                    on, onto, _batch(at_once, max_length, 0.95), vocabulary, kernels, group
+                    on, onto, collate_pairs(_texts(at_once, max_length, 0.95)), vocabulary, kernels, group
                 )  # fmt: skip
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             if gradient_checkpointing:
@@ -310,13 +310,11 @@ def _config(model: str | Path | PretrainedConfig, which: str, revision: str | No
         ) from error
 
 
-def _batch(rows: int, length: int, aligned: float, anchors: int = 0) -> dict[str, torch.Tensor]:
-    """Texts of one length, aligned at their first positions, and anchors of half the length."""
+def _texts(count: int, length: int, aligned: float) -> list[AlignedPair]:
+    """Different texts of one length, aligned at their first positions."""
     positions = tuple(range(max(1, int(aligned * length))))
-    text = AlignedPair(tuple([0] * length), tuple([0] * length), positions, positions)
-    half = max(length // 2, 1)
-    anchor = AlignedPair(tuple([0] * half), tuple([0] * half), tuple(range(half)), tuple(range(half)))
-    return collate_pairs([text] * rows, [anchor] * anchors)
+    ids = [tuple([number] + [0] * (length - 1)) for number in range(count)]
+    return [AlignedPair(one, one, positions, positions) for one in ids]
 
 
 def _closed_form(
@@ -351,22 +349,25 @@ def _refinement(
     source, model, rows: int, length: int, aligned: float, vocabulary: int, settings: TeacherSettings
 ) -> tuple[Cost, Cost, Cost]:
     """Cost of a batch's teacher predictions, of one step, and of one batch of the evaluation."""
-    anchors = -(-rows // ANCHOR_EVERY) if settings.gamma else 0
-    batch, ids = _batch(rows, length, aligned, anchors), torch.arange(vocabulary)
+    texts = _texts(rows, length, aligned)
+    anchors = _texts(-(-rows // ANCHOR_EVERY) if settings.gamma else 0, max(length // 2, 1), 1.0)
+    batch, ids = collate_pairs(texts, anchors), torch.arange(vocabulary)
     teacher = Teacher(source, settings)
     base = source.get_base_model(), model.get_base_model()
     with shared_head(base[0], ids), shared_head(base[1], ids):
+        wanted: Likeliest | Logits
         with counted() as goal, torch.no_grad():
-            goals, _ = teacher.goals(model, batch)
-            likeliest = Likeliest.of(goals, settings.top_k) if settings.top_k else goals
+            wanted = teacher.remembered(model, texts, anchors) if settings.top_k else teacher.goals(model, batch)[0]
         model.train()
         with counted() as step:
             with training_precision(model):
                 logits, _ = teacher.student(model, model, batch)
-            divergence = likeliest.kl_divergence(logits) if settings.top_k else kl_divergence(likeliest, logits)
-            divergence.mean().backward()
-        del logits, divergence, goals, likeliest
-        batch = _batch(rows, length, aligned)
+            by_position = (
+                wanted.kl_divergence(logits) if isinstance(wanted, Likeliest) else kl_divergence(wanted, logits)
+            )
+            by_position.mean().backward()
+        del logits, by_position, wanted
+        batch = collate_pairs(texts)
         with counted() as check, torch.no_grad():
             goals, _ = teacher.goals(model, batch)
             kl_divergence(goals, teacher.student(model, model, batch)[0])
