@@ -116,7 +116,7 @@ def test_distilled_lora_moves_the_target_towards_the_teacher(source_folder, lora
 def test_a_failed_distillation_gives_the_target_back(source_folder, lora_folder, target_folder, monkeypatch):
     target = AutoModelForCausalLM.from_pretrained(target_folder)
     types = [type(m) for m in target.modules()]
-    monkeypatch.setattr("peft_cast.fit.refine.kl_divergence", lambda *args: 1 / 0)
+    monkeypatch.setattr("peft_cast.fit.teacher.kl_divergence", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         distill_lora(source_folder, lora_folder, target, text=c4_texts(9), steps=1, progress=False)
     assert [type(m) for m in target.modules()] == types

@@ -304,8 +304,8 @@ def test_logits_in_blocks_train_the_same(source_folder, lora_folder, target_fold
     used, results = [], []
     for allowed in (True, False):
         with monkeypatch.context() as patch:
-            patch.setattr("peft_cast.fit.refine.ends_in_head", lambda model: allowed and ends_in_head(model))
-            patch.setattr("peft_cast.fit.refine.states_at", lambda *args: used.append(allowed) or states_at(*args))
+            patch.setattr("peft_cast.fit.teacher.ends_in_head", lambda model: allowed and ends_in_head(model))
+            patch.setattr("peft_cast.fit.teacher.states_at", lambda *args: used.append(allowed) or states_at(*args))
             results.append(
                 peft_cast.translate(source_folder, lora_folder, target_folder, **options, dtype=torch.float32)
             )

@@ -6,8 +6,9 @@ from .closed_form import ClosedForm, KernelFit, fit_closed_form
 from .imitate import distance_to_teacher, imitate
 from .memory import TeacherMemory, fingerprint
 from .out_of_memory import within_memory
-from .refine import CastTrainer, Refinement, Teacher, TeacherSettings, training_precision
+from .refine import CastTrainer, Refinement, training_precision
 from .saved import load_closed_form, save_closed_form
+from .teacher import Teacher, TeacherSettings
 
 
 __all__ = [

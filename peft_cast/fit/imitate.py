@@ -14,7 +14,8 @@ from ..phases import Phases
 from .batches import TrainingTexts, collate_pairs
 from .losses import kl_divergence
 from .out_of_memory import within_memory
-from .refine import Refinement, Teacher, refine
+from .refine import Refinement, refine
+from .teacher import Teacher
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from ..fit.capture import capture
 from ..fit.closed_form import _pass, _Regressions, layer_groups, moments_size, texts_per_pass
 from ..fit.losses import Logits, kl_divergence
 from ..fit.memory import Likeliest
-from ..fit.refine import Teacher, TeacherSettings, training_precision
+from ..fit.refine import training_precision
+from ..fit.teacher import Teacher, TeacherSettings
 from ..install import cast_config
 from ..models import LoraKernel, check_remote_code, default_dtype, layer_count, shared_head, skeleton
 from ..safety import one_line, read_adapter_config, secrets_removed, why_no_model, without_secrets

@@ -1,0 +1,179 @@
+"""What the translated model is trained towards: the adapted source model's predictions and hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from .. import shards
+from ..align import AlignedPair
+from ..models import ends_in_head, in_eval_mode, logits_at, states_at
+from .batches import anchor_positions, anchors_of, collate_pairs, side_of
+from .capture import layer_outputs
+from .closed_form import with_bias
+from .losses import Logits, Predictions, kl_divergence, mix_logits, whole
+from .memory import Likeliest, TeacherMemory
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """What the translated model is trained towards.
+
+    Args:
+        alpha (`float`): Weight of the KL divergence between the teacher's and the student's next-token predictions.
+        beta (`float`): Weight of the normalised MSE between hidden states; 0 skips it.
+        gamma (`float`): Weight of the KL divergence from the untouched target on the anchors, which limits what the
+            translation breaks.
+        temperature (`float`): Temperature of the KL divergence.
+        target_share (`float`): 0 is the `source` teacher (the source model with its LoRA), 1 the `delta` teacher (the
+            target's own prediction changed by what the LoRA changes in the source); values between mix them.
+        top_k (`int`, *optional*): Predictions are made once per text and kept as their `top_k` likeliest tokens and the
+            mass of all others, 6 bytes a token. `None` makes them anew each time and compares the whole vocabulary, as
+            does the hidden-state loss.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.0
+    gamma: float = 0.0
+    temperature: float = 1.0
+    target_share: float = 0.0
+    top_k: int | None = 128
+
+
+class Teacher:
+    """Teacher logits and hidden states at the aligned positions of a batch.
+
+    Args:
+        source (`PeftModel`): The source model with its LoRA.
+        settings (`TeacherSettings`): The losses.
+        hidden_maps: Path of each target layer → (path of its source layer, map from source state and 1 to target state).
+        memory (`TeacherMemory`, *optional*): Where predictions are kept; one of its own when not given.
+    """
+
+    def __init__(
+        self,
+        source: PeftModel,
+        settings: TeacherSettings,
+        hidden_maps: Mapping[str, tuple[str, torch.Tensor]] | None = None,
+        memory: TeacherMemory | None = None,
+    ) -> None:
+        self.source, self.settings = source, settings
+        self.hidden_maps = dict(hidden_maps or {}) if settings.beta else {}
+        self.memory = None
+        if settings.top_k and not self.hidden_maps:  # hidden states are too large to keep
+            self.memory = memory or TeacherMemory(settings.top_k, settings.temperature)
+        self.spread = shards.is_spread(source)  # every process must make as many passes as the others
+        self.layers = {"source": {path for path, _ in self.hidden_maps.values()}, "target": set(self.hidden_maps)}
+        self.ends_in_head: dict[nn.Module, bool] = {}
+
+    def _predict(self, model, base, inputs: dict, rows: torch.Tensor, positions: torch.Tensor) -> Logits:
+        """What the model predicts at m positions, (m, vocabulary), in blocks if its architecture allows it."""
+        if base not in self.ends_in_head:
+            with in_eval_mode(base):
+                self.ends_in_head[base] = ends_in_head(base)
+        if self.ends_in_head[base]:
+            with states_at(base, rows, positions) as head:
+                return Predictions(model(**inputs).logits, head)
+        with logits_at(base, rows, positions):
+            return model(**inputs).logits
+
+    def _run(self, model, base, batch: dict, side: str, anchors: bool = False) -> tuple[Logits, dict]:
+        """Logits (m, vocabulary) and hidden states by layer path (m, hidden) at the m aligned positions.
+
+        With `anchors` the logits of the a anchor positions follow, (m + a, vocabulary).
+        """
+        inputs, rows, positions = side_of(batch, side, base.device)
+        extra = anchors_of(batch, base.device) if anchors else (rows[:0], positions[:0])
+        at = torch.cat([rows, extra[0]]), torch.cat([positions, extra[1]])
+        with layer_outputs(base, self.layers[side]) as states:
+            logits = self._predict(model, base, inputs, *at)
+        return logits, {path: state[rows, positions] for path, state in states.items()}
+
+    def student(self, model, base: PeftModel, batch: dict) -> tuple[Logits, dict]:
+        """Logits (m + a, vocabulary) and, per target layer, hidden states (m, hidden_T) of the translated model.
+
+        `model` is what is called (it may be wrapped for distributed training), `base` the PeftModel in it.
+        """
+        return self._run(model, base.get_base_model(), batch, "target", anchors=True)
+
+    @torch.no_grad()
+    def goals(self, target: PeftModel, batch: dict) -> tuple[Logits, dict[str, torch.Tensor]]:
+        """Teacher logits (m + a, vocabulary) and, per target layer, the hidden states (m, hidden_T) to reach.
+
+        At the anchors the untouched target is its own teacher.
+        """
+        logits, states = self._imitated(target, batch)
+        if self.spread and "texts" in batch and not batch["texts"][1]:
+            self._own_anchors(target, collate_pairs([], batch["texts"][0][:1]))
+        if len(batch["anchor_rows"]):
+            logits = torch.cat([whole(logits).float(), whole(self._own_anchors(target, batch)).float()])
+        return logits, states
+
+    def remembered(self, target: PeftModel, pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair]) -> Likeliest:
+        """The likeliest tokens of `goals` at the m + a positions, made once per text."""
+        memory = self.memory
+        assert memory is not None, "only a teacher with a memory remembers"
+        counts = [len(pair.target_positions) for pair in pairs]
+        idle = pairs[0] if self.spread else None
+        parts = [
+            memory.recall(
+                "teacher", pairs, counts, lambda absent: self._imitated(target, collate_pairs(absent))[0], idle
+            )
+        ]
+        read = anchors or (pairs[:1] if self.spread else [])
+        if read:
+            counts = [len(anchor_positions(anchor)) for anchor in read]
+            own = memory.recall(
+                "target", read, counts, lambda absent: self._own_anchors(target, collate_pairs([], absent)), idle
+            )
+            parts += [own] if anchors else []
+        return Likeliest.cat(parts).to(target.device)
+
+    @torch.no_grad()
+    def _imitated(self, target: PeftModel, batch: dict) -> tuple[Logits, dict[str, torch.Tensor]]:
+        """Teacher logits (m, vocabulary) and hidden states at the aligned positions."""
+        share, device = self.settings.target_share, target.device
+        source = (self.source, self.source.get_base_model(), batch, "source")
+        adapted, adapted_states = self._run(*source)
+        logits = adapted if adapted.device == device else whole(adapted).to(device)
+        if share:
+            with self.source.disable_adapter():
+                plain, plain_states = self._run(*source)
+            with target.disable_adapter(), in_eval_mode(target):
+                own, own_states = self._run(target, target.get_base_model(), batch, "target")
+            logits = mix_logits(whole(logits), whole(plain).to(device), whole(own), share)
+        states = {}
+        for path, (source_path, weight) in self.hidden_maps.items():
+            weight = weight.to(device)
+            state = with_bias(adapted_states[source_path].to(device).float()) @ weight.T
+            if share:
+                mapped = with_bias(plain_states[source_path].to(device).float()) @ weight.T
+                state = state + share * (own_states[path].float() - mapped)
+            states[path] = state
+        return logits, states
+
+    @torch.no_grad()
+    def _own_anchors(self, target: PeftModel, batch: dict) -> Logits:
+        """Logits (a, vocabulary) of the untouched target at the anchors, whose rows are the last ones."""
+        rows, positions = anchors_of(batch, target.device)
+        first = len(batch["source_input_ids"])
+        inputs: dict[str, Any] = {
+            name: batch[f"target_{name}"][first:].to(target.device) for name in ("input_ids", "attention_mask")
+        }
+        inputs["use_cache"] = False
+        with target.disable_adapter(), in_eval_mode(target):
+            return self._predict(target, target.get_base_model(), inputs, rows - first, positions)
+
+    @torch.no_grad()
+    def excitement(self, batch: dict) -> torch.Tensor:
+        """KL(source + LoRA ‖ source) in nats at the m aligned positions: how much the text shows of the adapter."""
+        source = (self.source, self.source.get_base_model(), batch, "source")
+        adapted, _ = self._run(*source)
+        with self.source.disable_adapter():
+            plain, _ = self._run(*source)
+        return kl_divergence(adapted, plain)
