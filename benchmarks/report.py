@@ -76,7 +76,10 @@ def tables() -> str:
             links += f". The source with its own LoRA: {teacher} ([raw](figures/{own.name}))"
         runs = sorted(setting.FIGURES.glob(f"run_{pair}_{task}_{modules[0] if modules else 'all'}_CAST_seed*.json"))
         links += "".join(f". {cost(run)}" for run in runs)
-        parts.append(f"{title}\n\n{peft_cast.Evaluation.load(file)}\n\n{plot}\n\n{links}.")
+        evaluation = peft_cast.Evaluation.load(file)
+        if earlier := evaluation.settings.get("earlier"):
+            links += f". Made by earlier code, on text written then: {', '.join(earlier)}"
+        parts.append(f"{title}\n\n{evaluation}\n\n{plot}\n\n{links}.")
     return "\n\n".join(parts)
 
 

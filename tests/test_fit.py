@@ -1,6 +1,8 @@
 """How projections are fitted and what they are trained towards."""
 
 import copy
+import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -130,6 +132,28 @@ def test_layers_are_fitted_in_groups_where_memory_is_short(source_folder, lora_f
     for name, fits in whole.kernels.items():
         for one, other in zip(fits, parts.kernels[name], strict=True):
             assert torch.equal(one.A_P_in, other.A_P_in) and torch.equal(one.P_out_B, other.P_out_B)
+
+
+def test_a_pass_is_forgotten_before_the_next_begins(source_folder, lora_folder, target_folder, monkeypatch):
+    closed_form, kept, sizes = sys.modules["peft_cast.fit.closed_form"], [], []
+
+    @contextmanager
+    def watched(*args):
+        with capture(*args) as captured:
+            kept.append(captured)
+            yield captured
+
+    def noting(model, *args, run=closed_form._pass):
+        sizes.append([len(captured.inputs) + len(captured.gradients) for captured in kept])
+        run(model, *args)
+
+    monkeypatch.setattr(closed_form, "capture", watched)
+    monkeypatch.setattr(closed_form, "_pass", noting)
+    with open_pair(source_folder, lora_folder, target_folder) as pair, pair.adapted.disable_adapter():
+        texts = read_texts(pair, c4_texts(20), train=8, held_out=2, fit=12).fit
+        fit_closed_form(pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, batch_size=4)
+    source_alone = sizes[1][0]
+    assert sizes == [[0, 0], [source_alone, 0]] * 3 and source_alone > 0
 
 
 def test_captured_gradients_are_those_of_the_loss():

@@ -24,6 +24,11 @@ class Captured:
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    def clear(self) -> None:
+        """Forget the last pass, or it lies beside the next one until that is over."""
+        self.inputs.clear()
+        self.gradients.clear()
+
     def input(self, place: str) -> torch.Tensor:
         """What the module of a place read."""
         return self.inputs[split_place(place)[0]]

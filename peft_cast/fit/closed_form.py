@@ -314,6 +314,8 @@ def _fit_group(
                     hidden_moments[path] = Moments(x.shape[1], y.shape[1], y.device)
                 hidden_moments[path].update(x.to(y.device), y, held_out, elsewhere)
             elsewhere += sum(parts[ranks.rank() + 1 :]) if held_out else 0
+            for seen in (at_source, at_target, source_states, target_states):
+                seen.clear()
     states = {path: moments.solve([moments.yy.shape[0]], ridge) for path, moments in hidden_moments.items()}
     return regressions.solve(ridge), states
 
