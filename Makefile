@@ -35,7 +35,7 @@ test-kill: setup
 
 # All but those that need the demo's models, the eval extra or a fixed set of versions.
 OLDEST_TESTS := tests/test_tuner.py tests/test_projections.py $(wildcard tests/test_peft_*.py) $(addprefix tests/test_,$(addsuffix .py,\
-	align baselines bridge cli fit fold hub memory plan report resuming safety several sharing text translate))
+	align baselines bridge cli fit fold hub memory plan report resuming safety several sharing start text translate))
 
 # On the oldest versions that pyproject.toml allows.
 test-oldest: .venv-oldest/.ready

@@ -130,13 +130,12 @@ def _c4() -> list[str]:
 TEXTS = {
     "prompts and more": _cut,
     "to their end": _written,  # answers to the same prompts, of 192 tokens at most
-    "at temperature 0.7": lambda: _written(temperature=0.7),
     "C4": _c4,
-    "half C4": lambda: peft_cast.Mixture((_written(), 1), (_c4(), 1)),
     "C4 answered as chat": lambda: peft_cast.SelfWritten(corpus=_c4(), max_new_tokens=128, batch_size=96),
-    "the 16 prompts": _given_prompts_alone,
-    "prefix": lambda: peft_cast.SelfWritten(prefix="Question:", max_new_tokens=160, batch_size=96),
+    "half C4": lambda: peft_cast.Mixture((_written(), 1), (_c4(), 1)),
     "real questions": _real_questions,
+    "the 16 prompts": _given_prompts_alone,
+    "at temperature 0.7": lambda: _written(temperature=0.7),
 }
 
 # Every target layer takes the kernels of one source layer, the others are dropped.

@@ -32,7 +32,7 @@ def main() -> None:
     source, target = setting.PAIRS[args.pair]
     adapters: dict[str, list[Path]] = {}
     for row in args.rows:
-        seeds = args.seeds if row == "CAST" else args.seeds[:1]
+        seeds = args.seeds if row.startswith("CAST") and row != "CAST closed form" else args.seeds[:1]
         made = [make(row, seed, source, target, args) for seed in seeds]
         if all(made):
             adapters[row] = made
@@ -69,9 +69,14 @@ def with_earlier(evaluation: peft_cast.Evaluation, before: peft_cast.Evaluation)
     return peft_cast.Evaluation(tuple(m for group in of.values() for m in group), evaluation.retrained, settings)
 
 
+def folder_of(row: str, seed: int, args) -> Path:
+    """Where the adapter of a row is kept."""
+    return setting.OUTPUT / f"{args.pair}_{args.task}_{args.modules}" / f"{row.replace(' ', '-')}_seed{seed}"
+
+
 def make(row: str, seed: int, source, target, args) -> Path | None:
     """The adapter of a row, made unless it is there already; `None` where the method does not apply."""
-    folder = setting.OUTPUT / f"{args.pair}_{args.task}_{args.modules}" / f"{row.replace(' ', '-')}_seed{seed}"
+    folder = folder_of(row, seed, args)
     if (folder / "adapter_config.json").exists():
         return folder
     print(f"\n{row}, seed {seed}", flush=True)
@@ -118,6 +123,19 @@ def translated(source, adapter, target, args, seed: int):
     return peft_cast.translate(source, adapter, target, **common(args, seed))
 
 
+def own_words(source, adapter, target, args, seed: int):
+    """The translation taken further on what it answers itself to the prompts of its text."""
+    start = make("CAST", seed, *setting.PAIRS[args.pair], args)
+    options = common(args, seed)
+    prompts = tuple(dict.fromkeys(sample.target_prompt for sample in options["text"]))
+    new_tokens = setting.NEW_TOKENS[args.task]
+    text = peft_cast.SelfWritten(
+        prompts=prompts, more_prompts=0, max_new_tokens=new_tokens, batch_size=96, on_policy=True
+    )
+    more = {"start": start, "text": text, "steps": 40, "learning_rate": 0.1}
+    return peft_cast.translate(source, adapter, target, **{**options, **more})
+
+
 def closed_form(source, adapter, target, args, seed: int):
     texts = setting.c4_documents()[0]
     return peft_cast.translate(source, adapter, target, text=texts, fit_text=texts, steps=0, seed=seed)
@@ -141,6 +159,7 @@ ROWS: dict[str, Callable] = {
     "CAST closed form": closed_form,
     "distilled from scratch": distilled,
     "CAST": translated,
+    "CAST and own words": own_words,
 }
 
 

@@ -318,6 +318,7 @@ def read_texts(
     max_length: int = 256,
     seed: int = 0,
     bar: Callable = lambda items, **_: items,
+    translated: PeftModel | None = None,
     keep: Callable[[str, Callable[[], list[str]]], list[str]] = lambda key, write: write(),
 ) -> PairTexts:
     """Read, write and align the text of a translation.
@@ -333,6 +334,7 @@ def read_texts(
         max_length (`int`): Most tokens per text and model.
         seed (`int`): Seed of what the models write.
         bar: Wrapper around batches that shows progress, e.g. `tqdm`.
+        translated: The target with the adapter to go on from, which writes on-policy text.
         keep: Where written batches are kept, see `write_texts`.
 
     Raises:
@@ -340,8 +342,11 @@ def read_texts(
     """
 
     def write(spec: SelfWritten, limit: int):
+        if spec.on_policy and translated is None:
+            raise ValueError("On-policy text is written by a translated model: pass its adapter as `start`.")
         progress = partial(bar, desc="writing text")
-        return write_texts(pair.adapted, *pair.tokenizers, spec, limit, seed, pair.target, progress, keep)
+        writer = translated if spec.on_policy else pair.adapted
+        return write_texts(writer, *pair.tokenizers, spec, limit, seed, pair.target, progress, keep)
 
     def align(samples, max_length: int = max_length) -> list[AlignedPair]:
         return align_texts(

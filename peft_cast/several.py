@@ -80,8 +80,9 @@ def translate_several(
     """What `translate` does when it is given a list of adapters; arguments, results and errors as there."""
     if any(isinstance(adapter, PeftModel) for adapter in adapters):
         raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
-    if options.get("bridge") is not None:
-        raise ValueError("`bridge` is for one adapter at a time: pass no `bridge`.")
+    for name in ("bridge", "start"):
+        if options.get(name) is not None:
+            raise ValueError(f"`{name}` is for one adapter at a time: pass no `{name}`.")
     if options["beta"] > 0 or options["depth_map"] == "similarity":
         raise ValueError("`beta` and `depth_map='similarity'` are for one adapter at a time: translate them in turn.")
     if shards.asked(options["training_args"]):

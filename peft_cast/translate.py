@@ -20,6 +20,7 @@ from .arguments import check_arguments
 from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate, within_memory
 from .install import adapter_name_of, cast_config, install
+from .loading import projections_of, with_adapter
 from .models import count_parameters, seeded, shared_head, unload_adapters
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
@@ -61,6 +62,7 @@ def translate(
     gain: float | None = None,
     source_rank: int | float | None = None,
     bridge: Bridge | str | Path | None = None,
+    start: str | Path | None = None,
     seed: int = 0,
     source_tokenizer: PreTrainedTokenizerBase | str | None = None,
     target_tokenizer: PreTrainedTokenizerBase | str | None = None,
@@ -137,6 +139,8 @@ def translate(
             When not given: the exact rank where it is at most 64, else 16 or twice the rank of the LoRA, whichever is more.
         bridge: Maps between the two models that were fitted before, instead of a closed form of this adapter's own: a
             `Bridge`, or the folder or hub id of one. It brings its depth and module map along.
+        start: A translation of the same adapter onto the same target, folder or hub id, to go on from instead of the closed
+            form: to train longer, on other text, or on its own (`SelfWritten(on_policy=True)`).
         seed (`int`): Seed of the sampled text and the training order.
         source_tokenizer, target_tokenizer: Needed only if they cannot be loaded from where the models come from.
         source_revision, adapter_revision, target_revision (`str`, *optional*): Hub revisions.
@@ -187,6 +191,8 @@ def translate(
         raise ValueError(
             "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
         )
+    if start is not None and (bridge is not None or beta > 0 or spread):
+        raise ValueError("`start` goes with no `bridge`, no `beta` and no FSDP: leave it or them out.")
     bridge = Bridge.from_pretrained(bridge) if isinstance(bridge, (str, Path)) else bridge
     bar = partial(tqdm, disable=not progress)
     phases = Phases()
@@ -213,14 +219,20 @@ def translate(
         describe = partial(described, {**arguments, "bridge": bridge}, pair)
         run = open_run(output_dir, cache_dir, resume_from_checkpoint, describe)
         stack.enter_context(run.advising())
-        with phases.measure("text"):
+        with phases.measure("text"), ExitStack() as begun:
+            translated = begun.enter_context(with_adapter(pair.target, start)) if start is not None else None
             read = partial(
                 read_texts, pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
-                anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar, keep=run.written,
+                anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar, translated=translated, keep=run.written,
             )  # fmt: skip
             texts = run.texts(read)
+            before = (
+                projections_of(translated, pair.kernels, pair.modules, str(start)) if translated is not None else None
+            )
         with phases.measure("closed_form"), pair.adapted.disable_adapter():
-            if bridge is not None:
+            if before is not None:
+                closed_form, gain = before, 1.0
+            elif bridge is not None:
                 closed_form, modules = bridge.closed_form(pair.kernels)
                 pair = dataclasses.replace(pair, modules=modules)
             else:
@@ -267,19 +279,11 @@ def translate(
         model.requires_grad_(False)
         config.inference_mode = True
     metrics = {
-        "kl": {"target": kl["target"], "closed_form": kl["start"], "translated": kl["end"]},
+        "kl": {"target": kl["target"], "start" if start else "closed_form": kl["start"], "translated": kl["end"]},
         "excitement": float(torch.cat(excitement).mean()),
         "source": pair.given.metrics,
         "parameters": {
             "trained": trained, "source_lora": count_parameters(pair.kernels),
-        },
-        "closed_form": {
-            "positions": closed_form.positions,
-            "modules": {
-                name: [{"source_module": f.source_module, "r2_in": f.r2_in, "r2_out": f.r2_out} for f in fits]
-                for name, fits in closed_form.kernels.items()
-            },
-            "hidden_r2": closed_form.hidden_r2,
         },
         "alignment": {
             "shared_tokens": len(pair.vocabulary), **pair.modules.metrics,
@@ -290,10 +294,19 @@ def translate(
         "settings": {
             "loss": dataclasses.asdict(settings), "steps": steps, "batch_size": batch_size,
             "learning_rate": learning_rate, "max_length": max_length, "gain": gain, "ridge": ridge, "seed": seed,
-            **shape, "projection_type": config.projection_type, "rank": config.r,
+            "start": without_secrets(start) if start is not None else None, **shape, "projection_type": config.projection_type, "rank": config.r,
         },
         "report": report,
     }  # fmt: skip
+    if start is None:
+        metrics["closed_form"] = {
+            "positions": closed_form.positions,
+            "modules": {
+                name: [{"source_module": f.source_module, "r2_in": f.r2_in, "r2_out": f.r2_out} for f in fits]
+                for name, fits in closed_form.kernels.items()
+            },
+            "hidden_r2": closed_form.hidden_r2,
+        }
     metrics, history = ranks.same((metrics, refinement.history))  # seconds differ
     result = TranslationResult(model, metrics, history, pair.modules, adapter_name)
     run.save(result)
@@ -316,7 +329,12 @@ def check_before_loading(arguments: Mapping[str, Any]) -> None:
     adapters = given("adapter")
     inputs = adapters if isinstance(adapters, (list, tuple)) else [adapters]
     check_folder(
-        given("output_dir"), given("resume_from_checkpoint", False), given("source"), *inputs, given("target")
+        given("output_dir"),
+        given("resume_from_checkpoint", False),
+        given("source"),
+        *inputs,
+        given("target"),
+        given("start"),
     )
     for name in ("text", "fit_text"):
         check_text(given(name))

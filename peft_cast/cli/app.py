@@ -125,6 +125,7 @@ def translate_command(
     device: DeviceName = None,
     dtype: Dtype = None,
     bridge: Annotated[str | None, typer.Option(help="A fitted bridge to start from.")] = None,
+    start: Annotated[str | None, typer.Option(help="A translation of the same LoRA to go on from.")] = None,
     config: Config = None,
     settings: Set = None,
     resume: Annotated[
@@ -144,6 +145,7 @@ def translate_command(
     options = {
         "text": _text(text, prompts), "fit_text": fit_text, "steps": steps, "batch_size": batch_size, "seed": seed,
         "learning_rate": learning_rate, "max_length": max_length, "device": device, "dtype": dtype, "bridge": bridge,
+        "start": start,
     }  # fmt: skip
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()), options)
     models = (None if source == "-" else source, adapter, target)

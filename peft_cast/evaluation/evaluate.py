@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,9 +20,10 @@ from .. import ranks
 from ..arguments import check_arguments
 from ..environment import environment
 from ..files import write_json
-from ..models import load_model, load_tokenizer, moved, unload_adapters, untouched
+from ..loading import with_adapter
+from ..models import load_model, load_tokenizer, moved, untouched
 from ..result import TranslationResult
-from ..safety import check_weights, one_line, read_adapter_config, without_secrets
+from ..safety import without_secrets
 from ..text import read_corpus
 from .drift import drift
 from .rows import BASE, Evaluation, Measurement
@@ -157,30 +158,8 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
         with untouched(given):
             yield given
         return
-    with untouched(model):
-        if given is None:
-            yield model
-            return
-        config = read_adapter_config(given)
-        check_weights(given, config, model=model)
-        if getattr(config, "bias", "none") != "none":
-            raise ValueError(
-                f"The adapter '{without_secrets(given)}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
-                "a copy of the target."
-            )
-        try:
-            try:
-                adapted = PeftModel.from_pretrained(model, str(given))
-            except (torch.OutOfMemoryError, MemoryError):
-                raise
-            except Exception as error:  # PEFT raises whatever a wrong configuration leads to
-                raise ValueError(
-                    f"The adapter '{without_secrets(given)}' could not be loaded on "
-                    f"'{without_secrets(model.name_or_path)}': {one_line(error)}"
-                ) from error
-            yield adapted.eval()
-        finally:
-            unload_adapters(model)
+    with untouched(model), with_adapter(model, given) if given is not None else nullcontext(model) as adapted:
+        yield adapted
 
 
 def _describe(task: Task) -> dict[str, Any]:

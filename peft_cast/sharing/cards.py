@@ -31,7 +31,12 @@ _TAGS = {
 }
 _TAG_NAMES = {"source": "source_model", "adapter": "source_adapter", "target": "target_model"}
 _VERSIONS = ("peft-cast", "peft", "transformers", "torch")
-_KL_LABELS = {"target": "untouched target", "closed_form": "closed form alone", "translated": "this adapter"}
+_KL_LABELS = {
+    "target": "untouched target",
+    "closed_form": "closed form alone",
+    "start": "where it began",
+    "translated": "this adapter",
+}
 
 
 def make_card(

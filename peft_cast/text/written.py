@@ -41,6 +41,9 @@ class SelfWritten:
         template (`str`, *optional*): A prompt with `{text}` in it, filled with snippets of `corpus`.
         chat (`bool`, *optional*): Put the prompt into the chat template, as a user's turn. By default only when
             nothing else is given and the source tokenizer has a chat template.
+        on_policy (`bool`): Whether the translated model answers, as `translate(start=...)` found it, instead of the adapted
+            source, which is then asked how it would have gone on at each word (on-policy distillation, arXiv 2306.13649): it
+            learns to get out of what it runs into by itself, such as loops.
         corpus: Where snippets come from, anything `translate(text=...)` takes as a corpus; C4 by default.
         snippet_chars (`int`): Length of a snippet in characters.
         samples (`int`, *optional*): How many texts to write; as many as the refinement reads, if not given.
@@ -55,6 +58,7 @@ class SelfWritten:
     prompts: tuple[str, ...] | None = None
     more_prompts: int | None = None
     chat: bool | None = None
+    on_policy: bool = False
     corpus: Any = None
     snippet_chars: int = 200
     samples: int | None = None
@@ -95,8 +99,8 @@ def write_texts(
     Several processes write a part of each batch, other texts than a single process would.
 
     Args:
-        model: The source model with its LoRA active.
-        source_tokenizer: Its tokenizer.
+        model: The source model with its LoRA active; with `spec.on_policy` the translated model.
+        source_tokenizer: The source's tokenizer.
         target_tokenizer: The target's tokenizer, for the target's own chat template.
         spec (`SelfWritten`): What to write.
         limit (`int`): How many texts, unless `spec.samples` is less.
@@ -117,12 +121,16 @@ def write_texts(
     prompts = _prompts(spec, source_tokenizer, target_tokenizer, count)
     chunks = [prompts[i : i + spec.batch_size] for i in range(0, len(prompts), spec.batch_size)]
     for number, chunk in enumerate(progress(chunks) if progress else chunks):
-        asked = [p.source for p in chunk]
+        asked = [p.target if spec.on_policy else p.source for p in chunk]
         options = (spec.max_new_tokens, spec.temperature, spec.top_p, chunk[0].chat)
-        written = _batch(keep, model, source_tokenizer, asked, options, ("answers", seed, number))
+        tokenizer = target_tokenizer if spec.on_policy else source_tokenizer
+        kind = "own answers" if spec.on_policy else "answers"
+        written = _batch(keep, model, tokenizer, asked, options, (kind, seed, number))
         samples += [prompt.followed_by(text) for prompt, text in zip(chunk, written) if text.strip()]
     if not samples:
-        raise ValueError("The adapted source model wrote only empty texts: pass other `prompts` or another `prefix`.")
+        raise ValueError(
+            f"The {'translated' if spec.on_policy else 'adapted source'} model wrote only empty texts: pass other `prompts` or another `prefix`."
+        )
     return samples
 
 
