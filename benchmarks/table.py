@@ -69,14 +69,9 @@ def with_earlier(evaluation: peft_cast.Evaluation, before: peft_cast.Evaluation)
     return peft_cast.Evaluation(tuple(m for group in of.values() for m in group), evaluation.retrained, settings)
 
 
-def folder_of(row: str, seed: int, args) -> Path:
-    """Where the adapter of a row is kept."""
-    return setting.OUTPUT / f"{args.pair}_{args.task}_{args.modules}" / f"{row.replace(' ', '-')}_seed{seed}"
-
-
 def make(row: str, seed: int, source, target, args) -> Path | None:
     """The adapter of a row, made unless it is there already; `None` where the method does not apply."""
-    folder = folder_of(row, seed, args)
+    folder = setting.OUTPUT / f"{args.pair}_{args.task}_{args.modules}" / f"{row.replace(' ', '-')}_seed{seed}"
     if (folder / "adapter_config.json").exists():
         return folder
     print(f"\n{row}, seed {seed}", flush=True)

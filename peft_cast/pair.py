@@ -346,7 +346,7 @@ def read_texts(
             raise ValueError("On-policy text is written by a translated model: pass its adapter as `start`.")
         progress = partial(bar, desc="writing text")
         writer = translated if spec.on_policy else pair.adapted
-        return write_texts(writer, *pair.tokenizers, spec, limit, seed, pair.target, progress, keep)
+        return write_texts(writer, *pair.tokenizers, spec, limit, seed, translated or pair.target, progress, keep)
 
     def align(samples, max_length: int = max_length) -> list[AlignedPair]:
         return align_texts(

@@ -68,11 +68,16 @@ def test_on_policy_text_is_the_translated_models(models, first, monkeypatch):
         return sample(model, tokenizer, texts, *args, **options)
 
     monkeypatch.setattr("peft_cast.text.written._sample", noting)
-    text = SelfWritten(prompts=PROMPTS, more_prompts=0, max_new_tokens=12, on_policy=True)
+    text = SelfWritten(prompts=PROMPTS, max_new_tokens=12, on_policy=True)
     result = peft_cast.translate(*models, **{**OPTIONS, "text": text}, steps=3, start=folder)
-    [(asked, tokenizer, seen)] = writers
-    assert set(asked) == set(PROMPTS) and tokenizer == models[2]
-    torch.testing.assert_close(seen, logits(before), rtol=1e-3, atol=1e-4)
+    *prompts, (asked, tokenizer, answering) = writers
+    assert prompts and set(PROMPTS) <= set(asked) and tokenizer == models[2]
+    torch.testing.assert_close(answering, logits(before), rtol=1e-3, atol=1e-4)
+    with before.model.disable_adapter():
+        untouched = logits(before)
+    for _, tokenizer, writing in prompts:
+        assert tokenizer == models[2]
+        torch.testing.assert_close(writing, untouched)
     assert result.metrics["text"]["anchors"] > 0 and result.metrics["refinement"]["steps"] == 3
 
 

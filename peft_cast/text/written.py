@@ -6,11 +6,13 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, TypeAlias
 
 import torch
+from peft import PeftModel
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import ranks
@@ -90,7 +92,7 @@ def write_texts(
     spec: SelfWritten,
     limit: int,
     seed: int = 0,
-    target: PreTrainedModel | None = None,
+    target: PreTrainedModel | PeftModel | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
     keep: Keep = lambda key, write: write(),
 ) -> list[TextSample]:
@@ -105,7 +107,8 @@ def write_texts(
         spec (`SelfWritten`): What to write.
         limit (`int`): How many texts, unless `spec.samples` is less.
         seed (`int`): Seed of the sampling. The global random state is left as it was.
-        target: The target model, which writes further prompts; without it the given ones are answered in turn.
+        target: The target model, which writes further prompts, without its adapter if it has one; when not given, `prompts` are
+            answered in turn.
         progress: Wrapper around the batches, e.g. `tqdm`.
         keep: Gives what was written for a key before, or calls its second argument to have it written.
 
@@ -116,7 +119,10 @@ def write_texts(
     samples = []
     if spec.prompts and target is not None:
         wanted = max(0, count - len(spec.prompts)) if spec.more_prompts is None else spec.more_prompts
-        further = write_prompts(target, target_tokenizer, spec.prompts, wanted, seed, spec.batch_size, progress, keep)
+        with target.disable_adapter() if isinstance(target, PeftModel) else nullcontext():
+            further = write_prompts(
+                target, target_tokenizer, spec.prompts, wanted, seed, spec.batch_size, progress, keep
+            )
         spec = replace(spec, prompts=(*spec.prompts, *further))
     prompts = _prompts(spec, source_tokenizer, target_tokenizer, count)
     chunks = [prompts[i : i + spec.batch_size] for i in range(0, len(prompts), spec.batch_size)]
