@@ -29,7 +29,7 @@ def with_adapter(model: PreTrainedModel, adapter: str | Path, revision: str | No
     check_weights(adapter, config, revision, model=model)
     if getattr(config, "bias", "none") != "none":
         raise ValueError(
-            f"The adapter '{name}' has trained biases, which would stay in the target: evaluate it as a PeftModel on "
+            f"The adapter '{name}' has trained biases, which would stay in the target: use it as a PeftModel on "
             "a copy of the target."
         )
     try:

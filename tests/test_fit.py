@@ -260,10 +260,12 @@ def test_every_anchor_counts_alike_however_batches_fall(source_folder, lora_fold
         args=TrainingArguments("unused", use_cpu=True, report_to=[]),
     )
     with torch.no_grad():
-        whole = trainer.compute_loss(student, collate_items([texts[i] for i in range(4)]))
+        batch = collate_items([texts[i] for i in range(4)])
+        together, outputs = trainer.compute_loss(student, batch, return_outputs=True)
         single = [trainer.compute_loss(student, collate_items([texts[i]])) for i in range(4)]
-    assert whole > 0 and [float(loss) for loss in single[1:]] == [0.0, 0.0, 0.0]
-    torch.testing.assert_close(torch.stack(single).mean(), whole, rtol=1e-3, atol=1e-6)
+    assert outputs["logits"].shape[0] == len(batch["rows"]) + len(batch["anchor_rows"])
+    assert together > 0 and [float(loss) for loss in single[1:]] == [0.0, 0.0, 0.0]
+    torch.testing.assert_close(torch.stack(single).mean(), together, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 from .. import ranks, shards
 from .batches import ByLength, TrainingTexts, collate_items
 from .checkpoints import CheckpointedTrainer
-from .losses import kl_divergence, normalised_mse
+from .losses import kl_divergence, normalised_mse, whole
 from .memory import Likeliest
 from .out_of_memory import within_memory
 from .teacher import Teacher
@@ -106,12 +106,12 @@ class CastTrainer(CheckpointedTrainer):
             loss = loss + settings.beta * parts["mse"]
         # What decides must be the same in all processes, or they wait for each other for ever.
         numbers = ranks.totals(float(loss.detach()), *(float(part.detach()) for part in parts.values()))
-        whole, *means = (number / ranks.count() for number in numbers)
-        if not math.isfinite(whole):
-            raise FloatingPointError(f"The loss became {whole} at step {self.state.global_step + 1}.")
+        total, *means = (number / ranks.count() for number in numbers)
+        if not math.isfinite(total):
+            raise FloatingPointError(f"The loss became {total} at step {self.state.global_step + 1}.")
         for name, mean in zip(parts, means):
             self.parts[name].append(mean)
-        self.watch.see(means[0] if settings.alpha else whole)
+        self.watch.see(means[0] if settings.alpha else total)
         return (loss, {"logits": whole(logits)}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
