@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -219,16 +219,16 @@ def translate(
         describe = partial(described, {**arguments, "bridge": bridge}, pair)
         run = open_run(output_dir, cache_dir, resume_from_checkpoint, describe)
         stack.enter_context(run.advising())
-        with phases.measure("text"), ExitStack() as begun:
-            translated = begun.enter_context(with_adapter(pair.target, start)) if start is not None else None
+        begun = with_adapter(pair.target, start) if start is not None else nullcontext()
+        with phases.measure("text"), begun as translated:
             read = partial(
                 read_texts, pair, text, fit_text, train=steps * batch_size, held_out=eval_samples, fit=fit_samples,
                 anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar, translated=translated, keep=run.written,
             )  # fmt: skip
             texts = run.texts(read)
-            before = (
-                projections_of(translated, pair.kernels, pair.modules, str(start)) if translated is not None else None
-            )
+            before = None
+            if translated is not None:
+                before = projections_of(translated, pair.kernels, pair.modules, without_secrets(start))
         with phases.measure("closed_form"), pair.adapted.disable_adapter():
             if before is not None:
                 closed_form, gain = before, 1.0
