@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/plan.py
 
-Reads the costs in docs/figures/demo.json and writes docs/figures/plan.json.
+Reads the costs in docs/figures/demo.json and gpu.json and writes docs/figures/plan.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 import peft_cast
 from peft_cast.environment import environment
-from peft_cast.planning import Device, this_machine
+from peft_cast.planning import Device, PhasePlan, this_machine
 
 
 LLAMA_2_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
@@ -36,7 +36,7 @@ OPTIONS = ("steps", "batch_size", "max_length")
 
 def main() -> None:
     device = this_machine()
-    report = {"measured": compare(device), "elsewhere": elsewhere(), "environment": environment()}
+    report = {"measured": [*compare(device), *compare_gpu()], "elsewhere": elsewhere(), "environment": environment()}
     (setting.FIGURES / "plan.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
@@ -52,19 +52,57 @@ def compare(device: Device) -> list[dict[str, Any]]:
         fit_samples=text["closed_form"], eval_samples=text["held_out"],
         **{name: metrics["settings"][name] for name in OPTIONS},
     )  # fmt: skip
+    costs = metrics["phases"]
+    return [
+        beside("demo", name, phase, costs[name]["seconds"], costs[name]["peak_memory_mb"])
+        for name, phase in planned.phases.items()
+    ]
+
+
+def compare_gpu() -> list[dict[str, Any]]:
+    """Plan and measurement of every phase of the runs on a GPU (benchmarks/gpu.py), by the rates that were measured there.
+
+    What was measured is the memory of tensors, without the driver's own.
+    """
+    found = json.loads((setting.FIGURES / "gpu.json").read_text(encoding="utf-8"))
+    card = found["card"]["device"]
+    rates = {name: 0.5 * found["card"]["bfloat16_product_flops"] if name == "flops" else card[name] for name in RATES}
     rows = []
-    for name, phase in planned.phases.items():
-        found = metrics["phases"][name]
-        row = {
-            "run": "demo", "phase": name, "planned_seconds": phase.seconds, "seconds": found["seconds"],
-            "planned_mb": phase.memory / 2**20, "mb": found["peak_memory_mb"],
-        }  # fmt: skip
-        rows.append(row)
-        print(
-            f"{name:<12} time {phase.seconds:7.1f} of {found['seconds']:7.1f} s   "
-            f"memory {row['planned_mb']:7.0f} of {row['mb']:7.0f} MB"
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        lora = make_lora(LLAMA_2_7B, Path(folder))
+        for part, runs in (("bfloat16", found["whole"]), ("4 bits", found["quantised"])):
+            for name, run in runs.items():
+                taken = run.get("taken_mb", 0)
+                device = Device(**rates, name=card["name"], memory=card["memory"] - int(taken * 2**20), runtime=0)
+                used, passes = run["refinement"], run["refinement"]["gradient_accumulation_steps"]
+                planned = peft_cast.plan(
+                    LLAMA_2_7B, lora, MISTRAL_7B, device=device, steps=used["steps"] * passes,
+                    batch_size=used["batch_size"], max_length=run["tokens_per_step"] // (used["batch_size"] * passes),
+                    fit_samples=run["fit_samples"], aligned=1.0, gamma=0.0, gradient_checkpointing="checkpointing" in name,
+                    weight_bits=4 if part == "4 bits" else None, dtype=torch.bfloat16,
+                )  # fmt: skip
+                rows += [
+                    beside(f"7B, {part}, {name}", phase, planned.phases[phase], cost["seconds"], cost["peak_device_memory_mb"] - taken)
+                    for phase, cost in run["phases"].items()
+                    if phase in planned.phases and phase != "load"  # they were given loaded
+                ]  # fmt: skip
     return rows
+
+
+RATES = "flops", "flops32", "bandwidth"
+
+
+def beside(run: str, phase: str, planned: PhasePlan, seconds: float, megabytes: float) -> dict[str, Any]:
+    """One phase's plan and measurement."""
+    row = {
+        "run": run, "phase": phase, "planned_seconds": planned.seconds, "seconds": seconds,
+        "planned_mb": planned.memory / 2**20, "mb": megabytes,
+    }  # fmt: skip
+    print(
+        f"{run:<40} {phase:<12} time {planned.seconds:7.1f} of {seconds:7.1f} s   "
+        f"memory {row['planned_mb']:7.0f} of {megabytes:7.0f} MB"
+    )
+    return row
 
 
 def elsewhere() -> dict[str, Any]:

@@ -201,6 +201,31 @@ def speed() -> str:
     return "\n".join(lines)
 
 
+def gpu() -> str:
+    """What translations of 7B models took on a GPU."""
+    found = json.loads((setting.FIGURES / "gpu.json").read_text(encoding="utf-8"))
+    lines = [
+        "| Llama-2-7B to Mistral-7B | tokens a step | seconds a step | tokens a second | of the product rate | 1,000 steps (min) | closed form: "
+        "texts | seconds | GiB | refinement: GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for part, name in (("whole", "bfloat16"), ("quantised", "4 bits")):
+        for what, run in found[part].items():
+            phases = run["phases"]
+            gib = {
+                n: (phases[n]["peak_device_memory_mb"] - run.get("taken_mb", 0)) / 1024
+                for n in ("closed_form", "refine")
+            }
+            lines.append(
+                f"| {name}, {what} | {run['tokens_per_step']} | {run['seconds_per_step']:.2f} | {run['tokens_per_second']:.0f} | "
+                f"{run['share_of_product_rate']:.0%} | {run['minutes_for_1000_steps']:.1f} | {run['fit_samples']} | "
+                f"{phases['closed_form']['seconds']:.0f} | {gib['closed_form']:.1f} | {gib['refine']:.1f} |"
+            )
+    rate = found["card"]["bfloat16_product_flops"] / 1e12
+    lines += ["", f"{found['card']['name']}; a bfloat16 product of 8192³ reaches {rate:.0f} TFLOP/s on it."]
+    return "\n".join(lines)
+
+
 def spread_plan() -> str:
     """What each device of the recipe in docs/scale.md takes, by phase."""
     found = json.loads((setting.FIGURES / "plan.json").read_text(encoding="utf-8"))["elsewhere"]
@@ -230,6 +255,7 @@ if __name__ == "__main__":
     put(results, "<!-- experiments -->", "<!-- end experiments -->", sweeps())
     if (setting.FIGURES / "speed.json").exists():
         put(results, "<!-- speed -->", "<!-- end speed -->", speed())
+    put(results, "<!-- gpu -->", "<!-- end gpu -->", gpu())
     if (setting.FIGURES / "plan.json").exists():
         put(ROOT / "docs" / "planning.md", "<!-- plan -->", "<!-- end plan -->", plans())
         put(ROOT / "docs" / "scale.md", "<!-- spread plan -->", "<!-- end spread plan -->", spread_plan())

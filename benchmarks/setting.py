@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm.auto import tqdm
+
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
@@ -25,11 +28,12 @@ from peft_cast.phases import Phases  # noqa: E402
 from peft_cast.text import SelfWritten, TextSample, write_texts  # noqa: E402
 
 
-FIGURES = HERE.parent / "docs" / "figures"
+FIGURES = Path(os.environ.get("PEFT_CAST_BENCH_FIGURES", HERE.parent / "docs" / "figures"))
 OUTPUT = HERE.parent / "bench-output"
 C4 = EXAMPLES / "data" / "c4_en_400.jsonl"
 # Drift is measured on documents that nothing else reads: fit and anchors take the first ones.
 DRIFT_DOCUMENTS = 40
+TOGETHER = 416 if torch.cuda.is_available() else 96  # texts that are written at a time
 
 
 @dataclass(frozen=True)
@@ -128,26 +132,29 @@ def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 
     return [peft_cast.Classification("AG News", folder / "ag_news_test.jsonl", news_prompt, labels, limit=classify)]
 
 
-def written(pair: str, task: str, modules: str, seed: int, **options: Any) -> list[TextSample]:
+def written(pair: str, task: str, modules: str, seed: int, times: int = 1, **options: Any) -> list[TextSample]:
     """What the adapted source answers to our prompts and to further ones of the target's; written once and kept.
 
-    `options` are those of `SelfWritten` that shall differ from the table's.
+    `times` is how many times the table's number of texts, `options` are those of `SelfWritten` that shall differ from the
+    table's.
 
     Beside it lies `<name>_cost.json`: seconds and memory that the writing took, a part of every translation's cost.
     """
-    differs = "".join(f"_{name}={value}" for name, value in options.items())
+    differs = "".join(f"_{name}={value}" for name, value in options.items()) + (f"_times={times}" if times > 1 else "")
     file = OUTPUT / "text" / f"{pair}_{task}_{modules}_seed{seed}{differs}.json"
     if not file.exists():
         source, target = PAIRS[pair]
         spec = SelfWritten(
-            **{"prompts": prompts(task), "max_new_tokens": NEW_TOKENS[task], "batch_size": 96, **options}
+            **{"prompts": prompts(task), "max_new_tokens": NEW_TOKENS[task], "batch_size": TOGETHER, **options}
         )
         phases = Phases()
         with (
             phases.measure("text"),
             open_pair(source.folder(), source.adapter(task, modules), target.folder()) as opened,
         ):
-            samples = write_texts(opened.adapted, *opened.tokenizers, spec, SAMPLES[task], seed, opened.target)
+            samples = write_texts(
+                opened.adapted, *opened.tokenizers, spec, times * SAMPLES[task], seed, opened.target, progress=tqdm
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         file.with_name(f"{file.stem}_cost.json").write_text(json.dumps(phases.costs) + "\n", encoding="utf-8")
         partial = file.with_suffix(".partial")

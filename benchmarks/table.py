@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--task", choices=setting.TASKS, default="gsm8k")
     parser.add_argument("--modules", choices=["all", "qv"], default="all", help="which modules the source LoRA adapts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the headline row")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--no-source", action="store_true", help="do not measure the source with its own LoRA")
+    parser.add_argument("--rows", nargs="+", default=DEFAULT, choices=list(ROWS))
     args = parser.parse_args()
     source, target = setting.PAIRS[args.pair]
     adapters: dict[str, list[Path]] = {}
@@ -51,6 +52,8 @@ def main() -> None:
         write_json({**evaluation.to_dict(), "known": known}, file)
     evaluation.plot(setting.FIGURES / f"{name}.png")
     print(evaluation)
+    if args.no_source:
+        return
     # The source with its own LoRA: how good the teacher is.
     own = peft_cast.evaluate(
         source.folder(), {"source LoRA": source.adapter(args.task, args.modules)}, setting.tasks(args.task),
@@ -72,7 +75,11 @@ def with_earlier(evaluation: peft_cast.Evaluation, before: peft_cast.Evaluation)
 
 def make(row: str, seed: int, source, target, args) -> Path | None:
     """The adapter of a row, made unless it is there already; `None` where the method does not apply."""
-    folder = setting.OUTPUT / f"{args.pair}_{args.task}_{args.modules}" / f"{row.replace(' ', '-')}_seed{seed}"
+    folder = (
+        setting.OUTPUT
+        / f"{args.pair}_{args.task}_{args.modules}"
+        / f"{row.replace(',', '').replace(' ', '-')}_seed{seed}"
+    )
     if (folder / "adapter_config.json").exists():
         return folder
     print(f"\n{row}, seed {seed}", flush=True)
@@ -103,11 +110,17 @@ def make(row: str, seed: int, source, target, args) -> Path | None:
     return folder
 
 
-def common(args, seed: int) -> dict:
-    """What a translation and a distillation from scratch have in common."""
-    text, task = setting.written(args.pair, args.task, args.modules, seed), args.task
+def common(args, seed: int, times: int = 1) -> dict:
+    """What a translation and a distillation from scratch have in common; of `times` as many texts twice as many a step."""
+    text, refinement = setting.written(args.pair, args.task, args.modules, seed, times), dict(REFINEMENT[args.task])
+    if times > 1:
+        refinement["batch_size"] = 2 * refinement.get("batch_size", 8)
+        refinement["steps"] *= times // 2
     cache = setting.OUTPUT / "cache"
-    return {"text": text, "fit_text": setting.c4_documents()[0], "cache_dir": cache, "seed": seed, **REFINEMENT[task]}
+    return {"text": text, "fit_text": setting.c4_documents()[0], "cache_dir": cache, "seed": seed, **refinement}
+
+
+TIMES = 10
 
 
 # Everything else is the default of `translate` and `distill_lora`.
@@ -119,16 +132,25 @@ def translated(source, adapter, target, args, seed: int):
     return peft_cast.translate(source, adapter, target, **common(args, seed))
 
 
-def own_words(source, adapter, target, args, seed: int):
+def longer(source, adapter, target, args, seed: int):
+    """With ten times as many texts and readings of them."""
+    return peft_cast.translate(source, adapter, target, **common(args, seed, TIMES))
+
+
+def own_words_longer(source, adapter, target, args, seed: int):
+    return own_words(source, adapter, target, args, seed, "CAST, ten times the text", TIMES)
+
+
+def own_words(source, adapter, target, args, seed: int, before: str = "CAST", times: int = 1):
     """The translation taken further on what it answers itself to the prompts of its text."""
-    start = make("CAST", seed, *setting.PAIRS[args.pair], args)
-    options = common(args, seed)
+    start = make(before, seed, *setting.PAIRS[args.pair], args)
+    options = common(args, seed, times)
     prompts = tuple(dict.fromkeys(sample.target_prompt for sample in options["text"]))
     new_tokens = setting.NEW_TOKENS[args.task]
     text = peft_cast.SelfWritten(
-        prompts=prompts, more_prompts=0, max_new_tokens=new_tokens, batch_size=96, on_policy=True
+        prompts=prompts, more_prompts=0, max_new_tokens=new_tokens, batch_size=setting.TOGETHER, on_policy=True
     )
-    more = {"start": start, "text": text, "steps": 40, "learning_rate": 0.1}
+    more = {"start": start, "text": text, "steps": 40 if times == 1 else 200, "learning_rate": 0.1}
     return peft_cast.translate(source, adapter, target, **{**options, **more})
 
 
@@ -156,7 +178,10 @@ ROWS: dict[str, Callable] = {
     "distilled from scratch": distilled,
     "CAST": translated,
     "CAST and own words": own_words,
+    "CAST, ten times the text": longer,
+    "CAST and own words, ten times the text": own_words_longer,
 }
+DEFAULT = [row for row in ROWS if "ten times" not in row]  # those take a GPU
 HEADLINE = ("CAST", "CAST and own words")  # made with every seed
 
 

@@ -16,7 +16,7 @@ from peft_cast.planning import DEVICES, Device, this_machine
 from peft_cast.planning.fake import counted
 
 
-SLOW = Device("slow", flops=1e9, flops32=1e9, bandwidth=1e9, memory=2**40, runtime=0, kernel=0.0)
+SLOW = Device("slow", flops=1e9, flops32=1e9, bandwidth=1e9, memory=2**40, runtime=0, start=0.0)
 
 
 def test_sizes_are_those_of_the_translation(source_folder, lora_folder, target_folder, tmp_path):
@@ -75,6 +75,18 @@ def test_larger_batches_take_more_memory_and_time(source_folder, lora_folder, ta
     for phase in ("closed_form", "refine"):
         assert after.phases[phase].above_weights > 1.5 * before.phases[phase].above_weights
     assert after.phases["refine"].seconds > 1.5 * before.phases["refine"].seconds
+
+
+def test_a_device_waits_for_python_where_products_are_small(source_folder, lora_folder, target_folder):
+    seconds = []
+    for start in (0.0, 1.0):
+        fast = Device("fast", flops=1e30, flops32=1e30, bandwidth=1e30, memory=2**40, runtime=0, start=start)
+        planned = plan(source_folder, lora_folder, target_folder, device=fast, steps=1, gamma=0.0, dtype=torch.float32)
+        seconds.append(planned.phases["refine"].seconds)
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (source_folder, target_folder)]
+    source, target = (sum(isinstance(m, torch.nn.Linear) for m in model.modules()) for model in models)
+    assert seconds[0] < 1e-9
+    assert seconds[1] > source + 2 * target  # the source forward, the target forward and back
 
 
 def test_gradient_checkpointing_takes_another_forward_pass(source_folder, lora_folder, target_folder):

@@ -24,7 +24,8 @@ class Device:
         bandwidth (`float`): Memory, bytes per second.
         memory (`int`): Bytes.
         runtime (`int`): Bytes taken before the first model is loaded: the process on a CPU, the context on a GPU.
-        kernel (`float`): Seconds that one small operation takes at least.
+        start (`float`): Seconds that a matrix product takes at least, however small: what Python needs to start it and the small
+            operations around it.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Device:
     bandwidth: float
     memory: int
     runtime: int
-    kernel: float = 1e-5
+    start: float = 1e-4
 
 
 def _accelerator(name: str, flops: float, flops32: float, bandwidth: float, gigabytes: int) -> Device:
@@ -67,8 +68,9 @@ def this_machine() -> Device:
             f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
             psutil.Process().memory_info().rss,
         )
-    # A pass reaches less than a large product: norms, attention and activations wait for memory.
-    half, single = (0.6 * _matmul_rate(device, dtype) for dtype in (default_dtype(device), torch.float32))
+    # A pass reaches less than a large product: norms, attention and activations wait for memory (docs/planning.md).
+    reached = 0.6 if device.type == "cpu" else 0.5
+    half, single = (reached * _matmul_rate(device, dtype) for dtype in (default_dtype(device), torch.float32))
     return Device(name, half, single, _bandwidth(device), memory, runtime)
 
 

@@ -34,7 +34,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.products = 0
         self.seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -42,6 +42,7 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if flops := FLOPS.get(func._overloadpacket):
             self.flops += flops(*args, **(kwargs or {}), out_val=result)
+            self.products += 1
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -67,11 +68,13 @@ class Cost:
 
     Args:
         flops (`int`): Floating-point operations of matrix products and attention.
+        products (`int`): How many of those there are.
         peak (`int`): Most bytes of tensors made within the work that were alive at once.
         kept (`int`): Bytes of them that are alive at its end.
     """
 
     flops: int = 0
+    products: int = 0
     peak: int = 0
     kept: int = 0
 
@@ -82,7 +85,8 @@ def counted() -> Iterator[Cost]:
     cost = Cost()
     with _Counter() as counter:
         yield cost
-    cost.flops, cost.peak, cost.kept = counter.flops, counter.peak, counter.live
+    cost.flops, cost.products = counter.flops, counter.products
+    cost.peak, cost.kept = counter.peak, counter.live
 
 
 def materialise(model: nn.Module) -> nn.Module:

@@ -223,8 +223,11 @@ def plan(
     # The largest in float64, and its factor.
     solve = 2 * 8 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2
 
-    def phase(flops: float, flops32: float, above: float, small: float = 0) -> PhasePlan:
-        seconds = flops / device.flops + flops32 / device.flops32 + small * device.kernel
+    def phase(times: float, costs: Sequence[Cost], flops32: float, above: float) -> PhasePlan:
+        flops = times * sum(cost.flops for cost in costs)
+        # A device waits for Python where the products are small.
+        started = times * sum(cost.products for cost in costs) * device.start
+        seconds = max(flops / device.flops, started) + flops32 / device.flops32
         return PhasePlan(seconds, int(base + above), int(above + device.runtime), flops + flops32)
 
     cubes = sum(m.in_features**3 + m.out_features**3 for m in _layers(model))
@@ -233,11 +236,12 @@ def plan(
         # Spread models are loaded by one process after another.
         "load": PhasePlan(sum(weights.values()) / 1e9 * (processes if fsdp else 1), int(base), device.runtime, 0.0),
         "closed_form": phase(
-            len(groups) * batches * passes.flops, batches * moments.flops * sum(sizes) / max(sizes) + 4 * cubes, heads + max(kept + passes.peak, kept + solve)
+            len(groups) * batches, [passes], batches * moments.flops * sum(sizes) / max(sizes) + 4 * cubes,
+            heads + max(kept + passes.peak, kept + solve),
         ),
-        "evaluate": phase(evaluations * check.flops, 0, heads + check.peak + optimizer // 4),
+        "evaluate": phase(evaluations, [check], 0, heads + check.peak + optimizer // 4),
         "refine": phase(
-            steps * (step.flops + goal.flops), 0, heads + max(step.peak, goal.peak) + optimizer + min(remembered, 2**31)
+            steps, [step, goal], 0, heads + max(step.peak, goal.peak) + optimizer + min(remembered, 2**31)
         ),
     }  # fmt: skip
     files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}

@@ -1,0 +1,261 @@
+"""What a translation of 7B models takes on a GPU: seconds, share of the card's rate, and peak memory.
+
+    python benchmarks/gpu.py OUTPUT_FOLDER              # one GPU of 80 GB
+    python benchmarks/gpu.py OUTPUT_FOLDER --tiny       # the same on whatever is here, with models of two layers
+
+Llama-2-7B to Mistral-7B by their shapes, with random weights and a tokenizer that is made here: neither speed nor memory depends
+on what the weights are. Writes gpu.json, anew after every part; what fails is in it with its traceback. benchmarks/plan.py puts the
+plan beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import plan as plans
+import setting
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+import peft_cast
+from peft_cast.environment import environment
+from peft_cast.files import write_json
+from peft_cast.fit.refine import CastTrainer
+from peft_cast.planning import Device, this_machine
+
+
+STEPS = 10
+WARM_UP = 3  # steps that are not timed
+GIB = 2**30
+TWO_LAYERS = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="models of two layers")
+    parser.add_argument("--parts", nargs="+", choices=["whole", "quantised"], default=["whole", "quantised"])
+    args = parser.parse_args()
+    card, report = this_machine(), {}
+    report["card"] = {"name": card.name, "bfloat16_product_flops": product_rate(), "device": vars(card)}
+    work = {"whole": whole_precision, "quantised": four_bits}
+    report["environment"] = environment()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for part in args.parts:
+        runs = report.setdefault(part, {})
+        try:
+            for name, run in work[part](card, args.tiny):
+                runs[name] = run
+                write_json(report, args.output / "gpu.json")
+        except Exception:
+            runs["error"] = traceback.format_exc()
+            print(runs["error"], flush=True)
+            write_json(report, args.output / "gpu.json")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def product_rate(n: int = 8192, times: int = 10) -> float:
+    """Floating-point operations per second of a bfloat16 product of random square matrices, the mean of a few."""
+    if not torch.cuda.is_available():
+        n, times = 512, 3
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    start = now()
+    for _ in range(times):
+        a @ b
+    return 2 * n**3 * times / (now() - start)
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def whole_precision(card: Device, tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """In bfloat16: 16 texts of 512 tokens a step, in two passes, and in one with checkpointing."""
+    length = 64 if tiny else 512
+    loaded = pair(tiny, length)
+    for name, batch_size, fit_samples, extra in (
+        ("two passes of 8", 8, 64, {"gradient_accumulation_steps": 2}),
+        ("one of 16, checkpointing", 16, 16, {"gradient_checkpointing": True}),
+    ):
+        yield name, one(*loaded, card, batch_size, length, fit_samples, training_args=extra)
+
+
+def four_bits(card: Device, tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Both models in 4 bits, on a card of which all but 24 GiB is taken."""
+    length = 64 if tiny else 256
+    loaded = pair(tiny, length, quantised=True)
+    taken = None
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        taken = torch.empty(torch.cuda.mem_get_info()[1] - 24 * GIB, dtype=torch.uint8, device="cuda")
+    extra = {"gradient_checkpointing": True}
+    run = one(*loaded, replace(card, memory=24 * GIB), 4, length, 16, training_args=extra)
+    yield "4 texts of 256, checkpointing", run | {"taken_mb": taken.nbytes / 2**20 if taken is not None else 0}
+
+
+def pair(
+    tiny: bool, length: int, quantised: bool = False
+) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerFast, list[str]]:
+    """Source, target, the tokenizer of both, and texts that it cuts into `length` tokens or a few more."""
+    tokenizer = made_tokenizer(setting.c4_documents()[0])
+    configs = [plans.LLAMA_2_7B, plans.MISTRAL_7B]
+    if tiny:
+        configs = [type(c)(**{**c.to_dict(), **TWO_LAYERS, "num_key_value_heads": k}) for c, k in zip(configs, (4, 2))]
+    source, target = (random_model(config, quantised) for config in configs)
+    return source, target, tokenizer, made_texts(tokenizer, 16 * (STEPS + 1) + 100, length)
+
+
+def random_model(config: PretrainedConfig, quantised: bool) -> PreTrainedModel:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if not quantised:
+        return model.eval()
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    options = {"quantization_config": nf4, "device_map": device, "dtype": torch.bfloat16}
+    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), **options).eval()
+
+
+def made_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most 32,000 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=32000, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+def made_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int) -> list[str]:
+    """Words of C4 in random order."""
+    draw, words = random.Random(0), " ".join(setting.c4_documents()[0]).split()
+    texts = [" ".join(draw.choices(words, k=length)) for _ in range(count)]  # a word is a token at least
+    ids = [tokenizer(text).input_ids[:length] for text in texts]
+    assert all(len(i) == length for i in ids)
+    return texts
+
+
+def one(
+    source: PreTrainedModel,
+    target: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: list[str],
+    card: Device,
+    batch_size: int,
+    length: int,
+    fit_samples: int,
+    training_args: dict[str, Any],
+) -> dict[str, Any]:
+    """One translation of a LoRA of rank 16 on all linear layers."""
+    each_step = training_args.get("gradient_accumulation_steps", 1)
+    with tempfile.TemporaryDirectory() as folder, clocked_steps() as starts:
+        lora = random_lora(source.config, Path(folder))
+        result = peft_cast.translate(
+            source, lora, target, text=texts, steps=STEPS, batch_size=batch_size, max_length=length,
+            fit_samples=fit_samples, source_tokenizer=tokenizer, target_tokenizer=tokenizer,
+            training_args={**training_args, "logging_steps": 1}, report_samples=0, report_similarity=False,
+            progress=False,
+        )  # fmt: skip
+        result.model.unload()
+    metrics = result.metrics
+    used = metrics["refinement"]
+    if (used["batch_size"], used["gradient_accumulation_steps"]) != (batch_size, each_step):
+        print(f"memory ran out: {used}", flush=True)
+    seconds = (starts[-1] - starts[WARM_UP * each_step]) / (len(starts) - 1 - WARM_UP * each_step) * each_step
+    tokens = batch_size * each_step * length
+    flops = needed(source.config, target.config, tokens, length, len(tokenizer))
+    found = {
+        "tokens_per_step": tokens,
+        "seconds_per_step": seconds,
+        "tokens_per_second": tokens / seconds,
+        "needed_flops_per_step": flops,
+        "share_of_product_rate": flops / seconds / product_rate(),
+        "minutes_for_1000_steps": 1000 * seconds / 60,
+        "refinement": used,
+        "kl": metrics["kl"],
+        "losses": [row["loss"] for row in result.history if "loss" in row],
+        "phases": metrics["phases"],
+        "fit_samples": fit_samples,
+    }
+    print(
+        f"{seconds:.3f} s a step, {found['share_of_product_rate']:.2f} of the product rate, phases {metrics['phases']}",
+        flush=True,
+    )
+    return found
+
+
+@contextmanager
+def clocked_steps() -> Iterator[list[float]]:
+    """When each pass of the refinement began, with all work of the one before done."""
+    starts: list[float] = []
+    compute_loss = CastTrainer.compute_loss
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        starts.append(now())
+        return compute_loss(*args, **kwargs)
+
+    CastTrainer.compute_loss = timed
+    try:
+        yield starts
+    finally:
+        CastTrainer.compute_loss = compute_loss
+
+
+def random_lora(config: PretrainedConfig, folder: Path) -> str:
+    lora = plans.make_lora(config, folder)
+    file = folder / "adapter_model.safetensors"
+    torch.manual_seed(0)
+    save_file({name: 0.02 * torch.randn_like(w) for name, w in load_file(file).items()}, file)
+    return lora
+
+
+def needed(source: PretrainedConfig, target: PretrainedConfig, tokens: int, length: int, vocabulary: int) -> float:
+    """Operations of matrix products that a step cannot avoid: the source forward, the target forward and back to activations."""
+
+    def forward(config: PretrainedConfig) -> float:
+        width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+        kv = width // heads * (config.num_key_value_heads or heads)
+        layer = 2 * width * (2 * width + 2 * kv + 3 * inner)
+        attention = 2 * 2 * width * length / 2  # causal: half of the products
+        return tokens * (config.num_hidden_layers * (layer + attention) + 2 * width * vocabulary)
+
+    return forward(source) + 2 * forward(target)
+
+
+if __name__ == "__main__":
+    main()
