@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,13 @@ import peft_cast
 from peft_cast.environment import environment
 from peft_cast.files import write_json
 from peft_cast.fit.refine import CastTrainer
-from peft_cast.planning import Device, this_machine
+from peft_cast.planning import this_machine
 
 
 STEPS = 10
 WARM_UP = 3  # steps that are not timed
 GIB = 2**30
+CONFIGS = plans.LLAMA_2_7B, plans.MISTRAL_7B
 TWO_LAYERS = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -68,7 +68,7 @@ def main() -> None:
     for part in args.parts:
         runs = report.setdefault(part, {})
         try:
-            for name, run in work[part](card, args.tiny):
+            for name, run in work[part](args.tiny):
                 runs[name] = run
                 write_json(report, args.output / "gpu.json")
         except Exception:
@@ -100,7 +100,7 @@ def now() -> float:
     return time.perf_counter()
 
 
-def whole_precision(card: Device, tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def whole_precision(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """In bfloat16: 16 texts of 512 tokens a step, in two passes, and in one with checkpointing."""
     length = 64 if tiny else 512
     loaded = pair(tiny, length)
@@ -108,10 +108,10 @@ def whole_precision(card: Device, tiny: bool) -> Iterator[tuple[str, dict[str, A
         ("two passes of 8", 8, 64, {"gradient_accumulation_steps": 2}),
         ("one of 16, checkpointing", 16, 16, {"gradient_checkpointing": True}),
     ):
-        yield name, one(*loaded, card, batch_size, length, fit_samples, training_args=extra)
+        yield name, one(*loaded, batch_size, length, fit_samples, training_args=extra)
 
 
-def four_bits(card: Device, tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def four_bits(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Both models in 4 bits, on a card of which all but 24 GiB is taken."""
     length = 64 if tiny else 256
     loaded = pair(tiny, length, quantised=True)
@@ -121,7 +121,7 @@ def four_bits(card: Device, tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         torch.cuda.empty_cache()
         taken = torch.empty(torch.cuda.mem_get_info()[1] - 24 * GIB, dtype=torch.uint8, device="cuda")
     extra = {"gradient_checkpointing": True}
-    run = one(*loaded, replace(card, memory=24 * GIB), 4, length, 16, training_args=extra)
+    run = one(*loaded, 4, length, 16, training_args=extra)
     yield "4 texts of 256, checkpointing", run | {"taken_mb": taken.nbytes / 2**20 if taken is not None else 0}
 
 
@@ -130,7 +130,7 @@ def pair(
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerFast, list[str]]:
     """Source, target, the tokenizer of both, and texts that it cuts into `length` tokens or a few more."""
     tokenizer = made_tokenizer(setting.c4_documents()[0])
-    configs = [plans.LLAMA_2_7B, plans.MISTRAL_7B]
+    configs = list(CONFIGS)
     if tiny:
         configs = [type(c)(**{**c.to_dict(), **TWO_LAYERS, "num_key_value_heads": k}) for c, k in zip(configs, (4, 2))]
     source, target = (random_model(config, quantised) for config in configs)
@@ -175,7 +175,6 @@ def one(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     texts: list[str],
-    card: Device,
     batch_size: int,
     length: int,
     fit_samples: int,

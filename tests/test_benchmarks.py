@@ -4,7 +4,9 @@ import json
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, c4_texts, make_lora
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import peft_cast
@@ -13,6 +15,7 @@ from peft_cast.text import TextSample
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import experiments  # noqa: E402
+import gpu  # noqa: E402
 import setting  # noqa: E402
 import table  # noqa: E402
 
@@ -99,3 +102,23 @@ def test_a_table_is_made_end_to_end_and_only_once(tiny_benchmark, monkeypatch, c
     assert peft_cast.Evaluation.load(tiny_benchmark / "figures" / "table_tiny_gsm8k.json").row("CAST", "tiny") == (
         found.row("CAST", "tiny")
     )
+
+
+def test_the_operations_that_a_step_needs_are_those_of_its_passes():
+    configs = [type(c)(**{**c.to_dict(), **gpu.TWO_LAYERS, "num_key_value_heads": 2}) for c in gpu.CONFIGS]
+    models = [AutoModelForCausalLM.from_config(config) for config in configs]
+    ids, counts = torch.zeros(3, 8, dtype=torch.long), []
+    for model in models:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=ids)
+        counts.append(counter.get_total_flops())
+    needed = gpu.needed(*configs, tokens=24, length=8, vocabulary=configs[0].vocab_size)
+    assert needed == pytest.approx(counts[0] + 2 * counts[1], rel=0.02)  # the counter takes no account of causality
+
+
+def test_the_texts_for_a_gpu_are_as_long_as_they_should_be():
+    documents = setting.c4_documents()[0][:40]
+    tokenizer = gpu.made_tokenizer(documents)
+    texts = gpu.made_texts(tokenizer, 3, 64)
+    assert len(set(texts)) == 3
+    assert all(len(tokenizer(text).input_ids) >= 64 for text in texts)
