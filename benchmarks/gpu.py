@@ -39,19 +39,14 @@ from peft_cast.environment import environment
 from peft_cast.files import write_json
 from peft_cast.fit.refine import CastTrainer
 from peft_cast.planning import this_machine
+from peft_cast.planning.devices import matmul_rate
+from peft_cast.ranks import default_device
 
 
 STEPS = 10
 WARM_UP = 3  # steps that are not timed
 GIB = 2**30
 CONFIGS = plans.LLAMA_2_7B, plans.MISTRAL_7B
-TWO_LAYERS = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-}
 
 
 def main() -> None:
@@ -60,15 +55,18 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="models of two layers")
     parser.add_argument("--parts", nargs="+", choices=["whole", "quantised"], default=["whole", "quantised"])
     args = parser.parse_args()
-    card, report = this_machine(), {}
-    report["card"] = {"name": card.name, "bfloat16_product_flops": product_rate(), "device": vars(card)}
+    card, rate = this_machine(), matmul_rate(default_device(), torch.bfloat16)
+    report: dict[str, Any] = {
+        "card": {"name": card.name, "bfloat16_product_flops": rate, "device": vars(card)}, "environment": environment()
+    }  # fmt: skip
     work = {"whole": whole_precision, "quantised": four_bits}
-    report["environment"] = environment()
     args.output.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         runs = report.setdefault(part, {})
         try:
             for name, run in work[part](args.tiny):
+                run["share_of_product_rate"] = run["needed_flops_per_step"] / run["seconds_per_step"] / rate
+                print(f"{name}: {run['share_of_product_rate']:.2f} of the product rate", flush=True)
                 runs[name] = run
                 write_json(report, args.output / "gpu.json")
         except Exception:
@@ -78,26 +76,6 @@ def main() -> None:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def product_rate(n: int = 8192, times: int = 10) -> float:
-    """Floating-point operations per second of a bfloat16 product of random square matrices, the mean of a few."""
-    if not torch.cuda.is_available():
-        n, times = 512, 3
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    start = now()
-    for _ in range(times):
-        a @ b
-    return 2 * n**3 * times / (now() - start)
-
-
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def whole_precision(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -130,17 +108,21 @@ def pair(
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerFast, list[str]]:
     """Source, target, the tokenizer of both, and texts that it cuts into `length` tokens or a few more."""
     tokenizer = made_tokenizer(setting.c4_documents()[0])
-    configs = list(CONFIGS)
-    if tiny:
-        configs = [type(c)(**{**c.to_dict(), **TWO_LAYERS, "num_key_value_heads": k}) for c, k in zip(configs, (4, 2))]
+    configs = [two_layers(config) for config in CONFIGS] if tiny else CONFIGS
     source, target = (random_model(config, quantised) for config in configs)
     return source, target, tokenizer, made_texts(tokenizer, 16 * (STEPS + 1) + 100, length)
 
 
+def two_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """The architecture of a configuration, tiny."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return type(config)(**{**config.to_dict(), **sizes, "head_dim": 16, "num_key_value_heads": 2})
+
+
 def random_model(config: PretrainedConfig, quantised: bool) -> PreTrainedModel:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     torch.manual_seed(0)
-    with torch.device(device):
+    with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if not quantised:
         return model.eval()
@@ -165,8 +147,7 @@ def made_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int) -> l
     """Words of C4 in random order."""
     draw, words = random.Random(0), " ".join(setting.c4_documents()[0]).split()
     texts = [" ".join(draw.choices(words, k=length)) for _ in range(count)]  # a word is a token at least
-    ids = [tokenizer(text).input_ids[:length] for text in texts]
-    assert all(len(i) == length for i in ids)
+    assert all(len(tokenizer(text).input_ids) >= length for text in texts)
     return texts
 
 
@@ -197,13 +178,11 @@ def one(
         print(f"memory ran out: {used}", flush=True)
     seconds = (starts[-1] - starts[WARM_UP * each_step]) / (len(starts) - 1 - WARM_UP * each_step) * each_step
     tokens = batch_size * each_step * length
-    flops = needed(source.config, target.config, tokens, length, len(tokenizer))
     found = {
         "tokens_per_step": tokens,
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds,
-        "needed_flops_per_step": flops,
-        "share_of_product_rate": flops / seconds / product_rate(),
+        "needed_flops_per_step": needed(source.config, target.config, tokens, length, len(tokenizer)),
         "minutes_for_1000_steps": 1000 * seconds / 60,
         "refinement": used,
         "kl": metrics["kl"],
@@ -211,10 +190,7 @@ def one(
         "phases": metrics["phases"],
         "fit_samples": fit_samples,
     }
-    print(
-        f"{seconds:.3f} s a step, {found['share_of_product_rate']:.2f} of the product rate, phases {metrics['phases']}",
-        flush=True,
-    )
+    print(f"{seconds:.3f} s a step, phases {metrics['phases']}", flush=True)
     return found
 
 
@@ -225,7 +201,9 @@ def clocked_steps() -> Iterator[list[float]]:
     compute_loss = CastTrainer.compute_loss
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        starts.append(now())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        starts.append(time.perf_counter())
         return compute_loss(*args, **kwargs)
 
     CastTrainer.compute_loss = timed

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 import peft_cast
 from peft_cast.environment import environment
 from peft_cast.planning import Device, PhasePlan, this_machine
+from peft_cast.planning.devices import REACHED_ON_GPU
 
 
 LLAMA_2_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
@@ -65,15 +66,17 @@ def compare_gpu() -> list[dict[str, Any]]:
     What was measured is the memory of tensors, without the driver's own.
     """
     found = json.loads((setting.FIGURES / "gpu.json").read_text(encoding="utf-8"))
-    card = found["card"]["device"]
-    rates = {name: 0.5 * found["card"]["bfloat16_product_flops"] if name == "flops" else card[name] for name in RATES}
+    card, rate = found["card"]["device"], found["card"]["bfloat16_product_flops"]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         lora = make_lora(LLAMA_2_7B, Path(folder))
         for part, runs in (("bfloat16", found["whole"]), ("4 bits", found["quantised"])):
             for name, run in runs.items():
                 taken = run.get("taken_mb", 0)
-                device = Device(**rates, name=card["name"], memory=card["memory"] - int(taken * 2**20), runtime=0)
+                device = Device(
+                    card["name"], REACHED_ON_GPU * rate, card["flops32"], card["bandwidth"],
+                    memory=card["memory"] - int(taken * 2**20), runtime=0,
+                )  # fmt: skip
                 used, passes = run["refinement"], run["refinement"]["gradient_accumulation_steps"]
                 planned = peft_cast.plan(
                     LLAMA_2_7B, lora, MISTRAL_7B, device=device, steps=used["steps"] * passes,
@@ -87,9 +90,6 @@ def compare_gpu() -> list[dict[str, Any]]:
                     if phase in planned.phases and phase != "load"  # they were given loaded
                 ]  # fmt: skip
     return rows
-
-
-RATES = "flops", "flops32", "bandwidth"
 
 
 def beside(run: str, phase: str, planned: PhasePlan, seconds: float, megabytes: float) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_a_table_is_made_end_to_end_and_only_once(tiny_benchmark, monkeypatch, c
 
 
 def test_the_operations_that_a_step_needs_are_those_of_its_passes():
-    configs = [type(c)(**{**c.to_dict(), **gpu.TWO_LAYERS, "num_key_value_heads": 2}) for c in gpu.CONFIGS]
+    configs = [gpu.two_layers(config) for config in gpu.CONFIGS]
     models = [AutoModelForCausalLM.from_config(config) for config in configs]
     ids, counts = torch.zeros(3, 8, dtype=torch.long), []
     for model in models:
