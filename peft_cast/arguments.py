@@ -16,7 +16,7 @@ from .tuner import CastConfig
 
 # The least that each may be; `None` passes where the function has a default of its own for it.
 COUNTS = {
-    "steps": 0, "batch_size": 1, "max_length": 2, "fit_samples": 1, "eval_samples": 1, "report_samples": 0, "seed": 0,
+    "steps": 0, "on_policy_steps": 0, "batch_size": 1, "max_length": 2, "fit_samples": 1, "eval_samples": 1, "report_samples": 0, "seed": 0,
     "teacher_top_k": 0, "tokens": 1, "processes": 1, "weight_bits": 1, "samples": 1, "drift_samples": 1,
 }  # fmt: skip
 NUMBERS = {"alpha": 0, "beta": 0, "gamma": 0}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from .align import (
     AlignedPair,
     ModuleMap,
     SharedVocabulary,
-    align_texts,
     layer_pairs,
     layer_paths,
     linear_cka,
@@ -54,7 +53,7 @@ from .models import (
     untouched,
 )
 from .source import SourceAdapter, adapted_source, load_source
-from .text import C4, SelfWritten, default_text, is_written, read_text, write_texts
+from .text import C4, SelfWritten, TextSample, align_samples, default_text, is_written, read_text, write_texts
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,7 @@ class PairTexts:
         fit: Read by the closed form.
         anchors: General text on which the target shall stay as it is; empty when it may move.
         metrics: Counts and shares, JSON-ready.
+        answers: What was written after a prompt to be trained on, as text.
     """
 
     train: list[AlignedPair]
@@ -114,6 +114,7 @@ class PairTexts:
     fit: list[AlignedPair]
     anchors: list[AlignedPair]
     metrics: dict[str, Any]
+    answers: list[TextSample] = field(default_factory=list)
 
 
 @contextmanager
@@ -348,13 +349,7 @@ def read_texts(
         writer = translated if spec.on_policy else pair.adapted
         return write_texts(writer, *pair.tokenizers, spec, limit, seed, translated or pair.target, progress, keep)
 
-    def align(samples, max_length: int = max_length) -> list[AlignedPair]:
-        return align_texts(
-            [s.text for s in samples], *pair.tokenizers,
-            source_prompts=[s.source_prompt for s in samples], target_prompts=[s.target_prompt for s in samples],
-            rendered=[s.rendered for s in samples], max_length=max_length,
-        )  # fmt: skip
-
+    align = partial(align_samples, pair.tokenizers, max_length=max_length)
     if text is None:
         text = default_text(pair.tokenizers[0])
     if fit_text is None and is_written(text):
@@ -364,7 +359,8 @@ def read_texts(
     # First: whether it can be reached is known before minutes of writing.
     general = read_text(fit_text, fit + anchors + held_out, write) if fit_text is not None else []
     # The same text twice says nothing new, and must not be trained on and measured with.
-    pairs = list(dict.fromkeys(align(read_text(text, wanted + held_out, write))))
+    samples = read_text(text, wanted + held_out, write)
+    pairs = list(dict.fromkeys(align(samples)))
     if len(pairs) < 3:
         raise ValueError(
             f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
@@ -376,7 +372,7 @@ def read_texts(
     fitting = [pair for pair in align(general) if pair not in seen][:fit] if fit_text is not None else training[:fit]
     # Half the length: many short stretches of general text say more than a few long ones.
     usable = min(anchors, -(-len(training) // ANCHOR_EVERY))
-    rest = align((general[fit:] or general)[:usable], max(max_length // 2, 16)) if usable else []
+    rest = align((general[fit:] or general)[:usable], max_length=max(max_length // 2, 16)) if usable else []
     if len(fitting) < 2:
         raise ValueError(
             f"`{'text' if fit_text is None else 'fit_text'}` gives {len(fitting)} usable samples for the closed form, at "
@@ -387,4 +383,5 @@ def read_texts(
         "train": len(training), "held_out": len(evaluation), "closed_form": len(fitting), "anchors": len(rest),
         "target_tokens": tokens, "aligned_positions": positions,
     }  # fmt: skip
-    return PairTexts(training, evaluation, fitting, rest, metrics)
+    answers = [sample for sample in samples[kept_out:] if sample.target_prompt]
+    return PairTexts(training, evaluation, fitting, rest, metrics, answers)

@@ -23,6 +23,7 @@ from .fit import checkpoints, fingerprint, last_checkpoint, read_state
 from .pair import Pair, PairTexts
 from .result import TranslationResult
 from .safety import without_secrets
+from .text import TextSample
 
 
 # Arguments that do not change the result, and those whose content is told apart otherwise.
@@ -62,20 +63,20 @@ class Run:
     checkpoint: Path | None = None
     begun: bool = True
 
-    def texts(self, read: Callable[[], PairTexts]) -> PairTexts:
-        """The texts kept in the folder, else those that `read` gives, which are kept."""
+    def texts(self, read: Callable[[], PairTexts], name: str = "texts") -> PairTexts:
+        """The texts kept in the folder under a name, else those that `read` gives, which are kept."""
         if self.folder is None:
             return read()
-        file = _work(self.folder) / "texts.json"
+        file = _work(self.folder) / f"{name}.json"
         kept = ranks.shared(lambda: read_json_if_there(file))
         if kept is not None:
             return _texts(kept)
         texts = read()
         if ranks.is_main():
             with optional("The text"):
-                parts = {name: part for name, part in vars(texts).items() if name != "metrics"}
-                kept = {name: [vars(pair) for pair in part] for name, part in parts.items()}
-                write_json({**kept, "metrics": texts.metrics}, file, indent=None)
+                parts = {part: value for part, value in vars(texts).items() if part != "metrics"}
+                kept = {part: [vars(text) for text in value] for part, value in parts.items()}
+                _write_as_is({**kept, "metrics": texts.metrics}, file)
                 shutil.rmtree(self._parts, ignore_errors=True)
         return texts
 
@@ -89,10 +90,19 @@ class Run:
             return kept
         batch = write()
         if ranks.is_main():
-            with optional("A part of the written text"), replacing(file) as part:
-                # Not `write_json`, which leaves out what looks like a token: the text must come back as it was.
-                part.write_text(json.dumps(batch), encoding="utf-8")
+            with optional("A part of the written text"):
+                _write_as_is(batch, file)
         return batch
+
+    @property
+    def on_policy(self) -> Path | None:
+        """Where the refinement on the translated model's own words keeps its checkpoints; nowhere when `None`."""
+        return None if self.folder is None else _work(self.folder) / "on_policy"
+
+    @property
+    def on_policy_checkpoint(self) -> Path | None:
+        """Where that goes on from."""
+        return None if self.on_policy is None else last_checkpoint(self.on_policy / "checkpoints")
 
     @property
     def _parts(self) -> Path:
@@ -128,8 +138,9 @@ class Run:
             yield
         except KeyboardInterrupt as interrupt:
             if self.folder is not None:
-                last = last_checkpoint(self.folder / "checkpoints")
-                reached = f" up to step {read_state(last).global_step}" if last else ""
+                last = last_checkpoint(self.folder / "checkpoints"), self.on_policy_checkpoint
+                steps = sum(read_state(checkpoint).global_step for checkpoint in last if checkpoint)
+                reached = f" up to step {steps}" if steps else ""
                 interrupt.args = (
                     f"Stopped; what was done{reached} is kept in '{self.folder}'. To go on, call `translate` with the same "
                     "arguments and `resume_from_checkpoint=True` (`--resume` on the command line).",
@@ -299,9 +310,15 @@ def _work(folder: Path) -> Path:
 
 
 def _texts(kept: dict[str, Any]) -> PairTexts:
-    metrics = kept.pop("metrics")
+    metrics, answers = kept.pop("metrics"), [TextSample(**answer) for answer in kept.pop("answers", [])]
     pairs = {
         name: [AlignedPair(**{field: tuple(ids) for field, ids in pair.items()}) for pair in part]
         for name, part in kept.items()
     }
-    return PairTexts(**pairs, metrics=metrics)
+    return PairTexts(**pairs, metrics=metrics, answers=answers)
+
+
+def _write_as_is(value: Any, file: Path) -> None:
+    """Not `write_json`, which leaves out what looks like a token: text must come back as it was."""
+    with replacing(file) as partial_file:
+        partial_file.write_text(json.dumps(value), encoding="utf-8")

@@ -22,6 +22,7 @@ from .fit import Teacher, TeacherSettings, TrainingTexts, imitate, within_memory
 from .install import adapter_name_of, cast_config, install
 from .loading import projections_of, with_adapter
 from .models import count_parameters, seeded, shared_head, unload_adapters
+from .on_policy import check_prompts, imitate_on_own_words
 from .pair import fitted, map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .report import gather_report
@@ -29,7 +30,7 @@ from .result import TranslationResult
 from .run import check_folder, described, open_run
 from .safety import without_secrets
 from .several import translate_several
-from .text import check_text
+from .text import check_text, is_written
 
 
 def translate(
@@ -42,6 +43,7 @@ def translate(
     fit_samples: int = 64,
     eval_samples: int = 16,
     steps: int = 100,
+    on_policy_steps: int = 0,
     batch_size: int = 8,
     learning_rate: float = 0.2,
     max_length: int = 256,
@@ -104,6 +106,9 @@ def translate(
         fit_samples (`int`): Texts for the closed form.
         eval_samples (`int`): Texts kept out of the refinement to measure the distance to the teacher.
         steps (`int`): Refinement steps; 0 keeps the closed form.
+        on_policy_steps (`int`): Further steps, at half the learning rate, on what the translated model then answers to the
+            prompts of `text`: it learns from the adapted source how to go on from its own words (arXiv 2306.13649). Costs a
+            little likelihood and makes generation better (docs/text.md).
         batch_size (`int`): Texts per step, of all processes together: with several (`accelerate launch`, docs/scale.md) each
             takes its part.
         learning_rate (`float`): Peak step of AdamW relative to the size (root mean square) of each factor, decayed
@@ -191,6 +196,8 @@ def translate(
         raise ValueError(
             "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
         )
+    if on_policy_steps and spread:
+        raise ValueError("`on_policy_steps` goes with no FSDP: leave one of them out.")
     if start is not None and (bridge is not None or beta > 0 or spread):
         raise ValueError("`start` goes with no `bridge`, no `beta` and no FSDP: leave it or them out.")
     bridge = Bridge.from_pretrained(bridge) if isinstance(bridge, (str, Path)) else bridge
@@ -226,6 +233,7 @@ def translate(
                 anchored=gamma > 0, max_length=max_length, seed=seed, bar=bar, translated=translated, keep=run.written,
             )  # fmt: skip
             texts = run.texts(read)
+            check_prompts(bool(texts.answers) or not on_policy_steps)
             before = None
             if translated is not None:
                 before = projections_of(translated, pair.kernels, pair.modules, without_secrets(start))
@@ -268,6 +276,14 @@ def translate(
                     phases, steps=steps, learning_rate=learning_rate, seed=seed, output_dir=output_dir,
                     training_args=training_args, progress=progress, checkpoint=run.checkpoint,
                 )  # fmt: skip
+            own = None
+            if on_policy_steps:
+                kl["refined"] = kl["end"]
+                kl["end"], own = imitate_on_own_words(
+                    pair, model, teacher_at_work, texts, run, steps=on_policy_steps, held_out=eval_samples, batch_size=batch_size,
+                    learning_rate=learning_rate / 2, max_length=max_length, seed=seed, training_args=training_args,
+                    progress=progress, phases=phases, bar=bar,
+                )  # fmt: skip
             with phases.measure("report"):
                 report = gather_report(
                     pair, model, texts, excitement, arguments, samples=report_samples, similarity=report_similarity
@@ -279,7 +295,10 @@ def translate(
         model.requires_grad_(False)
         config.inference_mode = True
     metrics = {
-        "kl": {"target": kl["target"], "start" if start else "closed_form": kl["start"], "translated": kl["end"]},
+        "kl": {
+            "target": kl["target"], "start" if start else "closed_form": kl["start"],
+            **({"refined": kl["refined"]} if own else {}), "translated": kl["end"],
+        },
         "excitement": float(torch.cat(excitement).mean()),
         "source": pair.given.metrics,
         "parameters": {
@@ -289,11 +308,12 @@ def translate(
             "shared_tokens": len(pair.vocabulary), **pair.modules.metrics,
         },
         "refinement": refinement.metrics,
+        **({"on_policy": own} if own else {}),
         "text": texts.metrics,
         "phases": phases.costs,
         "settings": {
-            "loss": dataclasses.asdict(settings), "steps": steps, "batch_size": batch_size,
-            "learning_rate": learning_rate, "max_length": max_length, "gain": gain, "ridge": ridge, "seed": seed,
+            "loss": dataclasses.asdict(settings), "steps": steps, "on_policy_steps": on_policy_steps,
+            "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length, "gain": gain, "ridge": ridge, "seed": seed,
             "start": without_secrets(start) if start is not None else None, **shape, "projection_type": config.projection_type, "rank": config.r,
         },
         "report": report,
@@ -338,6 +358,8 @@ def check_before_loading(arguments: Mapping[str, Any]) -> None:
     )
     for name in ("text", "fit_text"):
         check_text(given(name))
+    text = given("text")
+    check_prompts(text is None or isinstance(text, Mapping) or is_written(text) or not given("on_policy_steps"))
 
 
 def target_share(teacher: str | float) -> float:

@@ -130,6 +130,7 @@ def together(models, other, killed, tmp_path_factory):
         {"name": "resumed", "output_dir": str(folder / "resumed"), "resume_from_checkpoint": True},
         {"name": "nan", "fail_at": [1, 4, "nan"]},
         {"name": "written", "text": PROMPTS, "steps": 4, "training_args": {"fsdp": True}},  # few texts, read several times
+        {"name": "own words", "text": {**PROMPTS, "samples": 8}, "steps": 2, "on_policy_steps": 3},
         {
             "name": "other losses", "steps": 2, "beta": 0.1, "teacher": 0.5, "depth_map": "similarity",
             "training_args": {"fsdp": True, "gradient_accumulation_steps": 2},
@@ -235,7 +236,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_all(together):
     assert all(torch.equal(in_first[n], in_second[n]) for n in in_first)
 
 
-@pytest.mark.parametrize("name", ["written", "other losses"])
+@pytest.mark.parametrize("name", ["written", "own words", "other losses"])
 def test_all_processes_have_the_same_text_and_result(name, together):
     first, second = found(together, name)
     assert first["metrics"] == second["metrics"]

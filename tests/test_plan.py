@@ -77,6 +77,15 @@ def test_larger_batches_take_more_memory_and_time(source_folder, lora_folder, ta
     assert after.phases["refine"].seconds > 1.5 * before.phases["refine"].seconds
 
 
+def test_steps_on_own_words_are_counted(source_folder, lora_folder, target_folder):
+    options = {"device": SLOW, "batch_size": 4, "max_length": 64, "steps": 10}
+    before, after = (
+        plan(source_folder, lora_folder, target_folder, **options, **o) for o in ({}, {"on_policy_steps": 5})
+    )
+    assert after.phases["refine"].seconds == pytest.approx(1.5 * before.phases["refine"].seconds)
+    assert after.phases["evaluate"].seconds > 2 * before.phases["evaluate"].seconds
+
+
 def test_a_device_waits_for_python_where_products_are_small(source_folder, lora_folder, target_folder):
     seconds = []
     for start in (0.0, 1.0):

@@ -232,6 +232,11 @@ def test_further_prompts_follow_the_given_ones(monkeypatch, byte_tokenizer):
     assert all(text.count("Question: how many are") == 5 and text.endswith("how many are") for text in fake.asked)
 
 
+def test_a_model_without_a_first_token_cannot_write_from_nothing(writer, byte_tokenizer, piece_tokenizer):
+    with pytest.raises(ValueError, match="no token to begin a text with"):
+        write_texts(writer, byte_tokenizer, piece_tokenizer, SelfWritten(prefix=""), 2)
+
+
 def test_a_model_that_writes_no_prompts_ends_in_a_few_rounds(monkeypatch, byte_tokenizer):
     monkeypatch.setattr(written, "_sample", fake := Continues([""] * 1000))
     assert written.write_prompts(None, byte_tokenizer, PROMPTS, 10, batch_size=4) == []

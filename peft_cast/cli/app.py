@@ -63,6 +63,10 @@ FitText = Annotated[
 Steps = Annotated[
     int | None, typer.Option(help="Refinement steps; 0 keeps the closed form.", rich_help_panel="Training")
 ]
+OnPolicySteps = Annotated[
+    int | None,
+    typer.Option(help="Further steps on what the translated model answers itself.", rich_help_panel="Training"),
+]
 BatchSize = Annotated[
     int | None, typer.Option(help="Texts per step, of all processes together.", rich_help_panel="Training")
 ]
@@ -118,6 +122,7 @@ def translate_command(
     prompts: Prompts = None,
     fit_text: FitText = None,
     steps: Steps = None,
+    on_policy_steps: OnPolicySteps = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
     max_length: MaxLength = None,
@@ -145,7 +150,7 @@ def translate_command(
     options = {
         "text": _text(text, prompts), "fit_text": fit_text, "steps": steps, "batch_size": batch_size, "seed": seed,
         "learning_rate": learning_rate, "max_length": max_length, "device": device, "dtype": dtype, "bridge": bridge,
-        "start": start,
+        "start": start, "on_policy_steps": on_policy_steps,
     }  # fmt: skip
     arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()), options)
     models = (None if source == "-" else source, adapter, target)

@@ -121,6 +121,7 @@ def plan(
     tokens: int | None = None,
     aligned: float = 0.9,
     steps: int = 100,
+    on_policy_steps: int = 0,
     batch_size: int = 8,
     max_length: int = 256,
     fit_samples: int = 64,
@@ -213,7 +214,7 @@ def plan(
             if gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             goal, step, check = _refinement(read.model, model, own_rows, length, aligned, vocabulary, settings)
-    texts = steps * own_rows
+    texts = (steps + on_policy_steps) * own_rows
     # Folded, every module gets the largest rank, as servers want it.
     ranks = [sum(kernel.spec.r for kernel in m.peft_cast_kernels["default"]) for m in _layers(model)]
     folded = max(ranks) * sum(m.in_features + m.out_features for m in _layers(model))
@@ -231,7 +232,7 @@ def plan(
         return PhasePlan(seconds, int(base + above), int(above + device.runtime), flops + flops32)
 
     cubes = sum(m.in_features**3 + m.out_features**3 for m in _layers(model))
-    evaluations = 3 * -(-eval_samples // batch_size)
+    evaluations = (8 if on_policy_steps else 3) * -(-eval_samples // batch_size)
     phases = {
         # Spread models are loaded by one process after another.
         "load": PhasePlan(sum(weights.values()) / 1e9 * (processes if fsdp else 1), int(base), device.runtime, 0.0),
@@ -241,12 +242,13 @@ def plan(
         ),
         "evaluate": phase(evaluations, [check], 0, heads + check.peak + optimizer // 4),
         "refine": phase(
-            steps, [step, goal], 0, heads + max(step.peak, goal.peak) + optimizer + min(remembered, 2**31)
+            steps + on_policy_steps, [step, goal], 0, heads + max(step.peak, goal.peak) + optimizer + min(remembered, 2**31)
         ),
     }  # fmt: skip
     files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
     assumed = {
-        "tokens": length, "aligned": aligned, "vocabulary": vocabulary, "steps": steps, "batch_size": batch_size,
+        "tokens": length, "aligned": aligned, "vocabulary": vocabulary, "steps": steps,
+        "on_policy_steps": on_policy_steps, "batch_size": batch_size,
         "processes": processes, "fsdp": fsdp, "fit_samples": fit_samples, "fit_tokens": max_length, "fit_groups": len(groups), "dtype": str(dtype),
     }  # fmt: skip
     lora = sum(len(kernel.A) * (kernel.A.shape[1] + kernel.B.shape[0]) for kernel in kernels.values())

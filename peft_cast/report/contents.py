@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # Nats at which a piece of text is marked weakly, clearly and strongly.
 LEVELS = (0.1, 0.5, 2.0)
 NAMES = {
-    "target": "untouched target", "closed_form": "closed form", "start": "where it began", "translated": "translated",
+    "target": "untouched target", "closed_form": "closed form", "start": "where it began",
+    "refined": "before its own words", "translated": "translated",
     "kl": "KL on the training text", "kl_anchor": "KL on the anchors", "mse": "MSE of hidden states",
 }  # fmt: skip
 

@@ -35,6 +35,7 @@ _KL_LABELS = {
     "target": "untouched target",
     "closed_form": "closed form alone",
     "start": "where it began",
+    "refined": "before its own words",
     "translated": "this adapter",
 }
 

@@ -2,8 +2,8 @@
 
 from .corpus import C4, Corpus, read_corpus
 from .mixture import Mixture, check_text, default_text, is_written, read_text
-from .samples import TextSample
-from .written import SelfWritten, write_texts
+from .samples import TextSample, align_samples
+from .written import SelfWritten, write_answers, write_texts
 
 
 __all__ = [
@@ -12,10 +12,12 @@ __all__ = [
     "Mixture",
     "SelfWritten",
     "TextSample",
+    "align_samples",
     "check_text",
     "default_text",
     "is_written",
     "read_corpus",
     "read_text",
+    "write_answers",
     "write_texts",
 ]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from ..align import AlignedPair, align_texts
 
 
 @dataclass(frozen=True)
@@ -23,3 +28,20 @@ class TextSample:
     source_prompt: str = ""
     target_prompt: str = ""
     rendered: bool = False
+
+
+def align_samples(
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], samples: Sequence[TextSample], max_length: int
+) -> list[AlignedPair]:
+    """Texts with their prompts as both models read them, see `align_texts`.
+
+    Args:
+        tokenizers: Those of source and target.
+        samples: The texts.
+        max_length (`int`): Most tokens per text and model.
+    """
+    return align_texts(
+        [s.text for s in samples], *tokenizers,
+        source_prompts=[s.source_prompt for s in samples], target_prompts=[s.target_prompt for s in samples],
+        rendered=[s.rendered for s in samples], max_length=max_length,
+    )  # fmt: skip

@@ -116,7 +116,6 @@ def write_texts(
         ValueError: If the model writes nothing but empty texts.
     """
     count = min(limit, spec.samples or limit)
-    samples = []
     if spec.prompts and target is not None:
         wanted = max(0, count - len(spec.prompts)) if spec.more_prompts is None else spec.more_prompts
         with target.disable_adapter() if isinstance(target, PeftModel) else nullcontext():
@@ -125,14 +124,40 @@ def write_texts(
             )
         spec = replace(spec, prompts=(*spec.prompts, *further))
     prompts = _prompts(spec, source_tokenizer, target_tokenizer, count)
-    chunks = [prompts[i : i + spec.batch_size] for i in range(0, len(prompts), spec.batch_size)]
+    tokenizer = target_tokenizer if spec.on_policy else source_tokenizer
+    return write_answers(model, tokenizer, prompts, spec, seed, progress, keep)
+
+
+def write_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[TextSample],
+    spec: SelfWritten,
+    seed: int = 0,
+    progress: Callable[[Iterable], Iterable] | None = None,
+    keep: Keep = lambda key, write: write(),
+) -> list[TextSample]:
+    """What a model writes after each prompt, a batch at a time; empty answers are left out.
+
+    Args:
+        model: The source model with its LoRA active; with `spec.on_policy` the translated model.
+        tokenizer: Its tokenizer.
+        prompts: Samples whose text does not matter; rendered ones are answered last.
+        spec (`SelfWritten`): How to write.
+        seed, progress, keep: As in `write_texts`.
+
+    Raises:
+        ValueError: If the model writes nothing but empty texts.
+    """
+    samples = []
+    kinds = ([p for p in prompts if p.rendered is rendered] for rendered in (False, True))
+    chunks = [kind[i : i + spec.batch_size] for kind in kinds for i in range(0, len(kind), spec.batch_size)]
     for number, chunk in enumerate(progress(chunks) if progress else chunks):
-        asked = [p.target if spec.on_policy else p.source for p in chunk]
-        options = (spec.max_new_tokens, spec.temperature, spec.top_p, chunk[0].chat)
-        tokenizer = target_tokenizer if spec.on_policy else source_tokenizer
+        asked = [p.target_prompt if spec.on_policy else p.source_prompt for p in chunk]
+        options = (spec.max_new_tokens, spec.temperature, spec.top_p, chunk[0].rendered)
         kind = "own answers" if spec.on_policy else "answers"
         written = _batch(keep, model, tokenizer, asked, options, (kind, seed, number))
-        samples += [prompt.followed_by(text) for prompt, text in zip(chunk, written) if text.strip()]
+        samples += [replace(prompt, text=text) for prompt, text in zip(chunk, written) if text.strip()]
     if not samples:
         raise ValueError(
             f"The {'translated' if spec.on_policy else 'adapted source'} model wrote only empty texts: pass other `prompts` or another `prefix`."
@@ -140,17 +165,8 @@ def write_texts(
     return samples
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    source: str
-    target: str
-    chat: bool  # rendered by a chat template, special tokens included
-
-    def followed_by(self, written: str) -> TextSample:
-        return TextSample(written, self.source, self.target, rendered=self.chat)
-
-
-def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) -> list[_Prompt]:
+def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) -> list[TextSample]:
+    """Samples without a text."""
     if spec.prefix is not None or spec.prompts is not None:
         starts = spec.prompts or ((spec.prefix,) if isinstance(spec.prefix, str) else spec.prefix) or ("",)
         plain = [starts[i % len(starts)] for i in range(count)]
@@ -161,7 +177,7 @@ def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) 
     has_template = bool(source_tokenizer.chat_template)
     chat = spec.chat if spec.chat is not None else has_template and not (spec.prefix or spec.template or spec.prompts)
     if not chat:
-        return [_Prompt(text, text, chat=False) for text in plain]
+        return [TextSample("", text, text) for text in plain]
     if not has_template:
         raise ValueError("`chat=True`, but the source tokenizer has no chat template: pass `prompts` or `template`.")
     prompts = []
@@ -172,7 +188,7 @@ def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) 
         target = source
         if target_tokenizer.chat_template:
             target = target_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        prompts.append(_Prompt(source, target, chat=True))
+        prompts.append(TextSample("", source, target, rendered=True))
     return prompts
 
 
@@ -296,6 +312,10 @@ def _continued(
     try:
         inputs = tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=not rendered)
         inputs.pop("token_type_ids", None)
+        if not inputs["input_ids"].shape[1]:
+            raise ValueError(
+                "A model that has no token to begin a text with writes nothing after an empty prompt: pass `prompts` or a `prefix`."
+            )
         with contiguous_head(model):
             output = model.generate(
                 **inputs.to(model.device),
