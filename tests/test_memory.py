@@ -162,3 +162,11 @@ def test_translations_share_a_cache(source_folder, lora_folder, target_folder, t
         file.write_bytes(b"broken")
     mended = peft_cast.translate(*folders, **options, cache_dir=tmp_path, progress=False)
     assert mended.metrics["closed_form"] == alone.metrics["closed_form"]
+
+
+def test_the_heap_is_given_back_as_a_refinement_goes_on(source_folder, lora_folder, target_folder, monkeypatch):
+    given, give_back = [], peft_cast.phases.give_back_memory
+    monkeypatch.setattr("peft_cast.fit.refine.give_back_memory", lambda: given.append(give_back()))
+    options = {"text": c4_texts(12), "batch_size": 2, "fit_samples": 4, "max_length": 32, "progress": False}
+    peft_cast.translate(source_folder, lora_folder, target_folder, **options, steps=9)
+    assert len(given) == 2
