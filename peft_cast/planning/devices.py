@@ -26,6 +26,8 @@ class Device:
         runtime (`int`): Bytes taken before the first model is loaded: the process on a CPU, the context on a GPU.
         start (`float`): Seconds that a matrix product takes at least, however small: what Python needs to start it and the small
             operations around it.
+        growth (`int`): Bytes by which the process grows once it works: modules that are imported late.
+        kept_products (`int`): Bytes by which it grows further as batches come in ever new shapes.
     """
 
     name: str
@@ -35,10 +37,15 @@ class Device:
     memory: int
     runtime: int
     start: float = 1e-4
+    growth: int = 0
+    kept_products: int = 0
 
 
 # A pass reaches less than a large product: norms, attention and activations wait for memory (docs/planning.md).
 REACHED_ON_CPU, REACHED_ON_GPU = 0.6, 0.5
+# Measured (docs/results.md, Memory). oneDNN keeps the code and buffers of its last thousand products of different shapes, which
+# some thirty batches of different shapes have.
+GROWTH_ON_CPU, KEPT_PRODUCTS_ON_CPU, SHAPES_KEPT = 400 * 2**20, 1100 * 2**20, 30
 
 
 def _accelerator(name: str, flops: float, flops32: float, bandwidth: float, gigabytes: int) -> Device:
@@ -74,7 +81,8 @@ def this_machine() -> Device:
         )
     reached = REACHED_ON_CPU if device.type == "cpu" else REACHED_ON_GPU
     half, single = (reached * matmul_rate(device, dtype) for dtype in (default_dtype(device), torch.float32))
-    return Device(name, half, single, _bandwidth(device), memory, runtime)
+    growth = (GROWTH_ON_CPU, KEPT_PRODUCTS_ON_CPU) if device.type == "cpu" else (0, 0)
+    return Device(name, half, single, _bandwidth(device), memory, runtime, growth=growth[0], kept_products=growth[1])
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

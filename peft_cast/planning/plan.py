@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,19 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..align import AlignedPair, ModuleMap, layer_paths, map_layers, map_modules
+from ..align import layer_paths, map_layers, map_modules
 from ..arguments import check_arguments
-from ..fit.batches import ANCHOR_EVERY, collate_pairs, side_of
-from ..fit.capture import capture
-from ..fit.closed_form import _pass, _Regressions, layer_groups, moments_size, texts_per_pass
-from ..fit.losses import Logits, kl_divergence
-from ..fit.memory import Likeliest
-from ..fit.refine import training_precision
-from ..fit.teacher import Teacher, TeacherSettings
+from ..fit.batches import ANCHOR_EVERY, collate_pairs
+from ..fit.closed_form import layer_groups, moments_size, texts_per_pass
+from ..fit.teacher import TeacherSettings
 from ..install import cast_config
-from ..models import LoraKernel, check_remote_code, default_dtype, layer_count, shared_head, skeleton
+from ..models import check_remote_code, default_dtype, layer_count, skeleton
 from ..safety import one_line, read_adapter_config, secrets_removed, why_no_model, without_secrets
 from ..source import adapted_source
 from ..tuner import CastConfig
-from .devices import DEVICES, Device, this_machine
-from .fake import Cost, counted, materialise
+from .devices import DEVICES, SHAPES_KEPT, Device, this_machine
+from .fake import Cost, materialise
+from .passes import closed_form_costs, refinement_costs, texts_of
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,8 @@ def plan(
         source, target: Hub ids or folders with a `config.json`, or configurations. `None` takes the source from the adapter.
         adapter: The LoRA: hub id or folder; only this small file is read.
         device: A name in `peft_cast.planning.DEVICES`, a `Device`, or `None` for this machine, whose rates are measured.
-        tokens (`int`, *optional*): Tokens of a text of the refinement in either model; `max_length`, the most, when not
-            given. Texts of the closed form are taken to have as many as that in any case.
+        tokens (`int`, *optional*): Tokens of a text of the refinement in either model, on average; `max_length`, the most, when
+            not given. Texts of the closed form, and the longest, which memory must hold, are taken to have as many as that.
         aligned (`float`): Share of the positions at which both tokenizers have a boundary.
         gradient_checkpointing (`bool`): `training_args={"gradient_checkpointing": True}` of `translate`: activations are made a
             second time instead of kept.
@@ -207,13 +205,18 @@ def plan(
             materialise(model)
             vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (on, onto))
             with read.model.disable_adapter(), model.disable_adapter():
-                passes, moments, kept = _closed_form(
-                    on, onto, collate_pairs(_texts(at_once, max_length, 0.95)), vocabulary, kernels, group
+                passes, moments, kept = closed_form_costs(
+                    on, onto, collate_pairs(texts_of(at_once, max_length, 0.95)), vocabulary, kernels, group
                 )  # fmt: skip
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             if gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            goal, step, check = _refinement(read.model, model, own_rows, length, aligned, vocabulary, settings)
+            pass_of = partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, settings)
+            goal, step, check = pass_of(length, own_rows / ANCHOR_EVERY)
+            # What memory must hold is the batch of the longest texts that brings the most anchors, of which each text has a
+            # quarter of one: hardly a batch exceeds two standard deviations.
+            most = own_rows / ANCHOR_EVERY + 2 * (own_rows * (ANCHOR_EVERY - 1)) ** 0.5 / ANCHOR_EVERY
+            peaks = [cost.peak for cost in pass_of(max_length, min(most, own_rows))]
     texts = (steps + on_policy_steps) * own_rows
     # Folded, every module gets the largest rank, as servers want it.
     ranks = [sum(kernel.spec.r for kernel in m.peft_cast_kernels["default"]) for m in _layers(model)]
@@ -229,8 +232,10 @@ def plan(
         # A device waits for Python where the products are small.
         started = times * sum(cost.products for cost in costs) * device.start
         seconds = max(flops / device.flops, started) + flops32 / device.flops32
+        above += device.growth
         return PhasePlan(seconds, int(base + above), int(above + device.runtime), flops + flops32)
 
+    grown = min(1, steps / SHAPES_KEPT) * device.kept_products
     cubes = sum(m.in_features**3 + m.out_features**3 for m in _layers(model))
     evaluations = (8 if on_policy_steps else 3) * -(-eval_samples // batch_size)
     phases = {
@@ -240,9 +245,10 @@ def plan(
             len(groups) * batches, [passes], batches * moments.flops * sum(sizes) / max(sizes) + 4 * cubes,
             heads + max(kept + passes.peak, kept + solve),
         ),
-        "evaluate": phase(evaluations, [check], 0, heads + check.peak + optimizer // 4),
+        "evaluate": phase(evaluations, [check], 0, heads + peaks[2] + optimizer // 4 + grown),
         "refine": phase(
-            steps + on_policy_steps, [step, goal], 0, heads + max(step.peak, goal.peak) + optimizer + min(remembered, 2**31)
+            steps + on_policy_steps, [step, goal], 0,
+            heads + max(peaks[:2]) + optimizer + min(remembered, 2**31) + grown,
         ),
     }  # fmt: skip
     files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
@@ -315,70 +321,6 @@ def _config(model: str | Path | PretrainedConfig, which: str, revision: str | No
             f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {one_line(error)} Pass a hub id, a "
             "folder with config.json or a configuration."
         ) from error
-
-
-def _texts(count: int, length: int, aligned: float) -> list[AlignedPair]:
-    """Different texts of one length, aligned at their first positions."""
-    positions = tuple(range(max(1, int(aligned * length))))
-    ids = [tuple([number] + [0] * (length - 1)) for number in range(count)]
-    return [AlignedPair(one, one, positions, positions) for one in ids]
-
-
-def _closed_form(
-    source: PreTrainedModel,
-    target: PreTrainedModel,
-    batch: dict[str, torch.Tensor],
-    vocabulary: int,
-    kernels: Mapping[str, LoraKernel],
-    modules: ModuleMap,
-) -> tuple[Cost, Cost, int]:
-    """Cost of both models' passes and of the moments of one batch, and the bytes of all moments."""
-    sources = {s for names in modules.kernels.values() for s in names}
-    regressions = _Regressions({s: kernels[s] for s in sources}, modules)
-    ids = torch.arange(vocabulary)
-    with (
-        shared_head(source, ids),
-        shared_head(target, ids),
-        capture(source, sources) as at_source,
-        capture(target, modules.kernels) as at_target,
-    ):
-        with counted() as passes:
-            for side, model in (("source", source), ("target", target)):
-                inputs, *_ = side_of(batch, side, model.device)
-                _pass(model, inputs, ids)
-        at = {side: (batch["rows"], batch[f"{side}_positions"]) for side in ("source", "target")}
-        with counted() as moments:
-            regressions.update(at_source, at_target, at["source"], at["target"], False)
-    return passes, moments, moments.kept
-
-
-def _refinement(
-    source, model, rows: int, length: int, aligned: float, vocabulary: int, settings: TeacherSettings
-) -> tuple[Cost, Cost, Cost]:
-    """Cost of a batch's teacher predictions, of one step, and of one batch of the evaluation."""
-    texts = _texts(rows, length, aligned)
-    anchors = _texts(-(-rows // ANCHOR_EVERY) if settings.gamma else 0, max(length // 2, 1), 1.0)
-    batch, ids = collate_pairs(texts, anchors), torch.arange(vocabulary)
-    teacher = Teacher(source, settings)
-    base = source.get_base_model(), model.get_base_model()
-    with shared_head(base[0], ids), shared_head(base[1], ids):
-        wanted: Likeliest | Logits
-        with counted() as goal, torch.no_grad():
-            wanted = teacher.remembered(model, texts, anchors) if settings.top_k else teacher.goals(model, batch)[0]
-        model.train()
-        with counted() as step:
-            with training_precision(model):
-                logits, _ = teacher.student(model, model, batch)
-            by_position = (
-                wanted.kl_divergence(logits) if isinstance(wanted, Likeliest) else kl_divergence(wanted, logits)
-            )
-            by_position.mean().backward()
-        del logits, by_position, wanted
-        batch = collate_pairs(texts)
-        with counted() as check, torch.no_grad():
-            goals, _ = teacher.goals(model, batch)
-            kl_divergence(goals, teacher.student(model, model, batch)[0])
-    return goal, step, check
 
 
 def _size(number: float) -> str:

@@ -1,0 +1,84 @@
+"""One batch of every phase, run through the package's own code on fake tensors, and what it would take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from ..align import AlignedPair, ModuleMap
+from ..fit.batches import collate_pairs, side_of
+from ..fit.capture import capture
+from ..fit.closed_form import _pass, _Regressions
+from ..fit.losses import Logits, kl_divergence
+from ..fit.memory import Likeliest
+from ..fit.refine import training_precision
+from ..fit.teacher import Teacher, TeacherSettings
+from ..models import LoraKernel, shared_head
+from .fake import Cost, counted
+
+
+def texts_of(count: int, length: int, aligned: float) -> list[AlignedPair]:
+    """Different texts of one length, aligned at their first positions."""
+    positions = tuple(range(max(1, int(aligned * length))))
+    ids = [tuple([number] + [0] * (length - 1)) for number in range(count)]
+    return [AlignedPair(one, one, positions, positions) for one in ids]
+
+
+def closed_form_costs(
+    source: PreTrainedModel,
+    target: PreTrainedModel,
+    batch: dict[str, torch.Tensor],
+    vocabulary: int,
+    kernels: Mapping[str, LoraKernel],
+    modules: ModuleMap,
+) -> tuple[Cost, Cost, int]:
+    """Cost of both models' passes and of the moments of one batch, and the bytes of all moments."""
+    sources = {s for names in modules.kernels.values() for s in names}
+    regressions = _Regressions({s: kernels[s] for s in sources}, modules)
+    ids = torch.arange(vocabulary)
+    with (
+        shared_head(source, ids),
+        shared_head(target, ids),
+        capture(source, sources) as at_source,
+        capture(target, modules.kernels) as at_target,
+    ):
+        with counted() as passes:
+            for side, model in (("source", source), ("target", target)):
+                inputs, *_ = side_of(batch, side, model.device)
+                _pass(model, inputs, ids)
+        at = {side: (batch["rows"], batch[f"{side}_positions"]) for side in ("source", "target")}
+        with counted() as moments:
+            regressions.update(at_source, at_target, at["source"], at["target"], False)
+    return passes, moments, moments.kept
+
+
+def refinement_costs(
+    source, model, rows: int, aligned: float, vocabulary: int, settings: TeacherSettings, length: int, anchors: float
+) -> tuple[Cost, Cost, Cost]:
+    """Cost of a batch's teacher predictions, of one step, and of one batch of the evaluation."""
+    texts = texts_of(rows, length, aligned)
+    held = texts_of(math.ceil(anchors) if settings.gamma else 0, max(length // 2, 1), 1.0)
+    batch, ids = collate_pairs(texts, held), torch.arange(vocabulary)
+    teacher = Teacher(source, settings)
+    base = source.get_base_model(), model.get_base_model()
+    with shared_head(base[0], ids), shared_head(base[1], ids):
+        wanted: Likeliest | Logits
+        with counted() as goal, torch.no_grad():
+            wanted = teacher.remembered(model, texts, held) if settings.top_k else teacher.goals(model, batch)[0]
+        model.train()
+        with counted() as step:
+            with training_precision(model):
+                logits, _ = teacher.student(model, model, batch)
+            by_position = (
+                wanted.kl_divergence(logits) if isinstance(wanted, Likeliest) else kl_divergence(wanted, logits)
+            )
+            by_position.mean().backward()
+        del logits, by_position, wanted
+        batch = collate_pairs(texts)
+        with counted() as check, torch.no_grad():
+            goals, _ = teacher.goals(model, batch)
+            kl_divergence(goals, teacher.student(model, model, batch)[0])
+    return goal, step, check
