@@ -162,7 +162,7 @@ def distill_lora(
         fit_text: Gives the anchors, after its first `fit_samples` documents, so that a translation reads the same.
         r (`int`, *optional*): Rank; by default that of the kernels which a translation would stack on one module.
         learning_rate (`float`): Peak learning rate of AdamW, an absolute one here.
-        pair_options: `depth_map`, `module_map`, `source_rank`, tokenizers, revisions, `device` and `dtype`, as in
+        pair_options: `depth_map`, `module_map`, `source_rank`, tokenizers, revisions, `device`, `source_device` and `dtype`, as in
             `translate`.
 
     Returns:

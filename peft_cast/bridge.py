@@ -282,6 +282,7 @@ def fit_bridge(
     source_revision: str | None = None,
     target_revision: str | None = None,
     device: str | torch.device | None = None,
+    source_device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> Bridge:
@@ -291,8 +292,8 @@ def fit_bridge(
         source, target: The models: hub ids, paths or loaded models.
         text: General text, anything `translate(text=...)` takes as a corpus; C4 when `None`.
         samples (`int`): How many texts are read.
-        batch_size, max_length, depth_map, module_map, ridge, device, dtype, progress, tokenizers, revisions: As in
-            `translate`; `depth_map="similarity"` is not possible here.
+        batch_size, max_length, depth_map, module_map, ridge, device, source_device, dtype, progress, tokenizers, revisions:
+            As in `translate`; `depth_map="similarity"` is not possible here.
 
     Returns:
         `Bridge`: To carry adapters over with, to save and to share.
@@ -319,6 +320,7 @@ def fit_bridge(
                 source_revision=source_revision,
                 target_revision=target_revision,
                 device=device,
+                source_device=source_device,
                 dtype=dtype,
             )  # fmt: skip
         )

@@ -132,6 +132,7 @@ def open_pair(
     target_revision: str | None = None,
     source_rank: int | float | None = None,
     device: str | torch.device | None = None,
+    source_device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     spread: bool = False,
 ) -> Iterator[Pair]:
@@ -141,6 +142,7 @@ def open_pair(
     processes, see `shards`.
     """
     device = ranks.begin(device)
+    of_source = ranks.device_of_source(source_device, device)
     if spread and any(isinstance(model, torch.nn.Module) for model in (source, adapter, target)):
         raise ValueError("FSDP spreads models for good, so it takes none that are loaded: pass hub ids or folders.")
     on_source = None
@@ -157,7 +159,7 @@ def open_pair(
             load, load_target = partial(load, dtype=dtype), partial(load_target, dtype=dtype)
             source, target, on_source = stack.enter_context(shards.opened(load, load_target, adapt, device))
         else:
-            source, target = load(device=device, dtype=dtype), load_target(device=device, dtype=dtype)
+            source, target = load(device=of_source, dtype=dtype), load_target(device=device, dtype=dtype)
         if source is target:
             raise ValueError("`source` and `target` are the same object: load the model twice.")
         tokenizers = (
@@ -166,7 +168,7 @@ def open_pair(
         )
         # A PeftModel as `adapter` is its source's wrapper: its own modes are restored too.
         stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
-        stack.enter_context(moved(source, device))
+        stack.enter_context(moved(source, of_source))
         stack.enter_context(moved(target, device))
         if adapter is not None and on_source is None:
             on_source = stack.enter_context(adapt(source))

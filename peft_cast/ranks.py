@@ -57,8 +57,12 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
-def working_device(device: str | torch.device | None) -> torch.device:
+def working_device(device: str | torch.device | None, name: str = "device") -> torch.device:
     """The device asked for, the default one if none is.
+
+    Args:
+        device: What the user asked for.
+        name (`str`): Of the argument, for the message.
 
     Raises:
         ValueError: If there is no such device here.
@@ -68,14 +72,29 @@ def working_device(device: str | torch.device | None) -> torch.device:
     try:
         wanted = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"`device` must be 'cpu', 'cuda' or another device of PyTorch, got {device!r}.") from error
+        raise ValueError(f"`{name}` must be 'cpu', 'cuda' or another device of PyTorch, got {device!r}.") from error
     if wanted.type == "cpu":
         return wanted
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if here is None or wanted.type != here.type or (wanted.index or 0) >= torch.accelerator.device_count():
         count = f"{torch.accelerator.device_count()} of type '{here.type}'" if here else "no accelerator"
-        raise ValueError(f"`device` is '{device}', but PyTorch finds {count} here: pass another, or leave it out.")
+        raise ValueError(f"`{name}` is '{device}', but PyTorch finds {count} here: pass another, or leave it out.")
     return wanted
+
+
+def device_of_source(asked: str | torch.device | None, device: torch.device) -> torch.device:
+    """Where the source model works: on `device`, unless another is asked for.
+
+    Raises:
+        ValueError: If there is no such device here, or there are several processes, each of which has one device of its own.
+    """
+    if asked is None:
+        return device
+    if launched() > 1:
+        raise ValueError(
+            "`source_device` is for one process; each of several has one device of its own: leave it out."
+        )
+    return working_device(asked, "source_device")
 
 
 def training_device(device: str | torch.device | None) -> torch.device:

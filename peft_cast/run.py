@@ -29,7 +29,7 @@ from .text import TextSample
 # Arguments that do not change the result, and those whose content is told apart otherwise.
 FREE = {
     "source", "adapter", "target", "source_tokenizer", "target_tokenizer", "source_revision", "adapter_revision",
-    "target_revision", "dtype", "device", "cache_dir", "output_dir", "progress", "resume_from_checkpoint",
+    "target_revision", "dtype", "device", "source_device", "cache_dir", "output_dir", "progress", "resume_from_checkpoint",
     "report_samples", "report_similarity",
 }  # fmt: skip
 FREE_TRAINING_ARGS = ("fsdp", "logging_", "save_", "report_to", "run_name", "disable_tqdm")

@@ -27,7 +27,7 @@ from .text import C4, is_written, read_text
 
 PAIR_OPTIONS = (
     "depth_map", "module_map", "source_tokenizer", "target_tokenizer", "source_revision", "target_revision",
-    "source_rank", "device", "dtype",
+    "source_rank", "device", "source_device", "dtype",
 )  # fmt: skip
 
 
@@ -94,8 +94,9 @@ def translate_several(
     text = options.pop("text")
     texts = [_text_of(text, name) for name in names]
     device = ranks.begin(options["device"])
+    of_source = ranks.device_of_source(options["source_device"], device)
     source = load_source(
-        source, adapters[0], device, options["source_revision"], options["adapter_revision"], options["dtype"]
+        source, adapters[0], of_source, options["source_revision"], options["adapter_revision"], options["dtype"]
     )
     target = load_model(target, "target", device, options["target_revision"], options["dtype"])
     pair_options = {name: options[name] for name in PAIR_OPTIONS} | {"adapter_revision": options["adapter_revision"]}

@@ -73,6 +73,7 @@ def translate(
     target_revision: str | None = None,
     adapter_name: str | Sequence[str] = "default",
     device: str | torch.device | None = None,
+    source_device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     output_dir: str | Path | None = None,
     resume_from_checkpoint: bool = False,
@@ -153,6 +154,7 @@ def translate(
             the names in a list.
         device: Where to work: the accelerator when there is one, else the CPU; with several processes each has its own. Loaded
             models return to where they were.
+        source_device: Where the source model works, if not there: a second GPU, or the CPU where memory is short.
         dtype (`torch.dtype`, *optional*): Precision of models loaded here; bfloat16 where the hardware is fast at it
             (GPU, CPU with AMX or AVX512-BF16), else float32.
         output_dir: Where Trainer writes checkpoints and the finished adapter is saved, for several adapters in subfolders of
@@ -219,6 +221,7 @@ def translate(
                     target_revision=target_revision,
                     source_rank=source_rank,
                     device=device,
+                    source_device=source_device,
                     dtype=dtype,
                     spread=spread,
                 )  # fmt: skip
@@ -345,7 +348,7 @@ def check_before_loading(arguments: Mapping[str, Any]) -> None:
     given = arguments.get
     check_arguments(arguments)
     target_share(given("teacher", "source"))
-    ranks.training_device(given("device"))
+    ranks.device_of_source(given("source_device"), ranks.training_device(given("device")))
     adapters = given("adapter")
     inputs = adapters if isinstance(adapters, (list, tuple)) else [adapters]
     check_folder(

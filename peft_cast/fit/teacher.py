@@ -108,6 +108,8 @@ class Teacher:
         At the anchors the untouched target is its own teacher.
         """
         logits, states = self._imitated(target, batch)
+        if logits.device != target.device:
+            logits = whole(logits).to(target.device)
         if self.spread and "texts" in batch and not batch["texts"][1]:
             self._own_anchors(target, collate_pairs([], batch["texts"][0][:1]))
         if len(batch["anchor_rows"]):
@@ -136,17 +138,16 @@ class Teacher:
 
     @torch.no_grad()
     def _imitated(self, target: PeftModel, batch: dict) -> tuple[Logits, dict[str, torch.Tensor]]:
-        """Teacher logits (m, vocabulary) and hidden states at the aligned positions."""
+        """Teacher logits (m, vocabulary), where the source works if it alone teaches, and hidden states at the aligned positions."""
         share, device = self.settings.target_share, target.device
         source = (self.source, self.source.get_base_model(), batch, "source")
-        adapted, adapted_states = self._run(*source)
-        logits = adapted if adapted.device == device else whole(adapted).to(device)
+        logits, adapted_states = self._run(*source)
         if share:
             with self.source.disable_adapter():
                 plain, plain_states = self._run(*source)
             with target.disable_adapter(), in_eval_mode(target):
                 own, own_states = self._run(target, target.get_base_model(), batch, "target")
-            logits = mix_logits(whole(logits), whole(plain).to(device), whole(own), share)
+            logits = mix_logits(whole(logits).to(device), whole(plain).to(device), whole(own), share)
         states = {}
         for path, (source_path, weight) in self.hidden_maps.items():
             weight = weight.to(device)

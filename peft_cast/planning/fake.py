@@ -89,7 +89,7 @@ def counted() -> Iterator[Cost]:
     cost.peak, cost.kept = counter.peak, counter.live
 
 
-def materialise(model: nn.Module) -> nn.Module:
+def materialise(model: nn.Module, device: str = "cpu") -> nn.Module:
     """Put tensors where a skeleton has none, in place; to be called within a `FakeTensorMode`, whose tensors are fake."""
     known: dict[int, torch.Tensor] = {}
     for module in model.modules():
@@ -98,7 +98,7 @@ def materialise(model: nn.Module) -> nn.Module:
                 if tensor is None:
                     continue
                 if id(tensor) not in known:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     known[id(tensor)] = fake
