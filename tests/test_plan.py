@@ -77,6 +77,13 @@ def test_larger_batches_take_more_memory_and_time(source_folder, lora_folder, ta
     assert after.phases["refine"].seconds > 1.5 * before.phases["refine"].seconds
 
 
+@pytest.mark.parametrize("given", ["bridge", "start"])
+def test_what_is_begun_from_needs_no_closed_form(source_folder, lora_folder, target_folder, given):
+    models, options = (source_folder, lora_folder, target_folder), {"device": SLOW, "batch_size": 4, "max_length": 64}
+    with_fit, without = (plan(*models, **options, **more) for more in ({}, {given: "a folder"}))
+    assert set(with_fit.phases) - set(without.phases) == {"closed_form"} and without.seconds < with_fit.seconds
+
+
 def test_steps_on_own_words_are_counted(source_folder, lora_folder, target_folder):
     options = {"device": SLOW, "batch_size": 4, "max_length": 64, "steps": 10}
     before, after = (

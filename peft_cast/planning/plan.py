@@ -133,6 +133,8 @@ def plan(
     projection_bias: bool = False,
     projection_sharing: str | None = None,
     source_rank: int | float | None = None,
+    bridge: Any = None,
+    start: Any = None,
     gradient_checkpointing: bool = False,
     processes: int = 1,
     fsdp: bool = False,
@@ -154,6 +156,7 @@ def plan(
         tokens (`int`, *optional*): Tokens of a text of the refinement in either model, on average; `max_length`, the most, when
             not given. Texts of the closed form, and the longest, which memory must hold, are taken to have as many as that.
         aligned (`float`): Share of the positions at which both tokenizers have a boundary.
+        bridge, start: As in `translate`, which fits no closed form when one is given.
         gradient_checkpointing (`bool`): `training_args={"gradient_checkpointing": True}` of `translate`: activations are made a
             second time instead of kept.
         processes (`int`): How many devices share the work (docs/scale.md); the plan is that of each of them.
@@ -251,6 +254,8 @@ def plan(
             heads + max(peaks[:2]) + optimizer + min(remembered, 2**31) + grown,
         ),
     }  # fmt: skip
+    if bridge is not None or start is not None:
+        del phases["closed_form"]
     files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
     assumed = {
         "tokens": length, "aligned": aligned, "vocabulary": vocabulary, "steps": steps,
