@@ -15,14 +15,12 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
         metrics: `TranslationResult.metrics`.
         history: Trainer's log, with `kl` and, where they were trained on, `mse` and `kl_anchor`.
     """
-    found = []
+    found: list[str] = []
     kl, settings = metrics["kl"], metrics["settings"]
     trained = [entry["kl"] for entry in history if "kl" in entry]
     errors = [entry["mse"] for entry in history if "mse" in entry]
     covered = 1 - kl["translated"] / kl["target"] if kl["target"] > 0 else 1.0
-    stopped = metrics.get("refinement", {}).get("stopped")
-    if stopped:
-        found.append(stopped)
+    found += filter(None, (metrics.get(part, {}).get("stopped") for part in ("refinement", "on_policy")))
     if metrics["excitement"] < 0.05:
         found.append(
             f"The text hardly excites the adapter (it changes the source's predictions by {metrics['excitement']:.3f} nats "
@@ -47,10 +45,11 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
         found.append("Only the closed form was fitted, which moves little across model families: pass `steps`.")
     # At another temperature the logged KL is in other units than the one on held-out text.
     comparable = settings.get("loss", {}).get("temperature", 1.0) == 1.0
-    if trained and comparable and kl["translated"] > 1.5 * trained[-1] and kl["translated"] - trained[-1] > 0.05:
+    reached = kl.get("refined", kl["translated"])  # on text like the one it trained on
+    if trained and comparable and reached > 1.5 * trained[-1] and reached - trained[-1] > 0.05:
         found.append(
             f"The projections fit the text they trained on ({trained[-1]:.2f} nats) much better than held-out text "
-            f"({kl['translated']:.2f}): pass more, or more varied, text."
+            f"({reached:.2f}): pass more, or more varied, text."
         )
     if len(trained) >= 4 and trained[-1] < 0.9 * trained[len(trained) * 3 // 4 - 1]:
         found.append("The KL was still falling when the training ended: pass more `steps`.")

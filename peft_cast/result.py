@@ -106,6 +106,10 @@ class TranslationResult(Publishable):
         lines += [f"  {name:<22}{value:8.4f}" for name, value in kl.items()]
         if kl["target"] > 0:
             lines.append(f"  {'way covered':<22}{1 - kl['translated'] / kl['target']:8.1%}")
+        if own := self.metrics.get("on_policy"):
+            lines.append(
+                f"On its own answers to {own['texts']} prompts {own['kl']['before']:.4f}, then {own['kl']['after']:.4f}"
+            )
         lines.append(
             f"The LoRA changes the source's predictions there by {self.metrics['excitement']:.4f} nats per position"
         )

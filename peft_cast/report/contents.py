@@ -23,7 +23,7 @@ LEVELS = (0.1, 0.5, 2.0)
 NAMES = {
     "target": "untouched target", "closed_form": "closed form", "start": "where it began",
     "refined": "before its own words", "translated": "translated",
-    "kl": "KL on the training text", "kl_anchor": "KL on the anchors", "mse": "MSE of hidden states",
+    "kl": "KL on the training text", "own": "KL on its own answers", "kl_anchor": "KL on the anchors", "mse": "MSE of hidden states",
 }  # fmt: skip
 
 
@@ -230,14 +230,17 @@ def _marked(quote: Mapping[str, Any]) -> dict[str, Any]:
 def _curves(history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any]) -> list[tuple[str, Markup, bool]]:
     # At another temperature the logged KL is in other units than the one on held-out text.
     comparable = metrics.get("settings", {}).get("loss", {}).get("temperature", 1.0) == 1.0
+    held_out = metrics.get("kl", {}).get("translated")
+    if not comparable or held_out is None or not math.isfinite(held_out):
+        held_out = None
+    own = metrics.get("on_policy", {}).get("history", ())
+    logs = [(NAMES[key], history, key, held_out if key == "kl" else None) for key in ("kl", "kl_anchor", "mse")]
     figures = []
-    for key in ("kl", "kl_anchor", "mse"):
-        points = [(e["step"], e[key]) for e in history if {key, "step"} <= e.keys() and math.isfinite(e[key])]
-        level = metrics.get("kl", {}).get("translated") if key == "kl" and comparable else None
-        level = level if level is not None and math.isfinite(level) else None
+    for name, log, key, level in [*logs, (NAMES["own"], own, "kl", None)]:
+        points = [(e["step"], e[key]) for e in log if {key, "step"} <= e.keys() and math.isfinite(e[key])]
         if points:
-            name = f"{NAMES[key]}: from {points[0][1]:.3f} to {points[-1][1]:.3f} over {points[-1][0]} steps"
-            figures.append((NAMES[key], curve(points, name, level), level is not None))
+            text = f"{name}: from {points[0][1]:.3f} to {points[-1][1]:.3f} over {points[-1][0]} steps"
+            figures.append((name, curve(points, text, level), level is not None))
     return figures
 
 
