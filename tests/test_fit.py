@@ -268,6 +268,35 @@ def test_every_anchor_counts_alike_however_batches_fall(source_folder, lora_fold
     torch.testing.assert_close(torch.stack(single).mean(), together, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])  # logits in blocks, and not
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_short_texts_and_long_anchors_are_read_apart_to_the_same_end(
+    architecture, beta, source_folder, lora_folder, byte_tokenizer, monkeypatch
+):
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder).eval()
+    config = peft_cast.CastConfig(target_modules=["q_proj", "down_proj"], init_weights=False)
+    student = get_peft_model(tiny_model(architecture, 300), config).eval()
+    short = peft_cast.align.align_texts(c4_texts(4), byte_tokenizer, byte_tokenizer, max_length=12)
+    anchor = peft_cast.align.align_texts(c4_texts(1), byte_tokenizer, byte_tokenizer, max_length=60)
+    batch = collate_pairs(short, anchor)
+    maps = {"model.layers.0": ("model.layers.1", torch.zeros(1))}
+    teacher, sizes, found = Teacher(adapted, TeacherSettings(gamma=1.0, beta=beta), maps), [], []
+    student.get_base_model().model.embed_tokens.register_forward_hook(
+        lambda m, given, out: sizes.append(given[0].numel())
+    )
+    for apart in (0.0, 0.75):
+        monkeypatch.setattr("peft_cast.fit.teacher.APART", apart)
+        logits, states = teacher.student(student, student, batch)
+        logits = whole(logits)
+        student.zero_grad()
+        (logits.float().logsumexp(-1).sum() + sum(state.sum() for state in states.values())).backward()
+        gradients = [p.grad for p in student.parameters() if p.grad is not None]
+        found.append([logits, *states.values(), *gradients])
+    assert sizes[-3:] == [5 * 60, 4 * 12, 60] and len(found[0]) > (3 if beta else 2)
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_the_untouched_target_is_the_anchors_teacher(share, source_folder, lora_folder, byte_tokenizer):
     source, target = (AutoModelForCausalLM.from_pretrained(source_folder) for _ in range(2))

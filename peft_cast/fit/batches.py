@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -66,7 +67,7 @@ class ByLength(Sampler[int]):
             yield from batches[i]
 
 
-def collate_items(items: Sequence[tuple[AlignedPair, AlignedPair | None]]) -> dict[str, torch.Tensor]:
+def collate_items(items: Sequence[tuple[AlignedPair, AlignedPair | None]]) -> dict[str, Any]:
     """Pad items of `TrainingTexts` to one batch; under `texts` lie the texts themselves, (pairs, anchors)."""
     texts = [pair for pair, _ in items], [anchor for _, anchor in items if anchor is not None]
     return {**collate_pairs(*texts), "texts": texts}
@@ -77,7 +78,7 @@ def anchor_positions(anchor: AlignedPair) -> tuple[int, ...]:
     return anchor.target_positions[::2]
 
 
-def collate_pairs(pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] = ()) -> dict[str, torch.Tensor]:
+def collate_pairs(pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] = ()) -> dict[str, Any]:
     """Pad a list of aligned texts, and anchors that only the target reads, to one batch.
 
     Args:
@@ -88,9 +89,9 @@ def collate_pairs(pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] =
         `source_input_ids`, `source_attention_mask` (n, longest source), `target_input_ids`, `target_attention_mask`
         (n + a, longest target); for the m aligned positions of the batch `rows`, `source_positions`,
         `target_positions` (m,); for the positions of the anchors `anchor_rows`, `anchor_positions`. All int64. Padding
-        is on the right, where causal models never see it.
+        is on the right, where causal models never see it. And `longest`, the most target tokens of a text and of an anchor.
     """
-    batch = {}
+    batch: dict[str, Any] = {}
     for side, texts in (("source", pairs), ("target", [*pairs, *anchors])):
         ids = [torch.tensor(getattr(pair, f"{side}_ids")) for pair in texts]
         batch[f"{side}_input_ids"] = _pad(ids)
@@ -99,6 +100,7 @@ def collate_pairs(pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] =
     batch["rows"] = torch.tensor([row for row, p in enumerate(pairs) for _ in p.source_positions], dtype=torch.long)
     kept = [anchor_positions(anchor) for anchor in anchors]
     batch["anchor_rows"] = torch.tensor([len(pairs) + row for row, p in enumerate(kept) for _ in p], dtype=torch.long)
+    batch["longest"] = tuple(max((len(pair.target_ids) for pair in part), default=0) for part in (pairs, anchors))
     batch["anchor_positions"] = torch.tensor([p for positions in kept for p in positions], dtype=torch.long)
     return batch
 
@@ -107,9 +109,7 @@ def _pad(ids: Sequence[torch.Tensor]) -> torch.Tensor:
     return pad_sequence(ids, batch_first=True) if ids else torch.zeros(0, 0, dtype=torch.long)
 
 
-def side_of(
-    batch: dict[str, torch.Tensor], side: str, device: torch.device
-) -> tuple[dict, torch.Tensor, torch.Tensor]:
+def side_of(batch: dict[str, Any], side: str, device: torch.device) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Model inputs of one side (`"source"` or `"target"`) and the index (rows, positions) of its aligned positions."""
     inputs = {
         "input_ids": batch[f"{side}_input_ids"].to(device),
@@ -119,6 +119,6 @@ def side_of(
     return inputs, batch["rows"].to(device), batch[f"{side}_positions"].to(device)
 
 
-def anchors_of(batch: dict[str, torch.Tensor], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def anchors_of(batch: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The index (rows, positions) of the anchors' positions in the target's inputs."""
     return batch["anchor_rows"].to(device), batch["anchor_positions"].to(device)

@@ -50,6 +50,13 @@ def whole(logits: Logits) -> torch.Tensor:
     return logits.head(logits.states) if isinstance(logits, Predictions) else logits
 
 
+def joined(first: Logits, second: Logits) -> Logits:
+    """The logits (n + m, vocabulary) of two passes of one model."""
+    if isinstance(first, Predictions) and isinstance(second, Predictions):
+        return Predictions(torch.cat([first.states, second.states]), first.head)
+    return torch.cat([whole(first), whole(second)])
+
+
 def rows_at_once(logits: Logits) -> int:
     """How many positions of logits (n, vocabulary) to take at a time, so that float32 copies of them stay small.
 

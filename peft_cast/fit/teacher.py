@@ -16,8 +16,11 @@ from ..models import ends_in_head, in_eval_mode, logits_at, states_at
 from .batches import anchor_positions, anchors_of, collate_pairs, side_of
 from .capture import layer_outputs
 from .closed_form import with_bias
-from .losses import Logits, Predictions, kl_divergence, mix_logits, whole
+from .losses import Logits, Predictions, joined, kl_divergence, mix_logits, whole
 from .memory import Likeliest, TeacherMemory
+
+
+APART = 0.9  # share of the tokens, padding included, below which two passes are better than one (docs/results.md, Speed)
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,17 @@ class Teacher:
     def student(self, model, base: PeftModel, batch: dict) -> tuple[Logits, dict]:
         """Logits (m + a, vocabulary) and, per target layer, hidden states (m, hidden_T) of the translated model.
 
-        `model` is what is called (it may be wrapped for distributed training), `base` the PeftModel in it.
+        `model` is what is called (it may be wrapped for distributed training), `base` the PeftModel in it. Where texts and anchors
+        are of such different length that most of a batch would be padding, each are read in a pass of their own.
         """
-        return self._run(model, base.get_base_model(), batch, "target", anchors=True)
+        base = base.get_base_model()
+        texts, rows, (text, anchor) = len(batch["source_input_ids"]), len(batch["target_input_ids"]), batch["longest"]
+        worth_it = texts * text + (rows - texts) * anchor < APART * rows * max(text, anchor)
+        if self.spread or not worth_it:
+            return self._run(model, base, batch, "target", anchors=True)
+        cut = {name: batch[name][:texts, :text] for name in ("target_input_ids", "target_attention_mask")}
+        logits, states = self._run(model, base, {**batch, **cut}, "target")
+        return joined(logits, self._predict(model, base, *_anchors(batch, base.device))), states
 
     @torch.no_grad()
     def goals(self, target: PeftModel, batch: dict) -> tuple[Logits, dict[str, torch.Tensor]]:
@@ -160,15 +171,9 @@ class Teacher:
 
     @torch.no_grad()
     def _own_anchors(self, target: PeftModel, batch: dict) -> Logits:
-        """Logits (a, vocabulary) of the untouched target at the anchors, whose rows are the last ones."""
-        rows, positions = anchors_of(batch, target.device)
-        first = len(batch["source_input_ids"])
-        inputs: dict[str, Any] = {
-            name: batch[f"target_{name}"][first:].to(target.device) for name in ("input_ids", "attention_mask")
-        }
-        inputs["use_cache"] = False
+        """Logits (a, vocabulary) of the untouched target at the anchors."""
         with target.disable_adapter(), in_eval_mode(target):
-            return self._predict(target, target.get_base_model(), inputs, rows - first, positions)
+            return self._predict(target, target.get_base_model(), *_anchors(batch, target.device))
 
     @torch.no_grad()
     def excitement(self, batch: dict) -> torch.Tensor:
@@ -178,3 +183,13 @@ class Teacher:
         with self.source.disable_adapter():
             plain, _ = self._run(*source)
         return kl_divergence(adapted, plain)
+
+
+def _anchors(batch: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """The anchors alone, the last rows of a batch, as a model's inputs, and the index (rows, positions) of their positions."""
+    first, (_, longest) = len(batch["source_input_ids"]), batch["longest"]
+    rows, positions = anchors_of(batch, device)
+    inputs: dict[str, Any] = {
+        name: batch[f"target_{name}"][first:, :longest].to(device) for name in ("input_ids", "attention_mask")
+    }
+    return {**inputs, "use_cache": False}, rows - first, positions
