@@ -20,7 +20,9 @@ from .losses import Logits, Predictions, joined, kl_divergence, mix_logits, whol
 from .memory import Likeliest, TeacherMemory
 
 
-APART = 0.9  # share of the tokens, padding included, below which two passes are better than one (docs/results.md, Speed)
+APART = (
+    0.9  # share of the tokens, padding included, below which two passes are better than one (docs/results.md, Speed)
+)
 
 
 @dataclass(frozen=True)
