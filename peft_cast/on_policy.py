@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from .fit import Teacher, TrainingTexts, distance_to_teacher, imitate, within_memory
 from .models import shared_head
-from .pair import Pair, PairTexts
+from .pair import Pair, PairTexts, how_many_held_out
 from .phases import Phases
 from .run import Run
 from .text import SelfWritten, align_samples, write_answers
@@ -110,5 +110,5 @@ def _answers(
             f"The translated model's own answers give {len(pairs)} usable samples, at least 2 are needed: leave `on_policy_steps` "
             "out, or pass more `steps` to come nearer to the teacher first."
         )
-    kept_out = min(held_out, len(pairs) // 3 or 1)
+    kept_out = how_many_held_out(pairs, held_out)
     return PairTexts(pairs[kept_out:], pairs[:kept_out], [], [], {"answers": len(samples)})

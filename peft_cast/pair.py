@@ -368,7 +368,7 @@ def read_texts(
             f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
             f"pass more or longer text, or a larger `max_length` than {max_length}."
         )
-    kept_out = min(held_out, len(pairs) // 3 or 1)
+    kept_out = how_many_held_out(pairs, held_out)
     evaluation, training = pairs[:kept_out], pairs[kept_out:]
     seen = set(evaluation)
     fitting = [pair for pair in align(general) if pair not in seen][:fit] if fit_text is not None else training[:fit]
@@ -387,3 +387,8 @@ def read_texts(
     }  # fmt: skip
     answers = [sample for sample in samples[kept_out:] if sample.target_prompt]
     return PairTexts(training, evaluation, fitting, rest, metrics, answers)
+
+
+def how_many_held_out(pairs: Sequence[AlignedPair], wanted: int) -> int:
+    """Of how many texts the distance to the teacher is measured: those wanted, a third at most, and one in any case."""
+    return min(wanted, len(pairs) // 3 or 1)

@@ -106,17 +106,16 @@ def test_a_stopped_run_goes_on_to_the_same_result(models, whole, tmp_path, monke
 
 
 def test_answers_written_earlier_and_mixtures_have_prompts_too(models):
-    samples = [TextSample(text[:60], prompt, prompt) for text in TEXTS[:9] for prompt in PROMPTS[:1]]
+    samples = [TextSample(text[:60], PROMPTS[0], PROMPTS[0]) for text in TEXTS[:9]]
     options = {**OPTIONS, "steps": 0, "on_policy_steps": 1}
     for text in (samples, Mixture((TEXT, 1), (TEXTS[10:], 1))):
         result = peft_cast.translate(*models, **{**options, "text": text})
         assert result.metrics["on_policy"]["texts"] > 0
 
 
-def test_several_adapters_each_answer_for_themselves(models, lora_folder, tmp_path):
-    results = peft_cast.translate(
-        models[0], [lora_folder, lora_folder], models[2], **{**OPTIONS, "adapter_name": ["a", "b"]}
-    )
+def test_several_adapters_each_answer_for_themselves(models):
+    source, lora, target = models
+    results = peft_cast.translate(source, [lora, lora], target, **{**OPTIONS, "adapter_name": ["a", "b"]})
     assert [result.metrics["on_policy"]["steps"] for result in results] == [6, 6]
 
 

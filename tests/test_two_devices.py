@@ -19,9 +19,8 @@ from peft_cast.planning.passes import closed_form_costs, refinement_costs, texts
 from peft_cast.source import adapted_source
 
 
-THERE = (
-    "meta"  # of the devices that tensors without values can be on, the one that a CPU's PyTorch can differentiate on
-)
+# Of the devices that tensors without values can be on, the one that a CPU's PyTorch can differentiate on.
+THERE = "meta"
 VOCABULARY = 300
 
 
@@ -57,7 +56,7 @@ def test_the_closed_form_keeps_them_apart(pair):
 )
 def test_teacher_and_student_keep_them_apart(pair, settings):
     source, model, *_ = pair
-    costs = refinement_costs(source, model, 4, 0.9, VOCABULARY, TeacherSettings(gamma=1.0, **settings), 12, 1.0)
+    costs = refinement_costs(source, model, 4, 0.9, VOCABULARY, TeacherSettings(gamma=1.0, **settings), 12, 1)
     assert all(cost.flops > 0 for cost in costs)
 
 

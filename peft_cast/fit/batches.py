@@ -100,8 +100,8 @@ def collate_pairs(pairs: Sequence[AlignedPair], anchors: Sequence[AlignedPair] =
     batch["rows"] = torch.tensor([row for row, p in enumerate(pairs) for _ in p.source_positions], dtype=torch.long)
     kept = [anchor_positions(anchor) for anchor in anchors]
     batch["anchor_rows"] = torch.tensor([len(pairs) + row for row, p in enumerate(kept) for _ in p], dtype=torch.long)
-    batch["longest"] = tuple(max((len(pair.target_ids) for pair in part), default=0) for part in (pairs, anchors))
     batch["anchor_positions"] = torch.tensor([p for positions in kept for p in positions], dtype=torch.long)
+    batch["longest"] = tuple(max((len(pair.target_ids) for pair in part), default=0) for part in (pairs, anchors))
     return batch
 
 

@@ -20,9 +20,8 @@ from .losses import Logits, Predictions, joined, kl_divergence, mix_logits, whol
 from .memory import Likeliest, TeacherMemory
 
 
-APART = (
-    0.9  # share of the tokens, padding included, below which two passes are better than one (docs/results.md, Speed)
-)
+# Share of the tokens, padding included, below which two passes are better than one (docs/results.md, Speed).
+APART = 0.9
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Teacher:
         """Logits (m + a, vocabulary) and, per target layer, hidden states (m, hidden_T) of the translated model.
 
         `model` is what is called (it may be wrapped for distributed training), `base` the PeftModel in it. Where texts and anchors
-        are of such different length that most of a batch would be padding, each are read in a pass of their own.
+        differ so much in length that a pass for each reads clearly fewer tokens (`APART`), they get one each.
         """
         base = base.get_base_model()
         texts, rows, (text, anchor) = len(batch["source_input_ids"]), len(batch["target_input_ids"]), batch["longest"]

@@ -79,10 +79,13 @@ def this_machine() -> Device:
             f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
             psutil.Process().memory_info().rss,
         )
-    reached = REACHED_ON_CPU if device.type == "cpu" else REACHED_ON_GPU
+    on_cpu = device.type == "cpu"
+    reached = REACHED_ON_CPU if on_cpu else REACHED_ON_GPU
     half, single = (reached * matmul_rate(device, dtype) for dtype in (default_dtype(device), torch.float32))
-    growth = (GROWTH_ON_CPU, KEPT_PRODUCTS_ON_CPU) if device.type == "cpu" else (0, 0)
-    return Device(name, half, single, _bandwidth(device), memory, runtime, growth=growth[0], kept_products=growth[1])
+    return Device(
+        name, half, single, _bandwidth(device), memory, runtime,
+        growth=on_cpu * GROWTH_ON_CPU, kept_products=on_cpu * KEPT_PRODUCTS_ON_CPU,
+    )  # fmt: skip
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

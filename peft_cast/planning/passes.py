@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -56,11 +55,11 @@ def closed_form_costs(
 
 
 def refinement_costs(
-    source, model, rows: int, aligned: float, vocabulary: int, settings: TeacherSettings, length: int, anchors: float
+    source, model, rows: int, aligned: float, vocabulary: int, settings: TeacherSettings, length: int, anchors: int
 ) -> tuple[Cost, Cost, Cost]:
     """Cost of a batch's teacher predictions, of one step, and of one batch of the evaluation."""
     texts = texts_of(rows, length, aligned)
-    held = texts_of(math.ceil(anchors) if settings.gamma else 0, max(length // 2, 1), 1.0)
+    held = texts_of(anchors, max(length // 2, 1), 1.0)
     batch, ids = collate_pairs(texts, held), torch.arange(vocabulary)
     teacher = Teacher(source, settings)
     base = source.get_base_model(), model.get_base_model()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -214,12 +215,14 @@ def plan(
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             if gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            pass_of = partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, settings)
-            goal, step, check = pass_of(length, own_rows / ANCHOR_EVERY)
+            # The same batch is often asked for twice, and takes seconds.
+            batch_of = cache(partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, settings))
+            usual = own_rows / ANCHOR_EVERY
+            goal, step, check = batch_of(length, math.ceil(usual) if gamma else 0)
             # What memory must hold is the batch of the longest texts that brings the most anchors, of which each text has a
             # quarter of one: hardly a batch exceeds two standard deviations.
-            most = own_rows / ANCHOR_EVERY + 2 * (own_rows * (ANCHOR_EVERY - 1)) ** 0.5 / ANCHOR_EVERY
-            peaks = [cost.peak for cost in pass_of(max_length, min(most, own_rows))]
+            most = min(usual + 2 * (own_rows * (ANCHOR_EVERY - 1)) ** 0.5 / ANCHOR_EVERY, own_rows)
+            peaks = [cost.peak for cost in batch_of(max_length, math.ceil(most) if gamma else 0)]
     texts = (steps + on_policy_steps) * own_rows
     # Folded, every module gets the largest rank, as servers want it.
     ranks = [sum(kernel.spec.r for kernel in m.peft_cast_kernels["default"]) for m in _layers(model)]
