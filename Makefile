@@ -26,8 +26,10 @@ lint: setup
 typecheck: setup
 	$(BIN)/mypy
 
+# Two files at a time, one thread each: most of these tests are Python, which does not get faster with threads.
+WORKERS ?= 2
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Twenty translations killed at seeded moments and resumed; `make test` kills four.
 test-kill: setup

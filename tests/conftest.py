@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 ROOT = Path(__file__).parent.parent
+LONGEST = ("test_real_pair.py", "test_distributed.py")  # they begin, so that no worker waits for them in the end
 sys.path.insert(0, str(ROOT / "examples"))
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -70,6 +71,10 @@ RENAMED = {
         **NO_GROUPS, **N_NAMES, "hidden_size": "hidden_size", "intermediate_size": None, "max_position_embeddings": None
     },
 }  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def c4_texts(count: int) -> list[str]:
