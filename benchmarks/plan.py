@@ -80,7 +80,7 @@ def compare_gpu() -> list[dict[str, Any]]:
             for name, run in runs.items():
                 taken = run.get("taken_mb", 0)
                 device = Device(
-                    card["name"], REACHED_ON_GPU * rate, card["flops32"], card["bandwidth"],
+                    card["name"], REACHED_ON_GPU * rate, card["flops32"],
                     memory=card["memory"] - int(taken * 2**20), runtime=0,
                 )  # fmt: skip
                 used, passes = run["refinement"], run["refinement"]["gradient_accumulation_steps"]

@@ -16,7 +16,7 @@ from peft_cast.planning import DEVICES, Device, this_machine
 from peft_cast.planning.fake import counted
 
 
-SLOW = Device("slow", flops=1e9, flops32=1e9, bandwidth=1e9, memory=2**40, runtime=0, start=0.0)
+SLOW = Device("slow", flops=1e9, flops32=1e9, memory=2**40, runtime=0, start=0.0)
 
 
 def test_sizes_are_those_of_the_translation(source_folder, lora_folder, target_folder, tmp_path):
@@ -96,7 +96,7 @@ def test_steps_on_own_words_are_counted(source_folder, lora_folder, target_folde
 def test_a_device_waits_for_python_where_products_are_small(source_folder, lora_folder, target_folder):
     seconds = []
     for start in (0.0, 1.0):
-        fast = Device("fast", flops=1e30, flops32=1e30, bandwidth=1e30, memory=2**40, runtime=0, start=start)
+        fast = Device("fast", flops=1e30, flops32=1e30, memory=2**40, runtime=0, start=start)
         planned = plan(source_folder, lora_folder, target_folder, device=fast, steps=1, gamma=0.0, dtype=torch.float32)
         seconds.append(planned.phases["refine"].seconds)
     models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (source_folder, target_folder)]
@@ -213,7 +213,7 @@ def test_is_json_ready_and_readable(source_folder, lora_folder, target_folder):
 
 def test_this_machine_is_measured():
     device = this_machine()
-    assert device.flops > 1e9 and device.bandwidth > 1e8 and device.memory > 2**30
+    assert device.flops > 1e9 and device.memory > 2**30
     assert device.name not in DEVICES
 
 

@@ -21,7 +21,6 @@ class Device:
         flops (`float`): Half-precision matrix multiplication, floating-point operations per second that passes of a
             language model reach.
         flops32 (`float`): Likewise in float32.
-        bandwidth (`float`): Memory, bytes per second.
         memory (`int`): Bytes.
         runtime (`int`): Bytes taken before the first model is loaded: the process on a CPU, the context on a GPU.
         start (`float`): Seconds that a matrix product takes at least, however small: what Python needs to start it and the small
@@ -33,7 +32,6 @@ class Device:
     name: str
     flops: float
     flops32: float
-    bandwidth: float
     memory: int
     runtime: int
     start: float = 1e-4
@@ -48,20 +46,20 @@ REACHED_ON_CPU, REACHED_ON_GPU = 0.6, 0.5
 GROWTH_ON_CPU, KEPT_PRODUCTS_ON_CPU, SHAPES_KEPT = 400 * 2**20, 1100 * 2**20, 30
 
 
-def _accelerator(name: str, flops: float, flops32: float, bandwidth: float, gigabytes: int) -> Device:
+def _accelerator(name: str, flops: float, flops32: float, gigabytes: int) -> Device:
     """By its data sheet; passes reach about 40% of the peak, and the context takes half a gigabyte."""
-    return Device(name, 0.4 * flops, 0.4 * flops32, 0.7 * bandwidth, gigabytes * 2**30, 2**29)
+    return Device(name, 0.4 * flops, 0.4 * flops32, gigabytes * 2**30, 2**29)
 
 
-# Peak rates by NVIDIA's data sheets (dense bfloat16; TF32 is off in PyTorch by default, so float32 is plain), bytes/s.
+# Peak rates by NVIDIA's data sheets (dense bfloat16; TF32 is off in PyTorch by default, so float32 is plain).
 DEVICES = {
     device.name: device
     for device in (
-        _accelerator("h200", 989e12, 67e12, 4.8e12, 141),
-        _accelerator("h100", 989e12, 67e12, 3.35e12, 80),
-        _accelerator("a100", 312e12, 19.5e12, 2.0e12, 80),
-        _accelerator("l40s", 362e12, 91.6e12, 0.86e12, 48),
-        _accelerator("rtx4090", 165e12, 82.6e12, 1.01e12, 24),
+        _accelerator("h200", 989e12, 67e12, 141),
+        _accelerator("h100", 989e12, 67e12, 80),
+        _accelerator("a100", 312e12, 19.5e12, 80),
+        _accelerator("l40s", 362e12, 91.6e12, 48),
+        _accelerator("rtx4090", 165e12, 82.6e12, 24),
     )
 }
 
@@ -83,7 +81,7 @@ def this_machine() -> Device:
     reached = REACHED_ON_CPU if on_cpu else REACHED_ON_GPU
     half, single = (reached * matmul_rate(device, dtype) for dtype in (default_dtype(device), torch.float32))
     return Device(
-        name, half, single, _bandwidth(device), memory, runtime,
+        name, half, single, memory, runtime,
         growth=on_cpu * GROWTH_ON_CPU, kept_products=on_cpu * KEPT_PRODUCTS_ON_CPU,
     )  # fmt: skip
 
@@ -95,12 +93,6 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     draw = torch.Generator(device).manual_seed(0)
     a = torch.randn(n, n, dtype=dtype, device=device, generator=draw)
     return max(2 * n**3 / _seconds(lambda: a @ a, device) for _ in range(6))
-
-
-def _bandwidth(device: torch.device) -> float:
-    """Bytes per second of reading and writing, the best of a few."""
-    a = torch.ones(2**25, dtype=torch.float32, device=device)
-    return max(2 * a.nbytes / _seconds(lambda: a + 1, device) for _ in range(4))
 
 
 def _seconds(work, device: torch.device) -> float:
