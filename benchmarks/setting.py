@@ -129,7 +129,9 @@ def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 
         ]
     folder = Path(os.environ.get("PEFT_CAST_BENCH_DATA", HERE.parent.parent / "shared" / "data"))
     labels = ("World", "Sports", "Business", "Technology")
-    return [peft_cast.Classification("AG News", folder / "ag_news_test.jsonl", news_prompt, labels, limit=classify)]
+    return [
+        peft_cast.Classification("AG News", folder / "ag_news_test.jsonl", news_prompt, labels, limit=2 * classify)
+    ]
 
 
 def written(pair: str, task: str, modules: str, seed: int, times: int = 1, **options: Any) -> list[TextSample]:
