@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import peft_cast
 from peft_cast.environment import environment
 from peft_cast.fit import Teacher, TeacherSettings, collate_pairs, fit_closed_form, training_precision
+from peft_cast.fit import closed_form as fitting
 from peft_cast.fit.batches import ANCHOR_EVERY
 from peft_cast.fit.capture import next_token_loss
 from peft_cast.fit.moments import Moments
@@ -73,28 +74,28 @@ def best(work: Callable[[], Any], times: int = 5) -> float:
 
 
 @contextmanager
-def clocked(cls: type, names: Sequence[str]) -> Iterator[dict[str, float]]:
-    """Seconds spent in some methods of a class, by name."""
-    spent = dict.fromkeys(names, 0.0)
+def clocked(*functions: tuple[Any, str]) -> Iterator[dict[str, float]]:
+    """Seconds spent in some functions, each given by the class or module that has it and its name."""
+    spent = {name: 0.0 for _, name in functions}
 
-    def watched(name: str, method: Callable) -> Callable:
+    def watched(name: str, function: Callable) -> Callable:
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return method(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
                 spent[name] += time.perf_counter() - start
 
         return timed
 
-    methods = {name: getattr(cls, name) for name in names}
-    for name, method in methods.items():
-        setattr(cls, name, watched(name, method))
+    before = [getattr(owner, name) for owner, name in functions]
+    for (owner, name), function in zip(functions, before):
+        setattr(owner, name, watched(name, function))
     try:
         yield spent
     finally:
-        for name, method in methods.items():
-            setattr(cls, name, method)
+        for (owner, name), function in zip(functions, before):
+            setattr(owner, name, function)
 
 
 def beside(seconds: float, floor: float) -> dict[str, float]:
@@ -130,7 +131,7 @@ def closed_form(pair, texts) -> tuple[dict[str, Any], Any]:
     with pair.adapted.disable_adapter():
         fit(few)
         start = time.perf_counter()
-        with clocked(Moments, ("update", "solve")) as spent:
+        with clocked((Moments, "update"), (Moments, "solve"), (fitting, "_pass")) as spent:
             found = fit(texts.fit)
         seconds = time.perf_counter() - start
         with shared_head(pair.source, ids[0]), shared_head(pair.target, ids[1]):
@@ -138,7 +139,8 @@ def closed_form(pair, texts) -> tuple[dict[str, Any], Any]:
             start = time.perf_counter()
             passes(texts.fit)
             floor = time.perf_counter() - start
-    return beside(seconds, floor) | {"moments": spent["update"], "solving": spent["solve"]}, found
+    parts = {"passes": spent["_pass"], "moments": spent["update"], "solving": spent["solve"]}
+    return beside(seconds, floor) | parts, found
 
 
 def step(pair, model: PeftModel, texts) -> dict[str, float]:
