@@ -265,11 +265,19 @@ def shared_head(model: PreTrainedModel, token_ids: torch.Tensor) -> Iterator[Non
         small: nn.Module = _SomeLogits(head, token_ids)
     else:
         small = _rows_of(head, token_ids)
-    model.set_output_embeddings(small)
-    try:
+    with _with_head(model, small):
         yield
+
+
+@contextmanager
+def _with_head(model: PreTrainedModel | PeftModel, head: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the model has this head; yields its own, which is put back after."""
+    own = model.get_output_embeddings()
+    model.set_output_embeddings(head)
+    try:
+        yield own
     finally:
-        model.set_output_embeddings(head)
+        model.set_output_embeddings(own)
 
 
 class _SomeLogits(nn.Module):
@@ -301,8 +309,9 @@ def contiguous_head(model: PreTrainedModel | PeftModel) -> AbstractContextManage
     return _before_head(model, torch.Tensor.contiguous)
 
 
-@contextmanager
-def states_at(model: PreTrainedModel | PeftModel, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[nn.Module]:
+def states_at(
+    model: PreTrainedModel | PeftModel, rows: torch.Tensor, positions: torch.Tensor
+) -> AbstractContextManager[nn.Module]:
     """Within the context the model gives, as its logits, what its head would read at some positions, shape (m, hidden).
 
     Yields the head. Only for models of which `ends_in_head` is true.
@@ -310,12 +319,7 @@ def states_at(model: PreTrainedModel | PeftModel, rows: torch.Tensor, positions:
     Args:
         rows, positions (`torch.Tensor`): As in `logits_at`.
     """
-    head = model.get_output_embeddings()
-    model.set_output_embeddings(_StatesAt(rows, positions))
-    try:
-        yield head
-    finally:
-        model.set_output_embeddings(head)
+    return _with_head(model, _StatesAt(rows, positions))
 
 
 class _StatesAt(nn.Module):
