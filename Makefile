@@ -80,6 +80,8 @@ bench: setup
 	for pair in smollm2-gemma3 gemma3-smollm2 same; do for task in gsm8k agnews; do \
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/table.py --pair $$pair --task $$task --seeds 0 1 2 || exit 1; \
 	done; done
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/table.py --task agnews --seeds 0 1 2 --no-source \
+	--rows "CAST, C4 in the template too"
 	for task in kinds definitions; do \
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/table.py --task $$task || exit 1; \
 	done

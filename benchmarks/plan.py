@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/plan.py
 
-Reads the costs in docs/figures/demo.json, of a run of the table and in gpu.json, and writes docs/figures/plan.json.
+Reads the costs in docs/figures/demo.json, of runs of the table and in gpu.json, and writes docs/figures/plan.json.
 """
 
 from __future__ import annotations
@@ -33,26 +33,35 @@ LLAMA_3_70B = LlamaConfig(
     vocab_size=128256,
 )  # fmt: skip
 OPTIONS = ("steps", "batch_size", "max_length")
-RUN = "run_smollm2-gemma3_gsm8k_all_CAST_seed2.json"
+# Runs of the table: pair, task, and how long they were.
+RUNS = (
+    ("smollm2-gemma3", "gsm8k", "CAST_seed2", "GSM8K, 120 steps of 8"),
+    ("gemma3-smollm2", "agnews", "CAST_seed0", "AG News in reverse, 100 steps of 12"),
+)
 
 
 def main() -> None:
     device = this_machine()
-    demo, run = (json.loads((setting.FIGURES / name).read_text(encoding="utf-8")) for name in ("demo.json", RUN))
-    here = [*compare("demo", demo["translation"], device), *compare("GSM8K, 120 steps of 8", run["metrics"], device)]
+    here = compare("demo", "smollm2-gemma3", "gsm8k", read("demo.json")["translation"], device)
+    for pair, task, name, title in RUNS:
+        here += compare(title, pair, task, read(f"run_{pair}_{task}_all_{name}.json")["metrics"], device)
     report = {"measured": [*here, *compare_gpu()], "elsewhere": elsewhere(), "environment": environment()}
     (setting.FIGURES / "plan.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def compare(run: str, metrics: dict[str, Any], device: Device) -> list[dict[str, Any]]:
-    """Plan and measurement of every phase of a translation of the real pair here, with nothing else on the machine.
+def read(name: str) -> dict[str, Any]:
+    return json.loads((setting.FIGURES / name).read_text(encoding="utf-8"))
+
+
+def compare(run: str, pair: str, task: str, metrics: dict[str, Any], device: Device) -> list[dict[str, Any]]:
+    """Plan and measurement of every phase of a translation between the real models here, with nothing else on the machine.
 
     Phases that had nothing to do, such as a closed form that was kept from before, are left out.
     """
-    source, target = setting.PAIRS["smollm2-gemma3"]
+    source, target = setting.PAIRS[pair]
     text = metrics["text"]
     planned = peft_cast.plan(
-        source.folder(), source.adapter("gsm8k"), target.folder(), device=device,
+        source.folder(), source.adapter(task), target.folder(), device=device,
         tokens=round(text["target_tokens"] / (text["train"] + text["held_out"])),
         aligned=text["aligned_positions"] / text["target_tokens"],
         fit_samples=text["closed_form"], eval_samples=text["held_out"],
@@ -71,7 +80,7 @@ def compare_gpu() -> list[dict[str, Any]]:
 
     What was measured is the memory of tensors, without the driver's own.
     """
-    found = json.loads((setting.FIGURES / "gpu.json").read_text(encoding="utf-8"))
+    found = read("gpu.json")
     card, rate = found["card"]["device"], found["card"]["bfloat16_product_flops"]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -134,21 +134,25 @@ def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 
     ]
 
 
-def written(pair: str, task: str, modules: str, seed: int, times: int = 1, **options: Any) -> list[TextSample]:
+def written(
+    pair: str, task: str, modules: str, seed: int, times: int = 1, template: bool = False, **options: Any
+) -> list[TextSample]:
     """What the adapted source answers to our prompts and to further ones of the target's; written once and kept.
 
-    `times` is how many times the table's number of texts, `options` are those of `SelfWritten` that shall differ from the
-    table's.
+    `times` is how many times the table's number of texts, with `template` the prompts are snippets of C4 between what all ours
+    begin and end with, and `options` are those of `SelfWritten` that shall differ from the table's.
 
     Beside it lies `<name>_cost.json`: seconds and memory that the writing took, a part of every translation's cost.
     """
     differs = "".join(f"_{name}={value}" for name, value in options.items()) + (f"_times={times}" if times > 1 else "")
+    differs += "_template" if template else ""
     file = OUTPUT / "text" / f"{pair}_{task}_{modules}_seed{seed}{differs}.json"
     if not file.exists():
         source, target = PAIRS[pair]
-        spec = SelfWritten(
-            **{"prompts": prompts(task), "max_new_tokens": NEW_TOKENS[task], "batch_size": TOGETHER, **options}
-        )
+        head, tail, _ = PROMPTS[task]
+        in_template = {"template": f"{head}{{text}}{tail}", "corpus": c4_documents()[0], "snippet_chars": 250}
+        asked = in_template if template else {"prompts": prompts(task)}
+        spec = SelfWritten(**{**asked, "max_new_tokens": NEW_TOKENS[task], "batch_size": TOGETHER, **options})
         phases = Phases()
         with (
             phases.measure("text"),

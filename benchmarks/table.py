@@ -129,6 +129,13 @@ def translated(source, adapter, target, args, seed: int):
     return peft_cast.translate(source, adapter, target, **common(args, seed))
 
 
+def templated(source, adapter, target, args, seed: int):
+    """With as many answers to snippets of C4 in the prompts' template, for tasks that may be asked about any text."""
+    options = common(args, seed)
+    options["text"] += setting.written(args.pair, args.task, args.modules, seed, template=True)
+    return peft_cast.translate(source, adapter, target, **options)
+
+
 def longer(source, adapter, target, args, seed: int):
     """With ten times as many texts and readings of them."""
     return peft_cast.translate(source, adapter, target, **common(args, seed, TIMES))
@@ -175,11 +182,12 @@ ROWS: dict[str, Callable] = {
     "distilled from scratch": distilled,
     "CAST": translated,
     "CAST and own words": own_words,
+    "CAST, C4 in the template too": templated,
     "CAST, ten times the text": longer,
     "CAST and own words, ten times the text": own_words_longer,
 }
-DEFAULT = [row for row, made in ROWS.items() if made not in (longer, own_words_longer)]  # those take a GPU
-HEADLINE = ("CAST", "CAST and own words")  # made with every seed
+DEFAULT = [row for row, made in ROWS.items() if made not in (templated, longer, own_words_longer)]  # the latter take a GPU
+HEADLINE = ("CAST", "CAST and own words", "CAST, C4 in the template too")  # made with every seed
 
 
 if __name__ == "__main__":
