@@ -39,7 +39,7 @@ from .fit import (
     load_closed_form,
     save_closed_form,
 )
-from .fit.batches import ANCHOR_EVERY, side_of
+from .fit.batches import ANCHOR_EVERY, anchor_length, side_of
 from .fit.capture import layer_outputs
 from .install import check_shapes
 from .models import (
@@ -372,9 +372,8 @@ def read_texts(
     evaluation, training = pairs[:kept_out], pairs[kept_out:]
     seen = set(evaluation)
     fitting = [pair for pair in align(general) if pair not in seen][:fit] if fit_text is not None else training[:fit]
-    # Half the length: many short stretches of general text say more than a few long ones.
     usable = min(anchors, -(-len(training) // ANCHOR_EVERY))
-    rest = align((general[fit:] or general)[:usable], max_length=max(max_length // 2, 16)) if usable else []
+    rest = align((general[fit:] or general)[:usable], max_length=anchor_length(max_length)) if usable else []
     if len(fitting) < 2:
         raise ValueError(
             f"`{'text' if fit_text is None else 'fit_text'}` gives {len(fitting)} usable samples for the closed form, at "

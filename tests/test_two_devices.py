@@ -56,7 +56,7 @@ def test_the_closed_form_keeps_them_apart(pair):
 )
 def test_teacher_and_student_keep_them_apart(pair, settings):
     source, model, *_ = pair
-    costs = refinement_costs(source, model, 4, 0.9, VOCABULARY, TeacherSettings(gamma=1.0, **settings), 12, 1)
+    costs = refinement_costs(source, model, 4, 0.9, VOCABULARY, TeacherSettings(gamma=1.0, **settings), 6, 12, 1)
     assert all(cost.flops > 0 for cost in costs)
 
 

@@ -73,6 +73,11 @@ def collate_items(items: Sequence[tuple[AlignedPair, AlignedPair | None]]) -> di
     return {**collate_pairs(*texts), "texts": texts}
 
 
+def anchor_length(max_length: int) -> int:
+    """Tokens that an anchor has at most where a text has `max_length`: many short stretches say more than a few long ones."""
+    return max(max_length // 2, 16)
+
+
 def anchor_positions(anchor: AlignedPair) -> tuple[int, ...]:
     """Where an anchor is compared: at every second position, because neighbours say much the same and the head is dear."""
     return anchor.target_positions[::2]

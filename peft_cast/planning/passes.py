@@ -55,18 +55,26 @@ def closed_form_costs(
 
 
 def refinement_costs(
-    source, model, rows: int, aligned: float, vocabulary: int, settings: TeacherSettings, length: int, anchors: int
+    source,
+    model,
+    rows: int,
+    aligned: float,
+    vocabulary: int,
+    settings: TeacherSettings,
+    held: int,
+    length: int,
+    anchors: int,
 ) -> tuple[Cost, Cost, Cost]:
-    """Cost of a batch's teacher predictions, of one step, and of one batch of the evaluation."""
+    """Cost of the teacher's predictions, of one step, and of the evaluation, of `rows` texts of some length and anchors of `held`."""
     texts = texts_of(rows, length, aligned)
-    held = texts_of(anchors, max(length // 2, 1), 1.0)
-    batch, ids = collate_pairs(texts, held), torch.arange(vocabulary)
+    held_texts = texts_of(anchors, held, 1.0)
+    batch, ids = collate_pairs(texts, held_texts), torch.arange(vocabulary)
     teacher = Teacher(source, settings)
     base = source.get_base_model(), model.get_base_model()
     with shared_head(base[0], ids), shared_head(base[1], ids):
         wanted: Likeliest | Logits
         with counted() as goal, torch.no_grad():
-            wanted = teacher.remembered(model, texts, held) if settings.top_k else teacher.goals(model, batch)[0]
+            wanted = teacher.remembered(model, texts, held_texts) if settings.top_k else teacher.goals(model, batch)[0]
         model.train()
         with counted() as step:
             with training_precision(model):

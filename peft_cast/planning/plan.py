@@ -17,7 +17,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..align import layer_paths, map_layers, map_modules
 from ..arguments import check_arguments
-from ..fit.batches import ANCHOR_EVERY, collate_pairs
+from ..fit.batches import ANCHOR_EVERY, anchor_length, collate_pairs
 from ..fit.closed_form import layer_groups, moments_size, texts_per_pass
 from ..fit.teacher import TeacherSettings
 from ..install import cast_config
@@ -216,7 +216,10 @@ def plan(
             if gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             # The same batch is often asked for twice, and takes seconds.
-            batch_of = cache(partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, settings))
+            held = anchor_length(max_length)
+            batch_of = cache(
+                partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, settings, held)
+            )
             usual = own_rows / ANCHOR_EVERY
             goal, step, check = batch_of(length, math.ceil(usual) if gamma else 0)
             # What memory must hold is the batch of the longest texts that brings the most anchors, of which each text has a
