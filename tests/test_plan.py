@@ -68,6 +68,14 @@ def test_a_step_costs_the_passes_it_cannot_avoid(source_folder, lora_folder, tar
     assert passes < planned.phases["refine"].flops < 5 * passes
 
 
+def test_anchors_are_as_long_as_they_may_be_however_short_the_texts(source_folder, lora_folder, target_folder):
+    short, long = (
+        plan(source_folder, lora_folder, target_folder, device=SLOW, tokens=8, max_length=most).phases["refine"].flops
+        for most in (64, 128)
+    )
+    assert long > 1.2 * short
+
+
 @pytest.mark.parametrize("change", [{"batch_size": 16}, {"max_length": 128}])
 def test_larger_batches_take_more_memory_and_time(source_folder, lora_folder, target_folder, change):
     small = {"batch_size": 4, "max_length": 64, "device": SLOW, "fit_samples": 32}
