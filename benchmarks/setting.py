@@ -149,9 +149,10 @@ def written(
     file = OUTPUT / "text" / f"{pair}_{task}_{modules}_seed{seed}{differs}.json"
     if not file.exists():
         source, target = PAIRS[pair]
-        head, tail, _ = PROMPTS[task]
-        in_template = {"template": f"{head}{{text}}{tail}", "corpus": c4_documents()[0], "snippet_chars": 250}
-        asked = in_template if template else {"prompts": prompts(task)}
+        asked: dict[str, Any] = {"prompts": prompts(task)}
+        if template:
+            head, tail, _ = PROMPTS[task]
+            asked = {"template": f"{head}{{text}}{tail}", "corpus": c4_documents()[0], "snippet_chars": 250}
         spec = SelfWritten(**{**asked, "max_new_tokens": NEW_TOKENS[task], "batch_size": TOGETHER, **options})
         phases = Phases()
         with (

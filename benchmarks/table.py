@@ -186,9 +186,8 @@ ROWS: dict[str, Callable] = {
     "CAST, ten times the text": longer,
     "CAST and own words, ten times the text": own_words_longer,
 }
-DEFAULT = [
-    row for row, made in ROWS.items() if made not in (templated, longer, own_words_longer)
-]  # the latter take a GPU
+# Not the one that is for some tasks only, nor those that take a GPU.
+DEFAULT = [row for row, made in ROWS.items() if made not in (templated, longer, own_words_longer)]
 HEADLINE = ("CAST", "CAST and own words", "CAST, C4 in the template too")  # made with every seed
 
 

@@ -215,8 +215,8 @@ def plan(
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             if gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            # The same batch is often asked for twice, and takes seconds.
             held = anchor_length(max_length)
+            # The same batch is often asked for twice, and takes seconds.
             batch_of = cache(
                 partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, settings, held)
             )
