@@ -4,8 +4,8 @@
     python benchmarks/gpu.py OUTPUT_FOLDER --tiny       # the same on whatever is here, with models of two layers
 
 Llama-2-7B to Mistral-7B by their shapes, with random weights and a tokenizer that is made here: neither speed nor memory depends
-on what the weights are. Writes gpu.json, anew after every part; what fails is in it with its traceback. benchmarks/plan.py puts the
-plan beside it.
+on what the weights are. And the demo pair with its own (`--parts demo`). Writes gpu.json, anew after every part; what fails is in it
+with its traceback. benchmarks/plan.py puts the plan beside it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -38,12 +39,14 @@ import peft_cast
 from peft_cast.environment import environment
 from peft_cast.files import write_json
 from peft_cast.fit.refine import CastTrainer
+from peft_cast.models import default_dtype
 from peft_cast.planning import this_machine
 from peft_cast.planning.devices import matmul_rate
 from peft_cast.ranks import default_device
 
 
 STEPS = 10
+DEMO_STEPS = 40
 WARM_UP = 3  # steps that are not timed
 GIB = 2**30
 CONFIGS = plans.LLAMA_2_7B, plans.MISTRAL_7B
@@ -53,18 +56,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--tiny", action="store_true", help="models of two layers")
-    parser.add_argument("--parts", nargs="+", choices=["whole", "quantised"], default=["whole", "quantised"])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["whole", "quantised"])
     args = parser.parse_args()
     card, rate = this_machine(), matmul_rate(default_device(), torch.bfloat16)
     report: dict[str, Any] = {
         "card": {"name": card.name, "bfloat16_product_flops": rate, "device": vars(card)}, "environment": environment()
     }  # fmt: skip
-    work = {"whole": whole_precision, "quantised": four_bits}
     args.output.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         runs = report.setdefault(part, {})
         try:
-            for name, run in work[part](args.tiny):
+            for name, run in PARTS[part](args.tiny):
                 run["share_of_product_rate"] = run["needed_flops_per_step"] / run["seconds_per_step"] / rate
                 print(f"{name}: {run['share_of_product_rate']:.2f} of the product rate", flush=True)
                 runs[name] = run
@@ -103,14 +105,30 @@ def four_bits(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "4 texts of 256, checkpointing", run | {"taken_mb": taken.nbytes / 2**20 if taken is not None else 0}
 
 
+def demo_pair(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """SmolLM2-135M to Gemma-3-270m with the GSM8K adapter: small products, many of them, and a large vocabulary."""
+    length, batch_size = (64, 2) if tiny else (512, 16)
+    dtype, device = default_dtype(default_device()), default_device()
+    folders = [model.folder() for model in (setting.SMOLLM2, setting.GEMMA3)]
+    source, target = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval() for path in folders)
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in folders]
+    texts = made_texts(tokenizers[1], batch_size * (DEMO_STEPS + 1) + 100, length)
+    lora = str(setting.SMOLLM2.adapter("gsm8k"))
+    run = one(source, target, tokenizers, texts, batch_size, length, 64, {}, lora=lora, steps=DEMO_STEPS)
+    yield f"{batch_size} texts of {length}", run
+
+
+PARTS = {"whole": whole_precision, "quantised": four_bits, "demo": demo_pair}
+
+
 def pair(
     tiny: bool, length: int, quantised: bool = False
-) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerFast, list[str]]:
-    """Source, target, the tokenizer of both, and texts that it cuts into `length` tokens or a few more."""
+) -> tuple[PreTrainedModel, PreTrainedModel, list[PreTrainedTokenizerFast], list[str]]:
+    """Source, target, the tokenizers of both, and texts that it cuts into `length` tokens or a few more."""
     tokenizer = made_tokenizer(setting.c4_documents()[0])
     configs = [two_layers(config) for config in CONFIGS] if tiny else CONFIGS
     source, target = (random_model(config, quantised) for config in configs)
-    return source, target, tokenizer, made_texts(tokenizer, 16 * (STEPS + 1) + 100, length)
+    return source, target, [tokenizer, tokenizer], made_texts(tokenizer, 16 * (STEPS + 1) + 100, length)
 
 
 def two_layers(config: PretrainedConfig) -> PretrainedConfig:
@@ -154,20 +172,22 @@ def made_texts(tokenizer: PreTrainedTokenizerFast, count: int, length: int) -> l
 def one(
     source: PreTrainedModel,
     target: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizers: list[PreTrainedTokenizerFast],
     texts: list[str],
     batch_size: int,
     length: int,
     fit_samples: int,
     training_args: dict[str, Any],
+    lora: str | None = None,
+    steps: int = STEPS,
 ) -> dict[str, Any]:
-    """One translation of a LoRA of rank 16 on all linear layers."""
+    """One translation of a LoRA, by default one of rank 16 on all linear layers."""
     each_step = training_args.get("gradient_accumulation_steps", 1)
     with tempfile.TemporaryDirectory() as folder, clocked_steps() as starts:
-        lora = random_lora(source.config, Path(folder))
+        lora = lora or random_lora(source.config, Path(folder))
         result = peft_cast.translate(
-            source, lora, target, text=texts, steps=STEPS, batch_size=batch_size, max_length=length,
-            fit_samples=fit_samples, source_tokenizer=tokenizer, target_tokenizer=tokenizer,
+            source, lora, target, text=texts, steps=steps, batch_size=batch_size, max_length=length,
+            fit_samples=fit_samples, source_tokenizer=tokenizers[0], target_tokenizer=tokenizers[1],
             training_args={**training_args, "logging_steps": 1}, report_samples=0, report_similarity=False,
             progress=False,
         )  # fmt: skip
@@ -177,12 +197,12 @@ def one(
     if (used["batch_size"], used["gradient_accumulation_steps"]) != (batch_size, each_step):
         print(f"memory ran out: {used}", flush=True)
     seconds = (starts[-1] - starts[WARM_UP * each_step]) / (len(starts) - 1 - WARM_UP * each_step) * each_step
-    tokens = batch_size * each_step * length
+    tokens, shared = batch_size * each_step * length, metrics["alignment"]["shared_tokens"]
     found = {
         "tokens_per_step": tokens,
         "seconds_per_step": seconds,
         "tokens_per_second": tokens / seconds,
-        "needed_flops_per_step": needed(source.config, target.config, tokens, length, len(tokenizer)),
+        "needed_flops_per_step": needed(source.config, target.config, tokens, length, shared),
         "minutes_for_1000_steps": 1000 * seconds / 60,
         "refinement": used,
         "kl": metrics["kl"],
@@ -226,9 +246,10 @@ def needed(source: PretrainedConfig, target: PretrainedConfig, tokens: int, leng
 
     def forward(config: PretrainedConfig) -> float:
         width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-        kv = width // heads * (config.num_key_value_heads or heads)
-        layer = 2 * width * (2 * width + 2 * kv + 3 * inner)
-        attention = 2 * 2 * width * length / 2  # causal: half of the products
+        head = getattr(config, "head_dim", None) or width // heads
+        kv = head * (config.num_key_value_heads or heads)
+        layer = 2 * width * (2 * head * heads + 2 * kv + 3 * inner)
+        attention = 2 * 2 * head * heads * length / 2  # causal: half of the products
         return tokens * (config.num_hidden_layers * (layer + attention) + 2 * width * vocabulary)
 
     return forward(source) + 2 * forward(target)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -63,7 +64,9 @@ def _converted(name: str, find_gguf) -> Path:
         print(f"Converting {name} to {folder} (once) ...", flush=True)
         gguf = find_gguf(Path(tmp))
         out = Path(tmp) / name
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        check_tokenizer(tokenizer)
+        tokenizer.save_pretrained(out)
         quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # A model loaded from GGUF refuses to be saved; the same weights in a fresh model do not.
         config = quantised.config.to_dict()
@@ -80,6 +83,20 @@ def _converted(name: str, find_gguf) -> Path:
                 raise
             shutil.rmtree(out, ignore_errors=True)  # another process finished first
     return folder
+
+
+def check_tokenizer(tokenizer) -> None:
+    """Stops where merges were lost on the way from GGUF: such a tokenizer cuts texts into letters.
+
+    Raises:
+        SystemExit: If common words are not tokens of their own.
+    """
+    words = "the people of the world"
+    if len(tokenizer(words, add_special_tokens=False).input_ids) > len(words.split()):
+        raise SystemExit(
+            f"transformers {transformers.__version__} reads the tokenizer of a GGUF file wrongly, as versions before 5.18 do: "
+            "run `pip install -U transformers`."
+        )
 
 
 if __name__ == "__main__":

@@ -144,10 +144,12 @@ def open_pair(
     device = ranks.begin(device)
     of_source = ranks.device_of_source(source_device, device)
     if spread and any(isinstance(model, torch.nn.Module) for model in (source, adapter, target)):
-        raise ValueError("FSDP spreads models for good, so it takes none that are loaded: pass hub ids or folders.")
+        raise ValueError(
+            "FSDP and ZeRO-3 spread models for good, so they take none that are loaded: pass hub ids or folders."
+        )
     on_source = None
     with ExitStack() as stack:
-        stack.enter_context(shards.unknown_to_others())
+        stack.enter_context(ranks.unknown_to_others())
         if adapter is None:
             load = partial(load_model, source, "source", revision=source_revision)
         else:

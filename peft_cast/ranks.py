@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 
 T = TypeVar("T")
+# By what `accelerate launch` asks accelerate, transformers and Trainer to spread models, which is done here (shards.py).
+SPREADERS = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
 # While one process reads or solves the others wait; one that dies is noticed by the launcher, not by a timeout.
 PATIENCE = timedelta(days=1)
 
@@ -31,12 +33,20 @@ def begin(device: str | torch.device | None = None) -> torch.device:
         device: What the user asked for. With several processes only its type counts: each has an accelerator of its own.
 
     Raises:
-        ValueError: If there is no such device, or one accelerator is asked for by its number, which all processes would share.
+        ValueError: If there is no such device, one accelerator is asked for by its number, which all processes would share, or
+            accelerate has begun with DeepSpeed before.
     """
     wanted = working_device(device)
     if launched() == 1:
         return wanted
-    own = PartialState(cpu=wanted.type == "cpu", timeout=PATIENCE).device
+    with unknown_to_others():
+        state = PartialState(cpu=wanted.type == "cpu", timeout=PATIENCE)
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "accelerate has begun with DeepSpeed, whose engine would wrap the target: call peft_cast before you make an "
+            "`Accelerator` or a `PartialState`."
+        )
+    own = state.device
     if own.type == "cpu":
         return torch.device("cpu")
     if device is not None and wanted.index is not None and wanted != own:
@@ -44,6 +54,16 @@ def begin(device: str | torch.device | None = None) -> torch.device:
             f"`device` is '{wanted}', which all {launched()} processes would share: leave it out, and each has its own."
         )
     return own
+
+
+@contextmanager
+def unknown_to_others() -> Iterator[None]:
+    """Within the context no other library knows that FSDP or DeepSpeed was asked for in the launcher's configuration."""
+    before = {name: os.environ.pop(name) for name in SPREADERS.values() if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
 
 
 def launched() -> int:

@@ -32,7 +32,7 @@ FREE = {
     "target_revision", "dtype", "device", "source_device", "cache_dir", "output_dir", "progress", "resume_from_checkpoint",
     "report_samples", "report_similarity",
 }  # fmt: skip
-FREE_TRAINING_ARGS = ("fsdp", "logging_", "save_", "report_to", "run_name", "disable_tqdm")
+FREE_TRAINING_ARGS = ("fsdp", "deepspeed", "logging_", "save_", "report_to", "run_name", "disable_tqdm")
 
 
 class NotSavedError(OSError):

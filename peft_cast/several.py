@@ -86,7 +86,7 @@ def translate_several(
     if options["beta"] > 0 or options["depth_map"] == "similarity":
         raise ValueError("`beta` and `depth_map='similarity'` are for one adapter at a time: translate them in turn.")
     if shards.asked(options["training_args"]):
-        raise ValueError("FSDP is for one adapter at a time: translate them in turn.")
+        raise ValueError("FSDP and ZeRO-3 are for one adapter at a time: translate them in turn.")
     names = adapter_names(adapters, options.pop("adapter_name"))
     resume, folders = options["resume_from_checkpoint"], [_folder(options["output_dir"], name) for name in names]
     for folder in folders:

@@ -4,15 +4,18 @@ Only the large frozen matrices of the decoder layers are: each process keeps a p
 Embeddings, head, norms and the adapters are whole everywhere. All phases of a translation run on such models, so that every
 process must make as many passes as the others.
 
-accelerate's and Trainer's own FSDP would wrap the target for the refinement alone, after everything else had to fit.
+accelerate's and Trainer's own FSDP would wrap the target for the refinement alone, after everything else had to fit. So would
+DeepSpeed's engine: its ZeRO-3, which parts the same matrices, is taken as another way to ask for FSDP2.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,50 +33,56 @@ if TYPE_CHECKING:
     from .source import SourceAdapter
 
 
-_VARIABLES = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
-_ARGUMENTS = ("fsdp", "fsdp_config")
+_ARGUMENTS = ("fsdp", "fsdp_config", "deepspeed")
 
 
 def asked(training_args: Mapping[str, Any] | None) -> bool:
-    """Whether the models shall be spread: `fsdp` in the training arguments, or in the configuration of `accelerate launch`.
+    """Whether the models shall be spread: FSDP or DeepSpeed's ZeRO-3, in the training arguments or in `accelerate launch`.
+
+    ZeRO-1 and ZeRO-2 part gradients and the optimizer's state, which are the projections' alone here and small: they stay whole.
 
     Raises:
-        ValueError: If DeepSpeed is asked for, or there is only one process.
+        ValueError: If there is only one process, parameters shall lie elsewhere than on its device (ZeRO-Offload), or DeepSpeed's
+            configuration cannot be read.
     """
     given = training_args or {}
-    if given.get("deepspeed") or _is_on("DeepSpeed"):
-        raise ValueError(
-            "DeepSpeed is not supported: use FSDP, `training_args={'fsdp': True}` or `accelerate launch --use_fsdp`."
-        )
     wanted = bool(given.get("fsdp")) or _is_on("FSDP")
+    if given.get("deepspeed") or _is_on("DeepSpeed"):
+        zero = _zero_optimization(given.get("deepspeed"))
+        if str((zero.get("offload_param") or {}).get("device", "none")).lower() != "none":
+            raise ValueError("Parameters are not offloaded: leave `offload_param` out of DeepSpeed's configuration.")
+        wanted = wanted or zero.get("stage") in (3, "3")
     if wanted and ranks.launched() == 1:
         raise ValueError(
-            "FSDP spreads the models over several processes and there is one: start with `accelerate launch --num_processes`, "
-            "or without `fsdp`."
+            "FSDP and ZeRO-3 spread the models over several processes and there is one: start with `accelerate launch "
+            "--num_processes`, or without them."
         )
     if wanted and "ignored_params" not in signature(fully_shard).parameters:
-        raise ValueError(f"FSDP needs PyTorch 2.7 or newer, this is {torch.__version__}: update it.")
+        raise ValueError(f"FSDP and ZeRO-3 need PyTorch 2.7 or newer, this is {torch.__version__}: update it.")
     return wanted
 
 
 def _is_on(what: str) -> bool:
-    return os.environ.get(_VARIABLES[what], "false").lower() == "true"
+    return os.environ.get(ranks.SPREADERS[what], "false").lower() == "true"
+
+
+def _zero_optimization(given: Mapping[str, Any] | str | None) -> Mapping[str, Any]:
+    """That part of DeepSpeed's configuration: given, or what accelerate's launcher leaves in the environment."""
+    file = given or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        device = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
+        return {"stage": os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"), "offload_param": {"device": device}}
+    if isinstance(file, Mapping):
+        return file.get("zero_optimization", {})
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"DeepSpeed's configuration '{file}' cannot be read ({error}): pass a JSON file.") from error
 
 
 def without(training_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The training arguments for Trainer, which finds the models spread already."""
+    """The training arguments for Trainer, which finds the models spread already and trains projections that need not be."""
     return {name: value for name, value in (training_args or {}).items() if name not in _ARGUMENTS}
-
-
-@contextmanager
-def unknown_to_others() -> Iterator[None]:
-    """Within the context neither transformers (when it loads a model) nor Trainer knows that FSDP was asked for."""
-    before = os.environ.pop(_VARIABLES["FSDP"], None)
-    try:
-        yield
-    finally:
-        if before is not None:
-            os.environ[_VARIABLES["FSDP"]] = before
 
 
 def _spread(model: PreTrainedModel, own: set[nn.Parameter], device: torch.device, over: DeviceMesh) -> None:

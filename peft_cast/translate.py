@@ -162,7 +162,8 @@ def translate(
         resume_from_checkpoint (`bool`): Go on with the run in `output_dir` that was stopped or killed, to the same result as
             if it had not been; if there is none, begin one. See docs/resuming.md.
         training_args: Further `transformers.TrainingArguments`, which take precedence (gradient accumulation, bf16,
-            logging, save_steps, ...). `{"fsdp": True}`, as `accelerate launch --use_fsdp`, spreads both models over the processes.
+            logging, save_steps, ...). `{"fsdp": True}`, as `accelerate launch --use_fsdp`, and DeepSpeed's ZeRO-3 spread both
+            models over the processes.
         report_samples (`int`): How many held-out texts the report quotes: so many that the target continues without and
             with the adapter, and so many of those that excite it most and least. Quotes are saved beside the adapter and
             never pushed; 0 for none.
@@ -199,9 +200,9 @@ def translate(
             "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
         )
     if on_policy_steps and spread:
-        raise ValueError("`on_policy_steps` goes with no FSDP: leave one of them out.")
+        raise ValueError("`on_policy_steps` goes with no FSDP or ZeRO-3: leave one of them out.")
     if start is not None and (bridge is not None or beta > 0 or spread):
-        raise ValueError("`start` goes with no `bridge`, no `beta` and no FSDP: leave it or them out.")
+        raise ValueError("`start` goes with no `bridge`, no `beta` and no FSDP or ZeRO-3: leave it or them out.")
     bridge = Bridge.from_pretrained(bridge) if isinstance(bridge, (str, Path)) else bridge
     bar = partial(tqdm, disable=not progress)
     phases = Phases()

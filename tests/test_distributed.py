@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import ROOT, c4_texts, make_lora
 from launched import HELD_OUT, weights_of
 from safetensors.torch import load_file
@@ -30,6 +31,8 @@ OPTIONS = {
 }  # fmt: skip
 # What `accelerate launch --use_fsdp` tells its processes.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+# What `accelerate launch --use_deepspeed --zero_stage 3` does.
+ZERO_3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 PROMPTS = {"prompts": ["Say: one thing", "Say: another thing"], "max_new_tokens": 12, "batch_size": 8, "samples": 10}
 
 
@@ -125,6 +128,7 @@ def together(models, other, killed, tmp_path_factory):
     shutil.copytree(killed.folder, folder / "resumed")
     base = {**models, **OPTIONS}
     jobs = [
+        {"name": "ZeRO-3", "environment": ZERO_3},  # before accelerate's state is made: it would take up DeepSpeed
         {"name": "plain", "output_dir": str(folder / "plain")},
         {"name": "spread", "environment": FSDP},
         {"name": "resumed", "output_dir": str(folder / "resumed"), "resume_from_checkpoint": True},
@@ -145,7 +149,7 @@ def together(models, other, killed, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "spread"])
+@pytest.mark.parametrize("name", ["plain", "spread", "ZeRO-3"])
 def test_two_processes_give_what_one_gives(name, together, alone):
     first, second = found(together, name)
     assert first["metrics"] == second["metrics"] and first["history"] == second["history"]
@@ -186,7 +190,7 @@ def test_each_process_reads_a_part_of_every_batch(together):
 
 
 def test_spread_models_are_kept_in_parts(together):
-    for process in found(together, "spread"):
+    for process in found(together, "spread") + found(together, "ZeRO-3"):
         whole, here = process["spread"]
         assert 0 < here == whole // 2
     assert found(together, "plain")[0]["spread"] == [0, 0]
@@ -288,16 +292,46 @@ def test_what_does_not_go_together_is_one_clear_error(models, monkeypatch):
         with pytest.raises(ValueError, match=message):
             peft_cast.translate(**{**models, **OPTIONS, **options})
 
-    refused("FSDP spreads the models over several processes and there is one", training_args={"fsdp": True})
-    refused("DeepSpeed is not supported: use FSDP", training_args={"deepspeed": {"zero_optimization": {"stage": 3}}})
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    refused("DeepSpeed is not supported")
-    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    refused("FSDP and ZeRO-3 spread the models over several processes and there is one", training_args={"fsdp": True})
+    refused("FSDP and ZeRO-3", training_args={"deepspeed": {"zero_optimization": {"stage": 3}}})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused("there is one: start with `accelerate launch --num_processes`")
     monkeypatch.setattr(ranks, "launched", lambda: 2)
     assert shards.asked(None)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="takes none that are loaded"):
+    with pytest.raises(ValueError, match="take none that are loaded"):
         with open_pair(models["source"], models["adapter"], torch.nn.Linear(1, 1), spread=True):
             pass
+
+
+def test_what_deepspeed_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "launched", lambda: 2)
+    for stage, spread in ((1, False), (2, False), (3, True)):
+        config = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
+        file = tmp_path / f"{stage}.json"
+        file.write_text(json.dumps(config))
+        assert shards.asked({"deepspeed": config}) == shards.asked({"deepspeed": str(file)}) == spread
+        with monkeypatch.context() as launched:
+            launched.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+            assert not shards.asked(None)  # stage 2, as in accelerate
+            launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+            assert shards.asked(None) == spread
+            launched.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+            launched.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+            assert shards.asked(None) == spread
+            launched.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
+            with pytest.raises(ValueError, match="leave `offload_param` out of DeepSpeed's configuration"):
+                shards.asked(None)
+    assert not shards.asked({"deepspeed": {}}) and not shards.asked({"deepspeed": {"zero_optimization": {}}})
+    (tmp_path / "broken.json").write_text("{")
+    for file in ("broken.json", "missing.json"):
+        with pytest.raises(ValueError, match=f"{file}' cannot be read .*: pass a JSON file"):
+            shards.asked({"deepspeed": str(tmp_path / file)})
+
+
+def test_accelerate_that_began_with_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setattr(ranks, "launched", lambda: 2)
+    state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
+    monkeypatch.setattr(ranks, "PartialState", lambda **options: state)
+    with pytest.raises(ValueError, match="before you make an `Accelerator` or a `PartialState`"):
+        ranks.begin("cpu")

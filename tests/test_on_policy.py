@@ -127,5 +127,5 @@ def test_what_has_no_prompts_is_refused_before_anything_is_loaded(models, monkey
     with pytest.raises(ValueError, match="`on_policy_steps` must be at least 0"):
         peft_cast.translate(*models, **{**OPTIONS, "on_policy_steps": -1})
     monkeypatch.setattr("peft_cast.shards.asked", lambda training_args: True)
-    with pytest.raises(ValueError, match="`on_policy_steps` goes with no FSDP"):
+    with pytest.raises(ValueError, match="`on_policy_steps` goes with no FSDP or ZeRO-3"):
         peft_cast.translate(*models, **OPTIONS)

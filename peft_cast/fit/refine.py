@@ -213,7 +213,9 @@ def refine(
             "seed": seed,
         }
         if shards.asked(training_args) and not shards.is_spread(model):
-            raise ValueError("FSDP spreads the models that `translate` loads, and these are whole: leave `fsdp` out.")
+            raise ValueError(
+                "FSDP and ZeRO-3 spread the models that `translate` loads, and these are whole: leave `fsdp` or `deepspeed` out."
+            )
         arguments |= shards.without(training_args)
         if shards.is_spread(model):
             shards.leave_out(model)
