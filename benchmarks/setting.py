@@ -33,7 +33,7 @@ OUTPUT = HERE.parent / "bench-output"
 C4 = EXAMPLES / "data" / "c4_en_400.jsonl"
 # Drift is measured on documents that nothing else reads: fit and anchors take the first ones.
 DRIFT_DOCUMENTS = 40
-TOGETHER = 1040 if torch.cuda.is_available() else 96  # texts that are written at a time
+TOGETHER = 2080 if torch.cuda.is_available() else 96  # texts that are written at a time
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import setting
 import torch
@@ -60,17 +61,18 @@ def main() -> None:
             print(f"{name:<28} {cost['seconds']:.4g} s, floor {cost['floor']:.4g} s, ratio {cost['ratio']:.3f}")
 
 
-def best(work: Callable[[], Any], times: int = 5) -> float:
-    """Seconds of the fastest run, after one that warms up."""
-    work()
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - start)
-    return min(found)
+def by_turns(works: dict[str, Callable[[], Any]], times: int, warm_up: bool = True) -> dict[str, float]:
+    """Seconds of each one's fastest run. By turns, so that all see the same machine."""
+    found = dict.fromkeys(works, float("inf"))
+    for turn in range(-1 if warm_up else 0, times):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= 0:
+                found[name] = min(found[name], time.perf_counter() - start)
+    return found
 
 
 @contextmanager
@@ -88,14 +90,10 @@ def clocked(*functions: tuple[Any, str]) -> Iterator[dict[str, float]]:
 
         return timed
 
-    before = [getattr(owner, name) for owner, name in functions]
-    for (owner, name), function in zip(functions, before):
-        setattr(owner, name, watched(name, function))
-    try:
+    with ExitStack() as stack:
+        for owner, name in functions:
+            stack.enter_context(patch.object(owner, name, watched(name, getattr(owner, name))))
         yield spent
-    finally:
-        for (owner, name), function in zip(functions, before):
-            setattr(owner, name, function)
 
 
 def beside(seconds: float, floor: float) -> dict[str, float]:
@@ -128,19 +126,23 @@ def closed_form(pair, texts) -> tuple[dict[str, Any], Any]:
     ids = pair.vocabulary.source_ids, pair.vocabulary.target_ids
     sides = ("source", pair.source, ids[0]), ("target", pair.target, ids[1])
     few = texts.fit[: 2 * BATCH]  # warm up
+    found: list[tuple[dict[str, float], Any]] = []
+
+    def whole() -> None:
+        with clocked((fitting, "_pass"), (Moments, "update"), (Moments, "solve")) as spent:
+            found.append((spent, fit(texts.fit)))
+
+    def floor(read=texts.fit) -> None:
+        with shared_head(pair.source, ids[0]), shared_head(pair.target, ids[1]):
+            passes(read)
+
     with pair.adapted.disable_adapter():
         fit(few)
-        start = time.perf_counter()
-        with clocked((Moments, "update"), (Moments, "solve"), (fitting, "_pass")) as spent:
-            found = fit(texts.fit)
-        seconds = time.perf_counter() - start
-        with shared_head(pair.source, ids[0]), shared_head(pair.target, ids[1]):
-            passes(few)
-            start = time.perf_counter()
-            passes(texts.fit)
-            floor = time.perf_counter() - start
+        floor(few)
+        seconds = by_turns({"fit": whole, "floor": floor}, 2, warm_up=False)
+    spent, result = min(found, key=lambda run: sum(run[0].values()))
     parts = {"passes": spent["_pass"], "moments": spent["update"], "solving": spent["solve"]}
-    return beside(seconds, floor) | parts, found
+    return beside(seconds["fit"], seconds["floor"]) | parts, result
 
 
 def step(pair, model: PeftModel, texts) -> dict[str, float]:
@@ -165,16 +167,14 @@ def step(pair, model: PeftModel, texts) -> dict[str, float]:
         rows = torch.cat([batch["rows"], batch["anchor_rows"]]).to(base.device)
         positions = torch.cat([batch["target_positions"], batch["anchor_positions"]]).to(base.device)
         inputs = {name: batch[f"target_{name}"].to(base.device) for name in ("input_ids", "attention_mask")}
-        with logits_at(base, rows, positions):
+        start = base.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
+        with model.disable_adapter(), logits_at(base, rows, positions):
             base(**inputs, use_cache=False).logits.sum().backward()
+        start.remove()
 
     with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
-        seconds = best(whole, 4)
-        start = base.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_(True))
-        with model.disable_adapter():
-            least = best(floor, 4)
-        start.remove()
-    return beside(seconds, least)
+        seconds = by_turns({"step": whole, "floor": floor}, 6)
+    return beside(seconds["step"], seconds["floor"])
 
 
 def adapters(folder: Path) -> dict[str, Any]:
@@ -182,9 +182,14 @@ def adapters(folder: Path) -> dict[str, Any]:
     bridge_folder = setting.OUTPUT / "bridge"  # benchmarks/bridge.py
     bridge = peft_cast.Bridge.from_pretrained(str(bridge_folder))
     report: dict[str, Any] = {}
-    cast_seconds = best(lambda: bridge.cast_file(LORA, folder / "cast"), 3)
-    reading = best(lambda: load_file(LORA / "adapter_model.safetensors"), 3)
-    report["cast over a bridge"] = beside(cast_seconds, reading)
+    seconds = by_turns(
+        {
+            "cast": lambda: bridge.cast_file(LORA, folder / "cast"),
+            "reading": lambda: load_file(LORA / "adapter_model.safetensors"),
+        },
+        3,
+    )
+    report["cast over a bridge"] = beside(seconds["cast"], seconds["reading"])
     base = AutoModelForCausalLM.from_pretrained(TARGET.folder(), dtype=default_dtype(torch.device("cpu")))
     folded = peft_cast.to_lora(folder / "cast")
     folded.save_pretrained(folder / "lora")
@@ -199,23 +204,17 @@ def adapters(folder: Path) -> dict[str, Any]:
         model.eval().requires_grad_(False)
     for what, shape in (("decoding", (1, 1)), ("prefill", (4, 128))):
         ids = torch.ones(shape, dtype=torch.long)
-        seconds = dict.fromkeys(models, float("inf"))
         with torch.no_grad():
-            for _ in range(12):  # by turns, so that all see the same machine
-                for name, model in models.items():
-                    start = time.perf_counter()
-                    model.get_base_model().model(input_ids=ids, use_cache=False)
-                    seconds[name] = min(seconds[name], time.perf_counter() - start)
+            seconds = by_turns({name: partial(decoder_pass, model, ids) for name, model in models.items()}, 12)
         for name in ("cast", "folded"):
             report[f"{what}, {name}"] = beside(seconds[name], seconds["lora"])
-    for verb in ("load", "save"):
-        seconds = {}
-        for name in ("cast", "lora"):
-            if verb == "load":
-                seconds[name] = best(lambda: PeftModel.from_pretrained(base, folder / name).unload(), 3)  # noqa: B023
-            else:
-                seconds[name] = best(lambda: models[name].save_pretrained(folder / "again"), 3)  # noqa: B023
-                shutil.rmtree(folder / "again")
+    pair = ("cast", "lora")
+    verbs = {
+        "load": lambda name: PeftModel.from_pretrained(base, folder / name).unload(),
+        "save": lambda name: models[name].save_pretrained(folder / f"{name} again"),
+    }
+    for verb, work in verbs.items():
+        seconds = by_turns({name: partial(work, name) for name in pair}, 5)
         report[verb] = beside(seconds["cast"], seconds["lora"])
     source = (LORA / "adapter_model.safetensors").stat().st_size
     bridge.cast_file(LORA, folder / "cast_bfloat16", dtype=torch.bfloat16)  # as the source LoRA
@@ -225,6 +224,10 @@ def adapters(folder: Path) -> dict[str, Any]:
     sizes = {n: (folder / n / "adapter_model.safetensors").stat().st_size for n in names}
     report["files"] = {"source_lora": source, **sizes}
     return report
+
+
+def decoder_pass(model: PeftModel, ids: torch.Tensor) -> None:
+    model.get_base_model().model(input_ids=ids, use_cache=False)
 
 
 if __name__ == "__main__":
