@@ -108,10 +108,8 @@ class CastModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, CastLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-            return
-        # Unloading: PEFT would look for a `weight`, which layers of GPTQ or hqq do not have.
+        # PEFT would move every part of an adapter once more, which `update_layer` has done, and look for a `weight` when it
+        # unloads, which layers of GPTQ or hqq do not have.
         setattr(parent, child_name, new_module)
 
     def _shared_projections(self, config: CastConfig, key: str) -> dict[tuple, Projection] | None:
@@ -218,8 +216,9 @@ class CastModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, CastLayer) and adapter_name in module.peft_cast_kernels:
                 for kernel in module.peft_cast_kernels[adapter_name]:
-                    kernel.A = kernel.A.to(torch.promote_types(kernel.A.dtype, torch.float32))
-                    kernel.B = kernel.B.to(torch.promote_types(kernel.B.dtype, torch.float32))
+                    for name, matrix in (("A", kernel.A), ("B", kernel.B)):
+                        if matrix.dtype.itemsize < 4:  # setting a buffer takes time, and loading comes by here twice
+                            setattr(kernel, name, matrix.float())
 
     @classmethod
     def _get_adapter_state_dict(
