@@ -68,7 +68,7 @@ def main() -> None:
 
     path = {"smollm2": models.smollm2, "gemma3": models.gemma3}.get(args.model, lambda: args.model)()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.padding_side = "right"  # a place that may look at none has no gradient but NaN in some attention kernels
+    tokenizer.padding_side = "right"  # Gemma's is on the left, with which its gradient became NaN on an H200
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(path, dtype=default_dtype(default_device()))
     model = get_peft_model(

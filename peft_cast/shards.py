@@ -76,7 +76,7 @@ def _zero_optimization(given: Mapping[str, Any] | str | None) -> Mapping[str, An
         return file.get("zero_optimization", {})
     try:
         return json.loads(Path(file).read_text(encoding="utf-8")).get("zero_optimization", {})
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"DeepSpeed's configuration '{file}' cannot be read ({error}): pass a JSON file.") from error
 
 

@@ -327,6 +327,8 @@ def test_what_deepspeed_is_asked_for(monkeypatch, tmp_path):
     for file in ("broken.json", "missing.json"):
         with pytest.raises(ValueError, match=f"{file}' cannot be read .*: pass a JSON file"):
             shards.asked({"deepspeed": str(tmp_path / file)})
+    with pytest.raises(ValueError, match="'True' cannot be read"):
+        shards.asked({"deepspeed": True})
 
 
 def test_accelerate_that_began_with_deepspeed_is_refused(monkeypatch):
