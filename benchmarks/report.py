@@ -40,7 +40,8 @@ CONCLUSIONS = {
     "snippets answered by the adapted source as chat carry over a tenth, at a fifth of that drift: better than C4, which is what "
     "`translate` reads when it is given nothing, but for a LoRA of one task nothing replaces prompts of its kind. "
     "These need not be real or many: 400 questions of the task's training set are no better than our sixteen, answered 26 times each, "
-    "and what the target writes in their manner changes nothing here; nor does sampling at a temperature of 0.7 instead of 1 by more than the noise. Half of the texts of C4 cost eight points and bring its drift.",
+    "and what the target writes in their manner changes nothing here. Of the answers to their end, a temperature of 0.7 is a point and a "
+    "half ahead of 1; C4 in half of their places costs seven points and brings its drift.",
     "teacher": "On GSM8K, where the source with its LoRA is far better than the untouched target, imitating it outright is best by "
     "far: every step towards what the LoRA changes alone (`delta`) costs lift, although it drifts less. `source` stays the default; "
     "for a target that is the stronger model at the task see the WordNet definitions above.",

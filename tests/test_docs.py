@@ -84,12 +84,13 @@ def test_the_comparison_is_the_committed_measurement():
     )
     cells = {(line[0], task): cell for line in page for task, cell in zip(head[1:], line[1:])}
     measured = {}
-    for evaluation in (peft_cast.Evaluation.load(file) for file in TABLES if "smollm2-gemma3" in file.name):
+    for file in (file for file in TABLES if "smollm2-gemma3" in file.name):
+        evaluation, modules = peft_cast.Evaluation.load(file), ", q and v" if file.stem.endswith("_qv") else ""
         drifts = {row.adapter: f" ({mean(row.scores):.3f})" for row in evaluation.rows if row.task == "drift"}
         for row in evaluation.rows:
             if row.adapter != "base" and row.task != "drift":
                 drift = "" if row.task == "GSM8K generation" else drifts[row.adapter]
-                measured[row.adapter, row.task] = f"{mean(row.lift):.2f}{drift}"
+                measured[row.adapter, row.task + modules] = f"{mean(row.lift):.2f}{drift}"
     assert {key: cell for key, cell in cells.items() if cell != "not run"} == measured
 
 
