@@ -39,7 +39,7 @@ import peft_cast
 from peft_cast.environment import environment
 from peft_cast.files import write_json
 from peft_cast.fit.refine import CastTrainer
-from peft_cast.models import default_dtype
+from peft_cast.models import load_model
 from peft_cast.planning import this_machine
 from peft_cast.planning.devices import matmul_rate
 from peft_cast.ranks import default_device
@@ -108,10 +108,9 @@ def four_bits(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 def demo_pair(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """SmolLM2-135M to Gemma-3-270m with the GSM8K adapter: small products, many of them, and a large vocabulary."""
     length, batch_size = (64, 2) if tiny else (512, 16)
-    dtype, device = default_dtype(default_device()), default_device()
-    folders = [model.folder() for model in (setting.SMOLLM2, setting.GEMMA3)]
-    source, target = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval() for path in folders)
-    tokenizers = [AutoTokenizer.from_pretrained(path) for path in folders]
+    folders = {"source": setting.SMOLLM2.folder(), "target": setting.GEMMA3.folder()}
+    source, target = (load_model(path, which, default_device()) for which, path in folders.items())
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in folders.values()]
     texts = made_texts(tokenizers[1], batch_size * (DEMO_STEPS + 1) + 100, length)
     lora = str(setting.SMOLLM2.adapter("gsm8k"))
     run = one(source, target, tokenizers, texts, batch_size, length, 64, {}, lora=lora, steps=DEMO_STEPS)

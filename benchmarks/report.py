@@ -82,13 +82,11 @@ def tables() -> str:
                 f"{row.task} {row.scores[0]:.3f}" for row in scores.rows if row.adapter == "source LoRA"
             )
             links += f". The source with its own LoRA: {teacher} ([raw](figures/{own.name}))"
-        of = f"run_{pair}_{task}_{modules[0] if modules else 'all'}"
-        runs = sorted(setting.FIGURES.glob(f"{of}_CAST_seed*.json"))
-        runs += sorted(setting.FIGURES.glob(f"{of}_CAST-ten-times-the-text_seed*.json"))
+        runs = sorted(setting.FIGURES.glob(f"run_{pair}_{task}_{modules[0] if modules else 'all'}_CAST_seed*.json"))
         links += "".join(f". {cost(run)}" for run in runs)
         evaluation = peft_cast.Evaluation.load(file)
         if card := evaluation.settings["environment"]["accelerator"]:
-            links += f". All of it on an {card}"
+            links += f". Judged on an {card}"
         if earlier := evaluation.settings.get("earlier"):
             links += f". Made by earlier code, on text written then: {', '.join(earlier)}"
         parts.append(f"{title}\n\n{evaluation}\n\n{plot}\n\n{links}.")
@@ -99,10 +97,9 @@ def cost(run: Path) -> str:
     """What a translation took, apart from writing its text."""
     found = json.loads(run.read_text(encoding="utf-8"))
     phases = ", ".join(f"{name} {phase['seconds']:.0f} s" for name, phase in found["metrics"]["phases"].items())
-    _, row, seed = run.stem.rsplit("_", 2)
-    name = seed.replace("seed", "Seed ") + ("" if row == "CAST" else f" of {row.replace('-', ' ')}")
     card = found["environment"]["accelerator"]
-    return f"{name}{f' on an {card}' if card else ''}: {phases} ([raw](figures/{run.name}))"
+    seed = run.stem.rsplit("_", 1)[1].replace("seed", "Seed ") + (f" on an {card}" if card else "")
+    return f"{seed}: {phases} ([raw](figures/{run.name}))"
 
 
 def sweeps() -> str:

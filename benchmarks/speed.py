@@ -208,13 +208,12 @@ def adapters(folder: Path) -> dict[str, Any]:
             seconds = by_turns({name: partial(decoder_pass, model, ids) for name, model in models.items()}, 12)
         for name in ("cast", "folded"):
             report[f"{what}, {name}"] = beside(seconds[name], seconds["lora"])
-    pair = ("cast", "lora")
     verbs = {
         "load": lambda name: PeftModel.from_pretrained(base, folder / name).unload(),
         "save": lambda name: models[name].save_pretrained(folder / f"{name} again"),
     }
     for verb, work in verbs.items():
-        seconds = by_turns({name: partial(work, name) for name in pair}, 5)
+        seconds = by_turns({name: partial(work, name) for name in ("cast", "lora")}, 5)
         report[verb] = beside(seconds["cast"], seconds["lora"])
     source = (LORA / "adapter_model.safetensors").stat().st_size
     bridge.cast_file(LORA, folder / "cast_bfloat16", dtype=torch.bfloat16)  # as the source LoRA
