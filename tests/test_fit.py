@@ -15,7 +15,7 @@ import peft_cast
 from peft_cast.fit import CastTrainer, Teacher, TeacherSettings, TrainingTexts, fit_closed_form
 from peft_cast.fit.batches import ByLength, collate_items, collate_pairs
 from peft_cast.fit.capture import capture, next_token_loss
-from peft_cast.fit.closed_form import texts_per_pass
+from peft_cast.fit.closed_form import layer_groups, moments_size, texts_per_pass
 from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse, whole
 from peft_cast.fit.moments import Moments
 from peft_cast.models import ends_in_head, logits_at, shared_head, states_at, untouched
@@ -132,6 +132,22 @@ def test_layers_are_fitted_in_groups_where_memory_is_short(source_folder, lora_f
     for name, fits in whole.kernels.items():
         for one, other in zip(fits, parts.kernels[name], strict=True):
             assert torch.equal(one.A_P_in, other.A_P_in) and torch.equal(one.P_out_B, other.P_out_B)
+
+
+def test_groups_are_smaller_the_more_positions_are_held_out(source_folder, lora_folder, target_folder):
+    with open_pair(source_folder, lora_folder, target_folder) as pair:
+        place = next(iter(pair.modules.kernels))
+        module = pair.target.get_submodule(place)
+        widths = module.in_features, module.out_features
+        kept = []
+        for width in widths:
+            moments = Moments(width, 0, torch.device("cpu"))
+            x = torch.zeros(100, width, dtype=pair.target.dtype)
+            moments.update(x, x[:, :0], held_out=True)
+            kept.append(sum(t.nbytes for t in (moments.xx, moments.held_out[0][0])))
+        assert moments_size(pair.target, place, 100) == sum(kept)
+        memory = sum(moments_size(pair.target, name) for name in pair.modules.kernels)
+        assert [len(layer_groups(pair.modules, pair.target, memory, n)) for n in (0, 100)] == [1, 2]
 
 
 def test_a_pass_is_forgotten_before_the_next_begins(source_folder, lora_folder, target_folder, monkeypatch):

@@ -85,6 +85,22 @@ def test_larger_batches_take_more_memory_and_time(source_folder, lora_folder, ta
     assert after.phases["refine"].seconds > 1.5 * before.phases["refine"].seconds
 
 
+def test_held_out_positions_of_the_closed_form_take_memory(source_folder, lora_folder, target_folder):
+    options = {"device": SLOW, "batch_size": 4, "max_length": 64, "dtype": torch.float32}
+    # Of five batches one is held out, of ten two.
+    one, two = (
+        plan(source_folder, lora_folder, target_folder, **options, fit_samples=n).phases["closed_form"]
+        for n in (20, 40)
+    )
+    target = tiny_model("gemma3", 420)
+    widths = sum(
+        m.in_features + m.out_features for m in target.model.layers.modules() if isinstance(m, torch.nn.Linear)
+    )
+    positions = 4 * int(0.95 * 64)
+    # q, k and v, gate and up read the same input, which is held once for all of them.
+    assert 0.5 * widths * positions * 4 < two.memory - one.memory < 1.5 * widths * positions * 4
+
+
 @pytest.mark.parametrize("given", ["bridge", "start"])
 def test_what_is_begun_from_needs_no_closed_form(source_folder, lora_folder, target_folder, given):
     models, options = (source_folder, lora_folder, target_folder), {"device": SLOW, "batch_size": 4, "max_length": 64}

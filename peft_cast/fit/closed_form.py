@@ -26,7 +26,7 @@ from ..align.places import layer_path
 from ..models import LoraKernel, free_memory, shared_head
 from .batches import collate_pairs, side_of
 from .capture import Captured, capture, layer_outputs, next_token_loss
-from .moments import Moments, RidgeFit
+from .moments import HELD_OUT, Moments, RidgeFit
 
 
 PASS_TOKENS = 2048  # in one process
@@ -173,8 +173,8 @@ def fit_closed_form(
 ) -> ClosedForm:
     """Fit every kernel's projections from one forward and one backward pass per model.
 
-    If the second moments of all target layers do not fit into `memory`, the text is read once for each group of layers
-    whose moments do; the result is the same. Several processes share each batch, and each gets the fit of all.
+    If what is kept of all target layers does not fit into `memory`, the text is read once for each group of layers for
+    which it does; the result is the same. Several processes share each batch, and each gets the fit of all.
 
     Every fifth batch (the last, if there are fewer) is held out: it chooses the ridge strength and gives the reported
     R².
@@ -189,7 +189,8 @@ def fit_closed_form(
         batch_size (`int`): The most texts per pass; less of long ones, see `texts_per_pass`.
         ridge (`float`, *optional*): Fixed ridge strength relative to the mean eigenvalue, instead of the held-out choice.
         hidden (`bool`): Also fit the maps between hidden states that the hidden-state loss needs.
-        memory (`int`, *optional*): Bytes for second moments; half of what is free on the target's device when not given.
+        memory (`int`, *optional*): Bytes for second moments and held-out positions; half of what is free on the target's device
+            when not given.
         progress: Wrapper around the batches, e.g. `tqdm`.
 
     Raises:
@@ -208,7 +209,8 @@ def fit_closed_form(
     batch_size = texts_per_pass(batch_size, len(pairs), longest, ranks.count())
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
     memory = ranks.least(free_memory(target.device) // 2) if memory is None else memory
-    groups = layer_groups(module_map, target, memory)
+    held_out = sum(sum(_positions(batches[number])) for number in held_out_batches(len(batches)))
+    groups = layer_groups(module_map, target, memory, min(HELD_OUT, held_out) // ranks.count())
     passes = batches * len(groups)
     work = iter(progress(passes) if progress else passes)
     found: dict[str, list[KernelFit]] = {}
@@ -240,12 +242,17 @@ def texts_per_pass(batch_size: int, texts: int, longest: int, processes: int) ->
     return min(batch_size, -(-texts // 2), processes * max(1, PASS_TOKENS // longest))
 
 
-def layer_groups(module_map: ModuleMap, target: nn.Module, memory: int) -> list[ModuleMap]:
-    """The module map in parts of consecutive target layers, each as large as its second moments fit into `memory` bytes."""
+def held_out_batches(batches: int) -> set[int]:
+    """Numbers of the batches that are held out, or the regression on noisy gradients is trusted far too much."""
+    return set(range(4, batches, 5)) or {batches - 1}
+
+
+def layer_groups(module_map: ModuleMap, target: PreTrainedModel, memory: int, held_out: int = 0) -> list[ModuleMap]:
+    """The module map in parts of consecutive target layers, each as large as what is kept of it fits into `memory` bytes."""
     groups: list[dict[str, list[str]]] = []
     used, last = 0, None
     for name, sources in module_map.kernels.items():
-        layer, size = layer_path(name), moments_size(target, name)
+        layer, size = layer_path(name), moments_size(target, name, held_out)
         if not groups or (used + size > memory and layer != last):
             groups.append({})
             used = 0
@@ -255,14 +262,14 @@ def layer_groups(module_map: ModuleMap, target: nn.Module, memory: int) -> list[
     return [replace(module_map, kernels=group) for group in groups]
 
 
-def moments_size(target: nn.Module, place: str) -> int:
-    """Bytes of the second moments of one target place: the float32 squares of its widths.
+def moments_size(target: PreTrainedModel, place: str, held_out: int = 0) -> int:
+    """Bytes kept of one target place: the float32 squares of its widths, and its `held_out` positions as they are.
 
     Inputs that modules share are counted for each of them: rather too much than too little.
     """
     module = target.get_submodule(split_place(place)[0])
     module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return 4 * sum(width**2 for width in _get_in_out_features(module))
+    return sum(width * (4 * width + held_out * target.dtype.itemsize) for width in _get_in_out_features(module))
 
 
 def _fit_group(
@@ -280,8 +287,7 @@ def _fit_group(
     regressions = _Regressions(kernels, group)
     hidden_moments: dict[str, Moments] = {}
     pairs_of_layers = layer_pairs(group) if hidden else {}
-    # Something must be held out, or the regression on noisy gradients is trusted far too much.
-    held_out_batches = set(range(4, batches, 5)) or {batches - 1}
+    kept_out = held_out_batches(batches)
     elsewhere = 0
     with (
         shared_head(source, vocabulary.source_ids),
@@ -295,7 +301,7 @@ def _fit_group(
             own = ranks.share(chunk)
             batch = collate_pairs(own or chunk[:1])
             counted = slice(None) if own else slice(0)  # a last batch may be smaller than there are processes
-            held_out = number in held_out_batches
+            held_out = number in kept_out
             parts = [sum(_positions(ranks.share(chunk, of))) for of in range(ranks.count())]
             elsewhere += sum(parts[: ranks.rank()]) if held_out else 0
             index = {}

@@ -33,8 +33,8 @@ def closed_form_costs(
     vocabulary: int,
     kernels: Mapping[str, LoraKernel],
     modules: ModuleMap,
-) -> tuple[Cost, Cost, int]:
-    """Cost of both models' passes and of the moments of one batch, and the bytes of all moments."""
+) -> tuple[Cost, Cost, Cost]:
+    """Cost of both models' passes, of the moments of one batch, which are kept, and of holding it out instead."""
     sources = {s for names in modules.kernels.values() for s in names}
     regressions = _Regressions({s: kernels[s] for s in sources}, modules)
     ids = torch.arange(vocabulary)
@@ -51,7 +51,9 @@ def closed_form_costs(
         at = {side: (batch["rows"], batch[f"{side}_positions"]) for side in ("source", "target")}
         with counted() as moments:
             regressions.update(at_source, at_target, at["source"], at["target"], False)
-    return passes, moments, moments.kept
+        with counted() as held_out:
+            regressions.update(at_source, at_target, at["source"], at["target"], True)
+    return passes, moments, held_out
 
 
 def refinement_costs(

@@ -18,7 +18,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ..align import layer_paths, map_layers, map_modules
 from ..arguments import check_arguments
 from ..fit.batches import ANCHOR_EVERY, anchor_length, collate_pairs
-from ..fit.closed_form import layer_groups, moments_size, texts_per_pass
+from ..fit.closed_form import held_out_batches, layer_groups, moments_size, texts_per_pass
+from ..fit.moments import HELD_OUT
 from ..fit.teacher import TeacherSettings
 from ..install import cast_config
 from ..models import check_remote_code, default_dtype, layer_count, skeleton
@@ -196,11 +197,13 @@ def plan(
         weights = {"source": _weights(on, weight_bits), "target": _weights(onto, weight_bits)}
         here = sum(weights.values())
         base = (_kept_here((on, onto), here, processes) if fsdp else here) + device.runtime
-        groups = layer_groups(modules, onto, max(device.memory - base, 0) // 2)
-        sizes = [sum(moments_size(onto, name) for name in group.kernels) for group in groups]
-        group = groups[sizes.index(max(sizes))]
         together = texts_per_pass(batch_size, fit_samples, max_length, processes)
         batches, at_once = -(-fit_samples // together), -(-together // processes)
+        fit_batch = collate_pairs(texts_of(at_once, max_length, 0.95))
+        held_out = min(len(held_out_batches(batches)) * len(fit_batch["rows"]), HELD_OUT // processes)
+        groups = layer_groups(modules, onto, max(device.memory - base, 0) // 2, held_out)
+        sizes = [sum(moments_size(onto, name, held_out) for name in group.kernels) for group in groups]
+        group = groups[sizes.index(max(sizes))]
         model = get_peft_model(onto, config, low_cpu_mem_usage=True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         own = [t for n, t in model.state_dict().items() if "peft_cast_kernels" in n]
@@ -209,9 +212,8 @@ def plan(
             materialise(model)
             vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (on, onto))
             with read.model.disable_adapter(), model.disable_adapter():
-                passes, moments, kept = closed_form_costs(
-                    on, onto, collate_pairs(texts_of(at_once, max_length, 0.95)), vocabulary, kernels, group
-                )  # fmt: skip
+                passes, moments, unseen = closed_form_costs(on, onto, fit_batch, vocabulary, kernels, group)
+                kept = moments.kept + unseen.kept * held_out / len(fit_batch["rows"])
             settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
             if gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
