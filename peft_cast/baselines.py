@@ -141,7 +141,7 @@ def distill_lora(
     eval_samples: int = 16,
     steps: int = 100,
     batch_size: int = 8,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 0.2,
     max_length: int = 256,
     gamma: float = 1.0,
     teacher: str | float = "source",
@@ -155,13 +155,13 @@ def distill_lora(
     """A LoRA distilled from scratch: same text, teacher, loss and steps as a translation, but no kernel.
 
     What a translation must beat for the frozen kernel to earn its place. Arguments that are not listed are those of
-    `translate`.
+    `translate`. Steps are relative to each factor's size here too; those of B, which begins at zero, are a ten-thousandth of the
+    rate.
 
     Args:
         source, adapter, target: As in `translate`.
         fit_text: Gives the anchors, after its first `fit_samples` documents, so that a translation reads the same.
         r (`int`, *optional*): Rank; by default that of the kernels which a translation would stack on one module.
-        learning_rate (`float`): Peak learning rate of AdamW, an absolute one here.
         pair_options: `depth_map`, `module_map`, `source_rank`, tokenizers, revisions, `device`, `source_device` and `dtype`, as in
             `translate`.
 
@@ -196,7 +196,7 @@ def distill_lora(
             with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
                 kl, refinement, excitement = imitate(
                     model, Teacher(pair.adapted, settings, memory=memory), TrainingTexts(texts.train, texts.anchors),
-                    texts.held_out, batch_size, phases, steps=steps, learning_rate=learning_rate, relative_steps=False, seed=seed,
+                    texts.held_out, batch_size, phases, steps=steps, learning_rate=learning_rate, seed=seed,
                     output_dir=output_dir, training_args=training_args, progress=progress,
                 )  # fmt: skip
         except BaseException:

@@ -55,13 +55,12 @@ class CastTrainer(CheckpointedTrainer):
 
     Args:
         teacher (`Teacher`): The adapted source model and the loss settings.
-        relative_steps (`bool`): Whether `learning_rate` is relative to the size of each parameter tensor.
         Everything else as in `transformers.Trainer`; the dataset is a `TrainingTexts`.
     """
 
-    def __init__(self, *args, teacher: Teacher, relative_steps: bool = True, **kwargs) -> None:
+    def __init__(self, *args, teacher: Teacher, **kwargs) -> None:
         super().__init__(*args, data_collator=collate_items, **kwargs)
-        self.teacher, self.relative_steps = teacher, relative_steps
+        self.teacher = teacher
         # The loss is a mean over the batch: let Trainer divide by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.parts: dict[str, list[float]] = {"kl": [], "mse": [], "kl_anchor": []}
@@ -74,7 +73,7 @@ class CastTrainer(CheckpointedTrainer):
     def create_optimizer(self, model=None):
         # Factors differ in size by orders of magnitude (activations and gradients of two models have their own units),
         # and Adam's steps do not know: each tensor's step is in proportion to its root mean square at the start.
-        if self.optimizer is None and self.relative_steps:
+        if self.optimizer is None:
             found = [pair for module in self.model.modules() for pair in _sizes(module)]
             sizes = ranks.same([size for _, size in found])
             groups = [
@@ -167,7 +166,6 @@ def refine(
     steps: int,
     batch_size: int,
     learning_rate: float,
-    relative_steps: bool = True,
     seed: int = 0,
     output_dir: str | Path | None = None,
     training_args: Mapping[str, Any] | None = None,
@@ -182,7 +180,6 @@ def refine(
         texts: What is read.
         steps, batch_size, learning_rate, seed, output_dir, training_args, progress: As in `translate`. Of several processes each
             takes its part of a batch.
-        relative_steps (`bool`): See `CastTrainer`.
         checkpoint (`Path`, *optional*): Where to go on from.
 
     Raises:
@@ -227,9 +224,7 @@ def refine(
             settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": together // size}
             settings = TrainingArguments(**{**arguments, **settings})
             settings._n_gpu = min(settings.n_gpu, 1)  # several GPUs in one process would mean nn.DataParallel
-            trainer = CastTrainer(
-                model=model, args=settings, train_dataset=texts, teacher=teacher, relative_steps=relative_steps
-            )
+            trainer = CastTrainer(model=model, args=settings, train_dataset=texts, teacher=teacher)
             if not progress:
                 trainer.remove_callback(PrinterCallback)
             put_back(model, start)
