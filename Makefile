@@ -85,9 +85,9 @@ bench: setup
 	for task in kinds definitions; do \
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/table.py --task $$task || exit 1; \
 	done
-	for task in gsm8k agnews; do \
-	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/table.py --task $$task --modules qv || exit 1; \
-	done
+	for pair in smollm2-gemma3 gemma3-smollm2 same; do for task in gsm8k agnews; do \
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/table.py --pair $$pair --task $$task --modules qv || exit 1; \
+	done; done
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore benchmarks/experiments.py
 
 # What each part costs beside the least it could cost; nothing else should run on the machine.

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARCHITECTURES, c4_texts, make_lora, tiny_model
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import peft_cast
@@ -18,6 +18,7 @@ from peft_cast.fit.capture import capture, next_token_loss
 from peft_cast.fit.closed_form import layer_groups, moments_size, texts_per_pass
 from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse, whole
 from peft_cast.fit.moments import Moments
+from peft_cast.fit.refine import SIZE_OF_B
 from peft_cast.models import ends_in_head, logits_at, shared_head, states_at, untouched
 from peft_cast.pair import open_pair, read_texts
 
@@ -260,6 +261,22 @@ def test_anchors_are_rows_of_the_target_alone(byte_tokenizer, piece_tokenizer):
     tokens = batch["target_input_ids"][batch["anchor_rows"], batch["anchor_positions"]]
     assert tokens.tolist() == [third.target_ids[i] for i in third.target_positions[::2]]
     assert TrainingTexts([first], [])[0] == (first, None) and len(collate_items([(first, None)])["anchor_rows"]) == 0
+
+
+def test_steps_are_relative_to_the_sizes_of_factors(source_folder, lora_folder, byte_tokenizer):
+    source, target = (AutoModelForCausalLM.from_pretrained(source_folder) for _ in range(2))
+    teacher = Teacher(PeftModel.from_pretrained(source, lora_folder).eval(), TeacherSettings())
+    student = get_peft_model(target, LoraConfig(r=2, target_modules=["q_proj"]))
+    pairs = peft_cast.align.align_texts(c4_texts(2), byte_tokenizer, byte_tokenizer, max_length=40)
+    arguments = TrainingArguments("unused", use_cpu=True, report_to=[], learning_rate=0.5)
+    trainer = CastTrainer(model=student, train_dataset=TrainingTexts(pairs, []), teacher=teacher, args=arguments)
+    steps = {id(g["params"][0]): g["lr"] for g in trainer.create_optimizer().param_groups}
+    for name, factor in student.named_parameters():
+        if "lora_A" in name:
+            assert steps[id(factor)] == pytest.approx(0.5 * float(factor.detach().square().mean().sqrt()))
+        elif "lora_B" in name:  # zero
+            assert steps[id(factor)] == 0.5 * SIZE_OF_B
+    assert len(steps) == 2 * source.config.num_hidden_layers
 
 
 def test_every_anchor_counts_alike_however_batches_fall(source_folder, lora_folder, byte_tokenizer):

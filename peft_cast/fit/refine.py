@@ -33,11 +33,15 @@ def training_precision(model: PeftModel) -> torch.autocast:
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
 
 
+# Root mean square that a LoRA's B, which begins at zero, is taken to have: about a tenth of its A's.
+SIZE_OF_B = 2e-3
+
+
 def _sizes(module: nn.Module) -> list[tuple[nn.Parameter, float]]:
     """The module's own trainable parameters and their root mean squares; what starts at zero takes the first's."""
     own = [p for p in module.parameters(recurse=False) if p.requires_grad]
     sizes = [float(p.detach().square().mean().sqrt()) for p in own]
-    return [(p, size or sizes[0]) for p, size in zip(own, sizes)]
+    return [(p, size or sizes[0] or SIZE_OF_B) for p, size in zip(own, sizes)]
 
 
 class _GiveBack(TrainerCallback):
