@@ -155,8 +155,8 @@ def distill_lora(
     """A LoRA distilled from scratch: same text, teacher, loss and steps as a translation, but no kernel.
 
     What a translation must beat for the frozen kernel to earn its place. Arguments that are not listed are those of
-    `translate`. Steps are relative to each factor's size here too; B, which begins at zero, is taken to
-    have a tenth of A's.
+    `translate`. Steps are relative to each factor's size here too; B, which begins at zero, is taken to have a tenth of
+    A's.
 
     Args:
         source, adapter, target: As in `translate`.
