@@ -147,7 +147,7 @@ def test_groups_are_smaller_the_more_positions_are_held_out(source_folder, lora_
             moments.update(x, x[:, :0], held_out=True)
             kept.append(sum(t.nbytes for t in (moments.xx, moments.held_out[0][0])))
         assert moments_size(pair.target, place, 100) == sum(kept)
-        memory = sum(moments_size(pair.target, name) for name in pair.modules.kernels)
+        memory = sum(moments_size(pair.target, name, 0) for name in pair.modules.kernels)
         assert [len(layer_groups(pair.modules, pair.target, memory, n)) for n in (0, 100)] == [1, 2]
 
 

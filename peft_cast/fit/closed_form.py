@@ -209,8 +209,8 @@ def fit_closed_form(
     batch_size = texts_per_pass(batch_size, len(pairs), longest, ranks.count())
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
     memory = ranks.least(free_memory(target.device) // 2) if memory is None else memory
-    held_out = sum(sum(_positions(batches[number])) for number in held_out_batches(len(batches)))
-    groups = layer_groups(module_map, target, memory, min(HELD_OUT, held_out) // ranks.count())
+    held_out = held_out_positions([sum(_positions(batch)) for batch in batches], ranks.count())
+    groups = layer_groups(module_map, target, memory, held_out)
     passes = batches * len(groups)
     work = iter(progress(passes) if progress else passes)
     found: dict[str, list[KernelFit]] = {}
@@ -247,7 +247,12 @@ def held_out_batches(batches: int) -> set[int]:
     return set(range(4, batches, 5)) or {batches - 1}
 
 
-def layer_groups(module_map: ModuleMap, target: PreTrainedModel, memory: int, held_out: int = 0) -> list[ModuleMap]:
+def held_out_positions(batches: Sequence[int], processes: int) -> int:
+    """How many positions each process holds out of `batches`, of so many positions together."""
+    return min(HELD_OUT, sum(batches[number] for number in held_out_batches(len(batches)))) // processes
+
+
+def layer_groups(module_map: ModuleMap, target: PreTrainedModel, memory: int, held_out: int) -> list[ModuleMap]:
     """The module map in parts of consecutive target layers, each as large as what is kept of it fits into `memory` bytes."""
     groups: list[dict[str, list[str]]] = []
     used, last = 0, None
@@ -262,7 +267,7 @@ def layer_groups(module_map: ModuleMap, target: PreTrainedModel, memory: int, he
     return [replace(module_map, kernels=group) for group in groups]
 
 
-def moments_size(target: PreTrainedModel, place: str, held_out: int = 0) -> int:
+def moments_size(target: PreTrainedModel, place: str, held_out: int) -> int:
     """Bytes kept of one target place: the float32 squares of its widths, and its `held_out` positions as they are.
 
     Inputs that modules share are counted for each of them: rather too much than too little.

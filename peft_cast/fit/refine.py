@@ -38,7 +38,7 @@ SIZE_OF_B = 2e-3
 
 
 def _sizes(module: nn.Module) -> list[tuple[nn.Parameter, float]]:
-    """The module's own trainable parameters and their root mean squares; what starts at zero takes the first's."""
+    """The module's own trainable parameters and their root mean squares; what starts at zero takes the first's, or a B's."""
     own = [p for p in module.parameters(recurse=False) if p.requires_grad]
     sizes = [float(p.detach().square().mean().sqrt()) for p in own]
     return [(p, size or sizes[0] or SIZE_OF_B) for p, size in zip(own, sizes)]

@@ -18,8 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ..align import layer_paths, map_layers, map_modules
 from ..arguments import check_arguments
 from ..fit.batches import ANCHOR_EVERY, anchor_length, collate_pairs
-from ..fit.closed_form import held_out_batches, layer_groups, moments_size, texts_per_pass
-from ..fit.moments import HELD_OUT
+from ..fit.closed_form import held_out_positions, layer_groups, moments_size, texts_per_pass
 from ..fit.teacher import TeacherSettings
 from ..install import cast_config
 from ..models import check_remote_code, default_dtype, layer_count, skeleton
@@ -200,7 +199,7 @@ def plan(
         together = texts_per_pass(batch_size, fit_samples, max_length, processes)
         batches, at_once = -(-fit_samples // together), -(-together // processes)
         fit_batch = collate_pairs(texts_of(at_once, max_length, 0.95))
-        held_out = min(len(held_out_batches(batches)) * len(fit_batch["rows"]), HELD_OUT // processes)
+        held_out = held_out_positions([processes * len(fit_batch["rows"])] * batches, processes)
         groups = layer_groups(modules, onto, max(device.memory - base, 0) // 2, held_out)
         sizes = [sum(moments_size(onto, name, held_out) for name in group.kernels) for group in groups]
         group = groups[sizes.index(max(sizes))]
