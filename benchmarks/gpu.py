@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import random
 import tempfile
 import time
@@ -59,22 +60,22 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["whole", "quantised"])
     args = parser.parse_args()
     card, rate = this_machine(), matmul_rate(default_device(), torch.bfloat16)
-    report: dict[str, Any] = {
-        "card": {"name": card.name, "bfloat16_product_flops": rate, "device": vars(card)}, "environment": environment()
-    }  # fmt: skip
+    file = args.output / "gpu.json"
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    report["card"] = {"name": card.name, "bfloat16_product_flops": rate, "device": vars(card)}
     args.output.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
-        runs = report.setdefault(part, {})
+        runs = report[part] = {}
         try:
             for name, run in PARTS[part](args.tiny):
                 run["share_of_product_rate"] = run["needed_flops_per_step"] / run["seconds_per_step"] / rate
                 print(f"{name}: {run['share_of_product_rate']:.2f} of the product rate", flush=True)
-                runs[name] = run
-                write_json(report, args.output / "gpu.json")
+                runs[name] = run | {"bfloat16_product_flops": rate, "environment": environment()}
+                write_json(report, file)
         except Exception:
             runs["error"] = traceback.format_exc()
             print(runs["error"], flush=True)
-            write_json(report, args.output / "gpu.json")
+            write_json(report, file)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

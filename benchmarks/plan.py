@@ -81,26 +81,30 @@ def compare_gpu() -> list[dict[str, Any]]:
     What was measured is the memory of tensors, without the driver's own.
     """
     found = read("gpu.json")
-    card, rate = found["card"]["device"], found["card"]["bfloat16_product_flops"]
+    card = found["card"]["device"]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        lora = make_lora(LLAMA_2_7B, Path(folder))
-        for part, runs in (("bfloat16", found["whole"]), ("4 bits", found["quantised"])):
-            for name, run in runs.items():
+        shapes = LLAMA_2_7B, make_lora(LLAMA_2_7B, Path(folder)), MISTRAL_7B
+        demo = setting.SMOLLM2.folder(), setting.SMOLLM2.adapter("gsm8k"), setting.GEMMA3.folder()
+        for title, part, models, options in (
+            ("7B, bfloat16", "whole", shapes, {"dtype": torch.bfloat16, "aligned": 1.0}),
+            ("7B, 4 bits", "quantised", shapes, {"dtype": torch.bfloat16, "aligned": 1.0, "weight_bits": 4}),
+            ("demo pair, H100", "demo", demo, {}),
+        ):
+            for name, run in found[part].items():
                 taken = run.get("taken_mb", 0)
                 device = Device(
-                    card["name"], REACHED_ON_GPU * rate, card["flops32"],
+                    card["name"], REACHED_ON_GPU * run["bfloat16_product_flops"], card["flops32"],
                     memory=card["memory"] - int(taken * 2**20), runtime=0,
                 )  # fmt: skip
                 used, passes = run["refinement"], run["refinement"]["gradient_accumulation_steps"]
                 planned = peft_cast.plan(
-                    LLAMA_2_7B, lora, MISTRAL_7B, device=device, steps=used["steps"] * passes,
-                    batch_size=used["batch_size"], max_length=run["tokens_per_step"] // (used["batch_size"] * passes),
-                    fit_samples=run["fit_samples"], aligned=1.0, gamma=0.0, gradient_checkpointing="checkpointing" in name,
-                    weight_bits=4 if part == "4 bits" else None, dtype=torch.bfloat16,
+                    *models, device=device, steps=used["steps"] * passes, batch_size=used["batch_size"],
+                    max_length=run["tokens_per_step"] // (used["batch_size"] * passes), fit_samples=run["fit_samples"],
+                    gamma=0.0, gradient_checkpointing="checkpointing" in name, **options,
                 )  # fmt: skip
                 rows += [
-                    beside(f"7B, {part}, {name}", phase, planned.phases[phase], cost["seconds"], cost["peak_device_memory_mb"] - taken)
+                    beside(f"{title}, {name}", phase, planned.phases[phase], cost["seconds"], cost["peak_device_memory_mb"] - taken)
                     for phase, cost in run["phases"].items()
                     if phase in planned.phases and phase != "load"  # they were given loaded
                 ]  # fmt: skip

@@ -58,6 +58,31 @@ def test_counts_what_a_backward_pass_keeps():
     assert gradients <= cost.peak < 1.1 * gradients
 
 
+def test_counts_products_that_are_added_in_place():
+    with FakeTensorMode():
+        sums, x = torch.zeros(16, 16), torch.empty(32, 16)
+        with counted() as cost:
+            sums.addmm_(x.T, x)
+    assert (cost.flops, cost.products) == (2 * 32 * 16 * 16, 1)
+
+
+def test_second_moments_take_time(source_folder, lora_folder, target_folder):
+    slow = Device("slow in float32", flops=1e30, flops32=1.0, memory=2**60, runtime=0, start=0.0)
+    options = {"device": slow, "batch_size": 4, "max_length": 64, "dtype": torch.float32}
+    # Of five batches one is held out, of ten two.
+    few, many = (
+        plan(source_folder, lora_folder, target_folder, **options, fit_samples=n).phases["closed_form"].seconds
+        for n in (20, 40)
+    )
+    linears = [m for m in tiny_model("gemma3", 420).model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    positions = 4 * 4 * int(0.95 * 64)
+    gradients, inputs = (
+        2 * positions * sum(getattr(m, f"{side}_features") ** 2 for m in linears) for side in ("out", "in")
+    )
+    # Inputs that modules share are taken once; the maps' other side is as wide as the LoRA's rank.
+    assert gradients < many - few < 1.5 * (gradients + inputs)
+
+
 def test_a_step_costs_the_passes_it_cannot_avoid(source_folder, lora_folder, target_folder):
     planned = plan(
         source_folder, lora_folder, target_folder, device=SLOW, steps=10, batch_size=4, max_length=64, gamma=0.0

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 
 aten = torch.ops.aten
-# PyTorch's registry counts the attention of GPUs alone.
+# PyTorch's registry counts no products that are added in place, and the attention of GPUs alone.
 FLOPS = flop_registry | {
+    aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from ..align import layer_paths, map_layers, map_modules
 from ..arguments import check_arguments
 from ..fit.batches import ANCHOR_EVERY, anchor_length, collate_pairs
-from ..fit.closed_form import held_out_positions, layer_groups, moments_size, texts_per_pass
+from ..fit.closed_form import held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
 from ..fit.teacher import TeacherSettings
 from ..install import cast_config
 from ..models import check_remote_code, default_dtype, layer_count, skeleton
@@ -28,6 +28,11 @@ from ..tuner import CastConfig
 from .devices import DEVICES, SHAPES_KEPT, Device, this_machine
 from .fake import Cost, materialise
 from .passes import closed_form_costs, refinement_costs, texts_of
+
+
+# Factorisations of each regression's second moments, to choose its ridge strength: n³/3 operations each, twice as dear where they are
+# float64. A factorisation goes through `PANEL` columns at a time, one after another.
+TRIES, PANEL = 3, 32
 
 
 @dataclass(frozen=True)
@@ -237,27 +242,31 @@ def plan(
     # The largest in float64, and its factor.
     solve = 2 * 8 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2
 
-    def phase(times: float, costs: Sequence[Cost], flops32: float, above: float) -> PhasePlan:
+    def phase(
+        times: float, costs: Sequence[Cost], above: float, flops32: float = 0, products32: float = 0
+    ) -> PhasePlan:
         flops = times * sum(cost.flops for cost in costs)
         # A device waits for Python where the products are small.
         started = times * sum(cost.products for cost in costs) * device.start
-        seconds = max(flops / device.flops, started) + flops32 / device.flops32
+        seconds = max(flops / device.flops, started) + max(flops32 / device.flops32, products32 * device.start)
         above += device.growth
         return PhasePlan(seconds, int(base + above), int(above + device.runtime), flops + flops32)
 
     grown = min(1, steps / SHAPES_KEPT) * device.kept_products
-    cubes = sum(m.in_features**3 + m.out_features**3 for m in _layers(model))
+    fitted = (batches - len(held_out_batches(batches))) * sum(sizes) / max(sizes)
+    widths = [width for m in _layers(model) for width in (m.in_features, m.out_features)]
     evaluations = (8 if on_policy_steps else 3) * -(-eval_samples // batch_size)
     phases = {
         # Spread models are loaded by one process after another.
         "load": PhasePlan(sum(weights.values()) / 1e9 * (processes if fsdp else 1), int(base), device.runtime, 0.0),
         "closed_form": phase(
-            len(groups) * batches, [passes], batches * moments.flops * sum(sizes) / max(sizes) + 4 * cubes,
-            heads + max(kept + passes.peak, kept + solve),
+            len(groups) * batches, [passes], heads + max(kept + passes.peak, kept + solve),
+            fitted * moments.flops + 2 * TRIES * sum(width**3 for width in widths) / 3,
+            fitted * moments.products + TRIES * sum(widths) / PANEL,
         ),
-        "evaluate": phase(evaluations, [check], 0, heads + peaks[2] + optimizer // 4 + grown),
+        "evaluate": phase(evaluations, [check], heads + peaks[2] + optimizer // 4 + grown),
         "refine": phase(
-            steps + on_policy_steps, [step, goal], 0,
+            steps + on_policy_steps, [step, goal],
             heads + max(peaks[:2]) + optimizer + min(remembered, 2**31) + grown,
         ),
     }  # fmt: skip
