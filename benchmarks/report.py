@@ -229,7 +229,9 @@ def gpu() -> str:
                 f"{run['share_of_product_rate']:.0%} | {run['minutes_for_1000_steps']:.1f} | {run['fit_samples']} | "
                 f"{phases['closed_form']['seconds']:.0f} | {gib['closed_form']:.1f} | {gib['refine']:.1f} |"
             )
-    rates = [run["bfloat16_product_flops"] / 1e12 for part in ("whole", "quantised", "demo") for run in found[part].values()]
+    rates = [
+        run["bfloat16_product_flops"] / 1e12 for part in ("whole", "quantised", "demo") for run in found[part].values()
+    ]
     lines += [
         "", f"{found['card']['name']}; a bfloat16 product of 8192³ reached {min(rates):.0f} to {max(rates):.0f} TFLOP/s on it."
     ]  # fmt: skip
