@@ -62,7 +62,7 @@ def main() -> None:
     card, rate = this_machine(), matmul_rate(default_device(), torch.bfloat16)
     file = args.output / "gpu.json"
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    report["card"] = {"name": card.name, "bfloat16_product_flops": rate, "device": vars(card)}
+    report["card"] = {"name": card.name, "device": vars(card)}
     args.output.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         runs = report[part] = {}

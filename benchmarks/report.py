@@ -212,6 +212,7 @@ def speed() -> str:
 def gpu() -> str:
     """What translations of 7B models and of the demo pair took on a GPU."""
     found = json.loads((setting.FIGURES / "gpu.json").read_text(encoding="utf-8"))
+    rates = []
     lines = [
         "| pair | tokens a step | seconds a step | tokens a second | of the product rate | 1,000 steps (min) | closed form: "
         "texts | seconds | GiB | refinement: GiB |",
@@ -220,6 +221,7 @@ def gpu() -> str:
     for part, name in (("whole", "7B, bfloat16"), ("quantised", "7B, 4 bits"), ("demo", "demo, bfloat16")):
         for what, run in found[part].items():
             phases = run["phases"]
+            rates.append(run["bfloat16_product_flops"] / 1e12)
             gib = {
                 n: (phases[n]["peak_device_memory_mb"] - run.get("taken_mb", 0)) / 1024
                 for n in ("closed_form", "refine")
@@ -229,9 +231,6 @@ def gpu() -> str:
                 f"{run['share_of_product_rate']:.0%} | {run['minutes_for_1000_steps']:.1f} | {run['fit_samples']} | "
                 f"{phases['closed_form']['seconds']:.0f} | {gib['closed_form']:.1f} | {gib['refine']:.1f} |"
             )
-    rates = [
-        run["bfloat16_product_flops"] / 1e12 for part in ("whole", "quantised", "demo") for run in found[part].values()
-    ]
     lines += [
         "", f"{found['card']['name']}; a bfloat16 product of 8192³ reached {min(rates):.0f} to {max(rates):.0f} TFLOP/s on it."
     ]  # fmt: skip

@@ -242,15 +242,16 @@ def plan(
     # The largest in float64, and its factor.
     solve = 2 * 8 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2
 
+    def seconds(flops: float, products: float, rate: float) -> float:
+        return max(flops / rate, products * device.start)  # a device waits for Python where the products are small
+
     def phase(
         times: float, costs: Sequence[Cost], above: float, flops32: float = 0, products32: float = 0
     ) -> PhasePlan:
-        flops = times * sum(cost.flops for cost in costs)
-        # A device waits for Python where the products are small.
-        started = times * sum(cost.products for cost in costs) * device.start
-        seconds = max(flops / device.flops, started) + max(flops32 / device.flops32, products32 * device.start)
+        flops, products = times * sum(cost.flops for cost in costs), times * sum(cost.products for cost in costs)
+        taken = seconds(flops, products, device.flops) + seconds(flops32, products32, device.flops32)
         above += device.growth
-        return PhasePlan(seconds, int(base + above), int(above + device.runtime), flops + flops32)
+        return PhasePlan(taken, int(base + above), int(above + device.runtime), flops + flops32)
 
     grown = min(1, steps / SHAPES_KEPT) * device.kept_products
     fitted = (batches - len(held_out_batches(batches))) * sum(sizes) / max(sizes)
