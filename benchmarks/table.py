@@ -74,25 +74,28 @@ def with_earlier(evaluation: peft_cast.Evaluation, before: peft_cast.Evaluation)
 
 
 def make(row: str, seed: int, source, target, args) -> Path | None:
-    """The adapter of a row, made unless it is there already; `None` where the method does not apply."""
+    """The adapter of a row, made unless it is there already; `None` where a direct copy does not apply."""
     name = row.replace(",", "").replace(" ", "-")
     folder = setting.OUTPUT / f"{args.pair}_{args.task}_{args.modules}" / f"{name}_seed{seed}"
     if (folder / "adapter_config.json").exists():
         return folder
     print(f"\n{row}, seed {seed}", flush=True)
-    # A rename in the end: a killed run leaves no half-made adapter behind.
-    partial = folder.with_name(folder.name + ".partial")
+    # A rename in the end: a killed run leaves no half-made adapter behind, and goes on from its checkpoint.
+    partial, run = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".run")
     shutil.rmtree(partial, ignore_errors=True)
     paths = source.folder(), source.adapter(args.task, args.modules), target.folder()
     try:
-        result = ROWS[row](*paths, args, seed)
+        result = ROWS[row](*paths, args, seed, run)
     except ValueError as error:
+        if row != "direct copy":
+            raise
         print(f"{row} does not apply: {error}")
         return None
     if isinstance(result, peft_cast.TranslationResult):
         print(result, flush=True)
     result.save_pretrained(str(partial))
     partial.rename(folder)
+    shutil.rmtree(run, ignore_errors=True)
     if isinstance(result, peft_cast.TranslationResult):
         setting.FIGURES.mkdir(parents=True, exist_ok=True)
         metrics = {
@@ -125,27 +128,32 @@ SHORT = {"steps": 100, "batch_size": 12}  # texts of short answers are short
 REFINEMENT = {"gsm8k": {"steps": 120}, "agnews": SHORT, "kinds": SHORT, "definitions": SHORT}
 
 
-def translated(source, adapter, target, args, seed: int):
-    return peft_cast.translate(source, adapter, target, **common(args, seed))
+# What makes a row: of the source, its adapter and the target, the command's arguments, a seed, and a folder that a
+# killed run goes on from.
 
 
-def templated(source, adapter, target, args, seed: int):
+def translated(source, adapter, target, args, seed: int, run: Path, options: dict | None = None):
+    options = options or common(args, seed)
+    return peft_cast.translate(source, adapter, target, output_dir=run, resume_from_checkpoint=True, **options)
+
+
+def templated(source, adapter, target, args, seed: int, run: Path):
     """With as many answers to snippets of C4 in the prompts' template, for tasks that may be asked about any text."""
     options = common(args, seed)
     options["text"] += setting.written(args.pair, args.task, args.modules, seed, template=True)
-    return peft_cast.translate(source, adapter, target, **options)
+    return translated(source, adapter, target, args, seed, run, options)
 
 
-def longer(source, adapter, target, args, seed: int):
+def longer(source, adapter, target, args, seed: int, run: Path):
     """With ten times as many texts and readings of them."""
-    return peft_cast.translate(source, adapter, target, **common(args, seed, TIMES))
+    return translated(source, adapter, target, args, seed, run, common(args, seed, TIMES))
 
 
-def own_words_longer(source, adapter, target, args, seed: int):
-    return own_words(source, adapter, target, args, seed, "CAST, ten times the text", TIMES)
+def own_words_longer(source, adapter, target, args, seed: int, run: Path):
+    return own_words(source, adapter, target, args, seed, run, "CAST, ten times the text", TIMES)
 
 
-def own_words(source, adapter, target, args, seed: int, before: str = "CAST", times: int = 1):
+def own_words(source, adapter, target, args, seed: int, run: Path, before: str = "CAST", times: int = 1):
     """The translation taken further on what it answers itself to the prompts of its text."""
     start = make(before, seed, *setting.PAIRS[args.pair], args)
     options = common(args, seed, times)
@@ -155,23 +163,23 @@ def own_words(source, adapter, target, args, seed: int, before: str = "CAST", ti
         prompts=prompts, more_prompts=0, max_new_tokens=new_tokens, batch_size=setting.TOGETHER, on_policy=True
     )
     more = {"start": start, "text": text, "steps": 40 if times == 1 else 200, "learning_rate": 0.1}
-    return peft_cast.translate(source, adapter, target, **{**options, **more})
+    return translated(source, adapter, target, args, seed, run, {**options, **more})
 
 
-def closed_form(source, adapter, target, args, seed: int):
+def closed_form(source, adapter, target, args, seed: int, run: Path):
     texts = setting.c4_documents()[0]
     return peft_cast.translate(source, adapter, target, text=texts, fit_text=texts, steps=0, seed=seed)
 
 
-def distilled(source, adapter, target, args, seed: int):
+def distilled(source, adapter, target, args, seed: int, run: Path):
     return baselines.distill_lora(source, adapter, target, **common(args, seed))
 
 
-def crossed(source, adapter, target, args, seed: int):
+def crossed(source, adapter, target, args, seed: int, run: Path):
     return baselines.cross_lora(source, adapter, target)
 
 
-def copied(source, adapter, target, args, seed: int):
+def copied(source, adapter, target, args, seed: int, run: Path):
     return baselines.direct_copy(source, adapter, target)
 
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import peft_cast
+from peft_cast.fit import CastTrainer
 from peft_cast.text import TextSample
 
 
@@ -102,6 +103,24 @@ def test_a_table_is_made_end_to_end_and_only_once(tiny_benchmark, monkeypatch, c
     assert peft_cast.Evaluation.load(tiny_benchmark / "figures" / "table_tiny_gsm8k.json").row("CAST", "tiny") == (
         found.row("CAST", "tiny")
     )
+
+
+def test_a_row_that_was_stopped_goes_on_from_its_last_step(tiny_benchmark, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "--rows", "CAST", "--no-source"])
+    steps, loss = [], CastTrainer.compute_loss
+
+    def stopped(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(CastTrainer, "compute_loss", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        table.main()
+    table.main()
+    assert steps == [0, 1, 2, 2, 3]
+    assert [path.name for path in (tiny_benchmark / "output" / "tiny_gsm8k_all").iterdir()] == ["CAST_seed0"]
 
 
 def test_the_operations_that_a_step_needs_are_those_of_its_passes():
