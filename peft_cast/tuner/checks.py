@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Fields that PEFT takes for regular expressions: strings alone, or behind a `.*` of its own.
 _REGEXES = ("target_modules", "exclude_modules", "feedforward_modules")
 _REGEXES_BEHIND = ("layers_pattern", "modules_to_save")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class TensorInfo(NamedTuple):
@@ -179,7 +182,7 @@ def _odd_text(value: Any) -> str | None:
 
 def is_name(text: Any, limit: int = MAX_NAME) -> bool:
     """Whether something can be the name of a module, model or tensor: a text without control characters, not endless."""
-    return isinstance(text, str) and len(text) <= limit and not any(ord(c) < 32 or ord(c) == 127 for c in text)
+    return isinstance(text, str) and len(text) <= limit and not _CONTROL.search(text)
 
 
 def shown(value: Any) -> str:
@@ -227,7 +230,9 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     """
     if not tensor.is_floating_point() or tensor.is_meta:
         return
-    if not torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all():
+    tensor = tensor.float() if tensor.itemsize == 1 else tensor
+    # A sum is quick, and NaN or infinite if one of them is; that of finite numbers can overflow.
+    if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
         raise ValueError(
             f"The tensor {shown(name)} holds NaN or infinite numbers, so the adapter is broken: get it again."
         )

@@ -123,6 +123,8 @@ def _split(M: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         X = torch.linalg.eigh(M @ M.T).eigenvectors[:, -k:]
         return X, X.T @ M
     X = torch.eye(r, k, dtype=M.dtype, device=M.device)
+    if k == r:
+        return X, M
     # Spare inner directions: the zero columns of X keep the product exact, random rows of Y let them learn.
     spare = torch.randn(k - r, n, dtype=M.dtype, device=M.device) * M.square().mean().sqrt()
     return X, torch.cat([M, spare])
