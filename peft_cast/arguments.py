@@ -45,8 +45,22 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` must be a mapping, got {shown}.")
         if name == "dtype" and not (isinstance(value, torch.dtype) and value.is_floating_point):
             raise ValueError(f"`dtype` must be torch.float32, torch.bfloat16 or torch.float16, got {shown}.")
+        if name == "teacher":
+            target_share(value)
     _check_training_args(arguments.get("training_args") or {})
     _check_projections(arguments)
+
+
+def target_share(teacher: str | float) -> float:
+    """The share of the target's own prediction in the teacher: 0 for `"source"`, 1 for `"delta"`, or the number given.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    share = {"source": 0.0, "delta": 1.0}.get(teacher, teacher) if isinstance(teacher, str) else teacher
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ValueError(f"`teacher` must be 'source', 'delta' or a number from 0 to 1, got {teacher!r}.")
+    return float(share)
 
 
 def unknown(name: str, known: list[str]) -> str:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import ranks
 from .align import map_layers, map_modules, split_place
-from .arguments import check_arguments
+from .arguments import check_arguments, target_share
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate
 from .models import (
     LoraKernel,
@@ -38,7 +38,6 @@ from .pair import map_by_similarity, open_pair, read_texts, teacher_memory
 from .phases import Phases
 from .result import TranslationResult
 from .source import adapted_source, load_source
-from .translate import target_share
 
 
 def direct_copy(
@@ -144,7 +143,7 @@ def distill_lora(
     learning_rate: float = 0.2,
     max_length: int = 256,
     gamma: float = 1.0,
-    teacher: str | float = "source",
+    teacher: str | float = 0.2,
     cache_dir: str | Path | None = None,
     seed: int = 0,
     output_dir: str | Path | None = None,

@@ -219,12 +219,14 @@ def untouched(*models: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Within the context the model has no dropout, and draws no random numbers for it."""
-    training = model.training
+    # Of each module: the wrapper of a model in evaluation mode may be in training mode, as PEFT leaves it.
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import ranks, shards
 from .align import layer_pairs
-from .arguments import check_arguments
+from .arguments import check_arguments, target_share
 from .bridge import Bridge
 from .fit import Teacher, TeacherSettings, TrainingTexts, imitate, within_memory
 from .install import adapter_name_of, cast_config, install
@@ -51,7 +51,7 @@ def translate(
     beta: float = 0.0,
     gamma: float = 1.0,
     temperature: float = 1.0,
-    teacher: Literal["source", "delta"] | float = "source",
+    teacher: Literal["source", "delta"] | float = 0.2,
     teacher_top_k: int | None = 128,
     cache_dir: str | Path | None = None,
     depth_map: str | Mapping[int, int] = "proportional",
@@ -122,7 +122,8 @@ def translate(
             the closed form has not read: it keeps the target as it is on general text. 0 skips it.
         temperature (`float`): Temperature of the KL divergence.
         teacher: `"source"` imitates the adapted source model; `"delta"` adds only what the LoRA changes to the
-            target's own prediction; a number from 0 (`source`) to 1 (`delta`) mixes them.
+            target's own prediction; a number from 0 (`source`) to 1 (`delta`) mixes them. With 0.2 the target keeps more of
+            what it knows better than the source, and loses nothing where it does not (docs/results.md).
         teacher_top_k (`int`, *optional*): The teacher's predictions are made once per text and kept as so many likeliest
             tokens and the mass of all others. `None` makes them anew in every epoch and compares the whole vocabulary.
         cache_dir: Where the closed form and the teacher's predictions are kept for further runs on the same models,
@@ -348,7 +349,6 @@ def check_before_loading(arguments: Mapping[str, Any]) -> None:
     """
     given = arguments.get
     check_arguments(arguments)
-    target_share(given("teacher", "source"))
     ranks.device_of_source(given("source_device"), ranks.training_device(given("device")))
     adapters = given("adapter")
     inputs = adapters if isinstance(adapters, (list, tuple)) else [adapters]
@@ -364,11 +364,3 @@ def check_before_loading(arguments: Mapping[str, Any]) -> None:
         check_text(given(name))
     text = given("text")
     check_prompts(text is None or isinstance(text, Mapping) or is_written(text) or not given("on_policy_steps"))
-
-
-def target_share(teacher: str | float) -> float:
-    """The share of the target's own prediction in the teacher: 0 for `"source"`, 1 for `"delta"`, or the number given."""
-    share = {"source": 0.0, "delta": 1.0}.get(teacher, teacher) if isinstance(teacher, str) else teacher
-    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-        raise ValueError(f"`teacher` must be 'source', 'delta' or a number from 0 to 1, got {teacher!r}.")
-    return float(share)

@@ -16,10 +16,10 @@ from peft_cast.fit import CastTrainer, Teacher, TeacherSettings, TrainingTexts, 
 from peft_cast.fit.batches import ByLength, collate_items, collate_pairs
 from peft_cast.fit.capture import capture, next_token_loss
 from peft_cast.fit.closed_form import layer_groups, moments_size, texts_per_pass
-from peft_cast.fit.losses import kl_divergence, mix_logits, normalised_mse, whole
+from peft_cast.fit.losses import MixedLogits, Predictions, kl_divergence, mix_logits, normalised_mse, whole
 from peft_cast.fit.moments import Moments
 from peft_cast.fit.refine import SIZE_OF_B
-from peft_cast.models import ends_in_head, logits_at, shared_head, states_at, untouched
+from peft_cast.models import ends_in_head, in_eval_mode, logits_at, shared_head, states_at, untouched
 from peft_cast.pair import open_pair, read_texts
 
 
@@ -206,6 +206,14 @@ def test_shared_head_keeps_the_architectures_logits(architecture):
     assert model.get_output_embeddings() is head and torch.equal(model(ids).logits, full)
 
 
+def test_evaluation_mode_is_left_as_it_was_entered():
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
+    model[0].eval()  # the whole is in training mode, as a PeftModel around a model in evaluation mode
+    with in_eval_mode(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == [True, False, True]
+
+
 def test_untouched_restores_modes_and_flags():
     model = tiny_model().train()
     model.model.layers[0].eval()
@@ -232,6 +240,19 @@ def test_teacher_mixes_from_source_to_delta():
     torch.testing.assert_close(
         mix_logits(adapted, source, target, 1.0).softmax(-1), (target + adapted - source).softmax(-1)
     )
+
+
+def test_mixed_logits_are_those_of_their_blocks():
+    heads = [torch.nn.Linear(3, 500) for _ in range(3)]
+    parts = tuple(Predictions(torch.randn(700, 3), head) for head in heads[:2]) + (torch.randn(700, 500),)
+    mixed = MixedLogits(parts, 0.2, torch.device("cpu"))
+    wanted = mix_logits(*(whole(part) for part in parts), 0.2)
+    assert mixed.shape == (700, 500) and len(mixed) == 700
+    torch.testing.assert_close(whole(mixed), wanted)
+    blocks = list(mixed.split(30))
+    assert {len(block) for block in blocks} == {30, 10}
+    torch.testing.assert_close(torch.cat(blocks), wanted)
+    torch.testing.assert_close(kl_divergence(mixed, wanted), torch.zeros(700), atol=1e-5, rtol=0)
 
 
 def test_normalised_mse_is_one_for_the_mean():

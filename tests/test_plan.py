@@ -84,13 +84,16 @@ def test_second_moments_take_time(source_folder, lora_folder, target_folder):
 
 
 def test_a_step_costs_the_passes_it_cannot_avoid(source_folder, lora_folder, target_folder):
-    planned = plan(
-        source_folder, lora_folder, target_folder, device=SLOW, steps=10, batch_size=4, max_length=64, gamma=0.0
+    options = {"device": SLOW, "steps": 10, "batch_size": 4, "max_length": 64, "gamma": 0.0}
+    planned, mixed = (
+        plan(source_folder, lora_folder, target_folder, teacher=teacher, **options) for teacher in ("source", 0.2)
     )
     target = tiny_model("gemma3", 420)
     weights = sum(p.numel() for p in target.model.layers.parameters() if p.ndim == 2)
     passes = 2 * 2 * weights * 10 * 4 * 64  # forward and backward of the target's layers
     assert passes < planned.phases["refine"].flops < 5 * passes
+    # The plain source and the untouched target predict too.
+    assert 1.2 * planned.phases["refine"].flops < mixed.phases["refine"].flops < 2 * planned.phases["refine"].flops
 
 
 def test_anchors_are_as_long_as_they_may_be_however_short_the_texts(source_folder, lora_folder, target_folder):

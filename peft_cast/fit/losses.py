@@ -42,11 +42,48 @@ class Predictions:
             yield from self.head(states).split(size)
 
 
-Logits: TypeAlias = torch.Tensor | Predictions
+@dataclass(frozen=True)
+class MixedLogits:
+    """The logits (n, vocabulary) of `mix_logits`, likewise in blocks.
+
+    Args:
+        parts: Those of the adapted source, the plain source and the plain target, each (n, vocabulary).
+        share (`float`): Share of the target's own prediction.
+        device (`torch.device`): Where they are mixed.
+    """
+
+    parts: tuple[torch.Tensor | Predictions, torch.Tensor | Predictions, torch.Tensor | Predictions]
+    share: float
+    device: torch.device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.parts[0].shape
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def split(self, size: int) -> Iterator[torch.Tensor]:
+        """The logits of `size` positions after another."""
+        adapted, source, target = (part.split(size) for part in self.parts)
+        for blocks in zip(adapted, source, target):
+            yield self._mixed(*blocks)
+
+    def _mixed(self, adapted: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return mix_logits(adapted.to(self.device), source.to(self.device), target.to(self.device), self.share)
+
+    def whole(self) -> torch.Tensor:
+        adapted, source, target = map(whole, self.parts)
+        return self._mixed(adapted, source, target)
+
+
+Logits: TypeAlias = torch.Tensor | Predictions | MixedLogits
 
 
 def whole(logits: Logits) -> torch.Tensor:
     """All the logits at once, (n, vocabulary)."""
+    if isinstance(logits, MixedLogits):
+        return logits.whole()
     return logits.head(logits.states) if isinstance(logits, Predictions) else logits
 
 

@@ -16,7 +16,7 @@ from ..models import ends_in_head, in_eval_mode, logits_at, states_at
 from .batches import anchor_positions, anchors_of, collate_pairs, side_of
 from .capture import layer_outputs
 from .closed_form import with_bias
-from .losses import Logits, Predictions, joined, kl_divergence, mix_logits, whole
+from .losses import Logits, MixedLogits, Predictions, joined, kl_divergence, whole
 from .memory import Likeliest, TeacherMemory
 
 
@@ -159,7 +159,7 @@ class Teacher:
                 plain, plain_states = self._run(*source)
             with target.disable_adapter(), in_eval_mode(target):
                 own, own_states = self._run(target, target.get_base_model(), batch, "target")
-            logits = mix_logits(whole(logits).to(device), whole(plain).to(device), whole(own), share)
+            logits = MixedLogits((logits, plain, own), share, device)
         states = {}
         for path, (source_path, weight) in self.hidden_maps.items():
             weight = weight.to(device)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..align import layer_paths, map_layers, map_modules
-from ..arguments import check_arguments
+from ..arguments import check_arguments, target_share
 from ..fit.batches import ANCHOR_EVERY, anchor_length, collate_pairs
 from ..fit.closed_form import held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
 from ..fit.teacher import TeacherSettings
@@ -131,6 +131,7 @@ def plan(
     fit_samples: int = 64,
     eval_samples: int = 16,
     gamma: float = 1.0,
+    teacher: str | float = 0.2,
     teacher_top_k: int | None = 128,
     depth_map: str | Mapping[int, int] = "proportional",
     module_map: Mapping[str, str] | None = None,
@@ -218,7 +219,7 @@ def plan(
             with read.model.disable_adapter(), model.disable_adapter():
                 passes, moments, unseen = closed_form_costs(on, onto, fit_batch, vocabulary, kernels, group)
                 kept = moments.kept + unseen.kept * held_out / len(fit_batch["rows"])
-            settings = TeacherSettings(gamma=gamma, top_k=teacher_top_k)
+            settings = TeacherSettings(gamma=gamma, target_share=target_share(teacher), top_k=teacher_top_k)
             if gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             held = anchor_length(max_length)
