@@ -45,7 +45,7 @@ CONCLUSIONS = {
     "half ahead of 1; C4 in half of their places costs seven points and brings its drift.",
     "teacher": "On GSM8K, where the source with its LoRA is far better than the untouched target, imitating it outright is best by "
     "far: every step towards what the LoRA changes alone (`delta`) costs lift, although it drifts less. "
-    "All experiments have `source`; a fifth of the target's own is the default since (see [what the teacher allows](#what-the-teacher-allows)).",
+    "`source` stays the default; for smaller shares of the target's own see [what the teacher allows](#what-the-teacher-allows).",
     "loss": "The KL divergence alone is best. The hidden-state MSE on top of it costs two points and drifts further, and alone it ruins "
     "the target on the task, to worse than untouched: linear maps of hidden states do not carry what decides the next token. `beta` "
     "stays 0.",

@@ -143,7 +143,7 @@ def distill_lora(
     learning_rate: float = 0.2,
     max_length: int = 256,
     gamma: float = 1.0,
-    teacher: str | float = 0.2,
+    teacher: str | float = "source",
     cache_dir: str | Path | None = None,
     seed: int = 0,
     output_dir: str | Path | None = None,

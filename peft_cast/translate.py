@@ -51,7 +51,7 @@ def translate(
     beta: float = 0.0,
     gamma: float = 1.0,
     temperature: float = 1.0,
-    teacher: Literal["source", "delta"] | float = 0.2,
+    teacher: Literal["source", "delta"] | float = "source",
     teacher_top_k: int | None = 128,
     cache_dir: str | Path | None = None,
     depth_map: str | Mapping[int, int] = "proportional",
@@ -123,7 +123,7 @@ def translate(
         temperature (`float`): Temperature of the KL divergence.
         teacher: `"source"` imitates the adapted source model; `"delta"` adds only what the LoRA changes to the
             target's own prediction; a number from 0 (`source`) to 1 (`delta`) mixes them. With 0.2 the target keeps more of
-            what it knows better than the source, and loses nothing where it does not (docs/results.md).
+            what it knows better than the source, and of the LoRA's manner carries less (docs/results.md, What the teacher allows).
         teacher_top_k (`int`, *optional*): The teacher's predictions are made once per text and kept as so many likeliest
             tokens and the mass of all others. `None` makes them anew in every epoch and compares the whole vocabulary.
         cache_dir: Where the closed form and the teacher's predictions are kept for further runs on the same models,

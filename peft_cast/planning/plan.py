@@ -131,7 +131,7 @@ def plan(
     fit_samples: int = 64,
     eval_samples: int = 16,
     gamma: float = 1.0,
-    teacher: str | float = 0.2,
+    teacher: str | float = "source",
     teacher_top_k: int | None = 128,
     depth_map: str | Mapping[int, int] = "proportional",
     module_map: Mapping[str, str] | None = None,
