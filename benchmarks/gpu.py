@@ -186,7 +186,7 @@ def one(
     with tempfile.TemporaryDirectory() as folder, clocked_steps() as starts:
         lora = lora or random_lora(source.config, Path(folder))
         result = peft_cast.translate(
-            source, lora, target, text=texts, steps=steps, batch_size=batch_size, max_length=length, teacher="source",
+            source, lora, target, text=texts, steps=steps, batch_size=batch_size, max_length=length,
             fit_samples=fit_samples, source_tokenizer=tokenizers[0], target_tokenizer=tokenizers[1],
             training_args={**training_args, "logging_steps": 1}, report_samples=0, report_similarity=False,
             progress=False,
@@ -242,7 +242,7 @@ def random_lora(config: PretrainedConfig, folder: Path) -> str:
 
 
 def needed(source: PretrainedConfig, target: PretrainedConfig, tokens: int, length: int, vocabulary: int) -> float:
-    """Operations of matrix products that a step cannot avoid where the source alone teaches: the source forward, the target forward and back to activations."""
+    """Operations of matrix products that a step cannot avoid: the source forward, the target forward and back to activations."""
 
     def forward(config: PretrainedConfig) -> float:
         width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads

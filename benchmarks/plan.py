@@ -101,7 +101,7 @@ def compare_gpu() -> list[dict[str, Any]]:
                 planned = peft_cast.plan(
                     *models, device=device, steps=used["steps"] * passes, batch_size=used["batch_size"],
                     max_length=run["tokens_per_step"] // (used["batch_size"] * passes), fit_samples=run["fit_samples"],
-                    gamma=0.0, teacher="source", gradient_checkpointing="checkpointing" in name, **options,
+                    gamma=0.0, gradient_checkpointing="checkpointing" in name, **options,
                 )  # fmt: skip
                 rows += [
                     beside(f"{title}, {name}", phase, planned.phases[phase], cost["seconds"], cost["peak_device_memory_mb"] - taken)

@@ -192,7 +192,6 @@ def count_parameters(kernels: Mapping[str, LoraKernel]) -> int:
 @contextmanager
 def untouched(*models: PreTrainedModel) -> Iterator[None]:
     """Freeze the models and put them in eval mode; afterwards restore every mode, requires_grad flag and setting."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     # Trainer writes into the configurations (use_cache, special tokens).
     settings = [
@@ -201,27 +200,26 @@ def untouched(*models: PreTrainedModel) -> Iterator[None]:
         for settings in (model.config, model.generation_config)
         if settings is not None
     ]
-    for model in models:
-        model.eval()
-        model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in flags:
-            parameter.requires_grad = requires_grad
-        for current, before in settings:
-            vars(current).clear()
-            vars(current).update(before)
+    with in_eval_mode(*models):
+        for model in models:
+            model.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, requires_grad in flags:
+                parameter.requires_grad = requires_grad
+            for current, before in settings:
+                vars(current).clear()
+                vars(current).update(before)
 
 
 @contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within the context the model has no dropout, and draws no random numbers for it."""
+def in_eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Within the context the models have no dropout, and draw no random numbers for it."""
     # Of each module: the wrapper of a model in evaluation mode may be in training mode, as PEFT leaves it.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:

@@ -101,7 +101,7 @@ def test_distilled_lora_moves_the_target_towards_the_teacher(source_folder, lora
     texts = c4_texts(70)
     result = distill_lora(
         source_folder, lora_folder, target_folder, text=texts[:40], fit_text=texts[40:], fit_samples=10, steps=40,
-        max_length=64, learning_rate=2.0, gamma=0.1, teacher="source", progress=False, output_dir=tmp_path,
+        max_length=64, learning_rate=2.0, gamma=0.1, progress=False, output_dir=tmp_path,
     )  # fmt: skip
     kl = result.metrics["kl"]
     assert kl["translated"] < 0.8 * kl["target"] and "closed_form" not in result.metrics

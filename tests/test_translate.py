@@ -33,7 +33,6 @@ FAST = {
     "max_length": 96,
     "learning_rate": 0.1,
     "beta": 0.1,
-    "teacher": "source",  # what the target knows is noise here: its weights are random
     "progress": False,
 }
 
