@@ -30,6 +30,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the headline row")
     parser.add_argument("--no-source", action="store_true", help="do not measure the source with its own LoRA")
     parser.add_argument("--rows", nargs="+", default=DEFAULT, choices=list(ROWS))
+    parser.add_argument(
+        "--same-code",
+        action="store_true",
+        help="rows of the table that are kept were made by code that does what today's does",
+    )
     args = parser.parse_args()
     source, target = setting.PAIRS[args.pair]
     adapters: dict[str, list[Path]] = {}
@@ -47,7 +52,7 @@ def main() -> None:
         drift_text=setting.c4_documents()[1], drift_samples=setting.DRIFT_DOCUMENTS, output=file,
     )  # fmt: skip
     if before is not None:
-        evaluation = with_earlier(evaluation, before)
+        evaluation = with_earlier(evaluation, before, args.same_code)
         known = json.loads(file.read_text(encoding="utf-8"))["known"]
         write_json({**evaluation.to_dict(), "known": known}, file)
     evaluation.plot(setting.FIGURES / f"{name}.png")
@@ -62,14 +67,22 @@ def main() -> None:
     print(own)
 
 
-def with_earlier(evaluation: peft_cast.Evaluation, before: peft_cast.Evaluation) -> peft_cast.Evaluation:
-    """The evaluation with the rows of `before` that were not asked for this time; `settings["earlier"]` names them."""
+def with_earlier(
+    evaluation: peft_cast.Evaluation, before: peft_cast.Evaluation, same_code: bool = False
+) -> peft_cast.Evaluation:
+    """The evaluation with the rows of `before` that were not asked for this time.
+
+    `settings["earlier"]` names those made by earlier code: all of them, or those that were it before if it is the `same_code`.
+    """
     names = {m.adapter for m in evaluation.measurements}
     kept = [m for m in before.measurements if m.adapter not in names]
     of = {
         row: [m for m in (*evaluation.measurements, *kept) if m.adapter == row] for row in ("base", *ROWS, "retrained")
     }
-    settings = {**evaluation.settings, "earlier": sorted({m.adapter for m in kept})}
+    earlier = {m.adapter for m in kept}
+    if same_code:
+        earlier &= set(before.settings.get("earlier", ()))
+    settings = {**evaluation.settings, "earlier": sorted(earlier)}
     return peft_cast.Evaluation(tuple(m for group in of.values() for m in group), evaluation.retrained, settings)
 
 
