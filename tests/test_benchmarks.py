@@ -105,6 +105,21 @@ def test_a_table_is_made_end_to_end_and_only_once(tiny_benchmark, monkeypatch, c
     )
 
 
+def test_rows_that_are_kept_are_marked_unless_their_code_is_todays(tiny_benchmark, monkeypatch):
+    command = [*sys.argv[:-1], "--no-source", "--rows"]
+    for rows, earlier in (
+        (["Cross-LoRA"], None),
+        (["CAST closed form", "--same-code"], []),
+        (["CAST closed form"], ["Cross-LoRA"]),
+        (["CAST closed form", "--same-code"], ["Cross-LoRA"]),
+        (["Cross-LoRA", "--same-code"], []),
+    ):
+        monkeypatch.setattr(sys, "argv", command + rows)
+        table.main()
+        found = peft_cast.Evaluation.load(tiny_benchmark / "figures" / "table_tiny_gsm8k.json")
+        assert found.settings.get("earlier") == earlier
+
+
 def test_a_row_that_was_stopped_goes_on_from_its_last_step(tiny_benchmark, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "--rows", "CAST", "--no-source"])
     steps, loss = [], CastTrainer.compute_loss
