@@ -88,7 +88,7 @@ class Projection(nn.Module):
         if self.full:
             self.W.copy_(A_inverse @ A_P.double())
         else:
-            X, Y = _split(A_P, self.V.shape[0])
+            X, Y = _split(A_P.double(), self.V.shape[0])
             self.U.copy_(A_inverse @ X)
             self.V.copy_(Y)
 
@@ -104,7 +104,7 @@ class Projection(nn.Module):
         if self.full:
             self.W.copy_(P_B.double() @ B_inverse)
         else:
-            X, Y = _split(P_B.T, self.V.shape[0])
+            X, Y = _split(P_B.T.double(), self.V.shape[0])
             self.V.copy_(X.T @ B_inverse)
             self.U.copy_(Y.T)
 
@@ -116,15 +116,14 @@ def _right_inverse(M: torch.Tensor) -> torch.Tensor:
 
 
 def _split(M: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`X @ Y = M` (r, n) with inner size k, X (r, k) and Y (k, n), in float64; the best rank k when k < r."""
-    M = M.double()
+    """`X @ Y = M` (r, n) with inner size k, X (r, k) and Y (k, n), in float64 unless Y is M; the best rank k when k < r."""
     r, n = M.shape
+    if k == r:  # every adapter that is loaded comes by here
+        return torch.eye(r, dtype=M.dtype, device=M.device), M
+    M = M.double()
     if k < r:
         X = torch.linalg.eigh(M @ M.T).eigenvectors[:, -k:]
         return X, X.T @ M
-    X = torch.eye(r, k, dtype=M.dtype, device=M.device)
-    if k == r:
-        return X, M
     # Spare inner directions: the zero columns of X keep the product exact, random rows of Y let them learn.
     spare = torch.randn(k - r, n, dtype=M.dtype, device=M.device) * M.square().mean().sqrt()
-    return X, torch.cat([M, spare])
+    return torch.eye(r, k, dtype=M.dtype, device=M.device), torch.cat([M, spare])
