@@ -1,10 +1,12 @@
 """What each part costs beside the least it could cost, on the real pair: `make bench-speed`.
 
-Writes docs/figures/speed.json. Nothing else should run on the machine.
+Writes docs/figures/speed.json; with `--parts` those alone anew. Nothing else should run on the machine, and the bridge of
+benchmarks/bridge.py must be there.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gc
 import json
@@ -41,21 +43,31 @@ BATCH = 8
 
 
 def main() -> None:
-    report: dict[str, Any] = {}
-    with open_pair(SOURCE.folder(), LORA, TARGET.folder()) as pair:
-        texts = read_texts(
-            pair, setting.written("smollm2-gemma3", "gsm8k", "all", 0), setting.c4_documents()[0],
-            train=32, held_out=8, fit=64, anchored=True,
-        )  # fmt: skip
-        report["fit"], fit = closed_form(pair, texts)
-        model = install(pair.target, cast_config(pair.kernels, pair.modules), pair.kernels, fit)
-        report["step"] = step(pair, model, texts)
-    del model, fit, pair
-    gc.collect()
-    with tempfile.TemporaryDirectory() as folder:
-        report |= adapters(Path(folder))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["fit", "step", "adapters"], default=["fit", "step", "adapters"])
+    parts = parser.parse_args().parts
+    file = setting.FIGURES / "speed.json"
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    bridge = peft_cast.Bridge.from_pretrained(str(setting.OUTPUT / "bridge"))  # benchmarks/bridge.py
+    if {"fit", "step"} & set(parts):
+        with open_pair(SOURCE.folder(), LORA, TARGET.folder()) as pair:
+            texts = read_texts(
+                pair, setting.written("smollm2-gemma3", "gsm8k", "all", 0), setting.c4_documents()[0],
+                train=32, held_out=8, fit=64, anchored=True,
+            )  # fmt: skip
+            if "fit" in parts:
+                report["fit"] = closed_form(pair, texts)
+            if "step" in parts:
+                maps, _ = bridge.closed_form(pair.kernels)  # what is in them takes no time
+                config = cast_config(pair.kernels, pair.modules)
+                report["step"] = step(pair, install(pair.target, config, pair.kernels, maps), texts)
+        del pair
+        gc.collect()
+    if "adapters" in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            report |= adapters(bridge, Path(folder))
     report["environment"] = environment()
-    (setting.FIGURES / "speed.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, cost in report.items():
         if "ratio" in cost:
             print(f"{name:<28} {cost['seconds']:.4g} s, floor {cost['floor']:.4g} s, ratio {cost['ratio']:.3f}")
@@ -100,7 +112,7 @@ def beside(seconds: float, floor: float) -> dict[str, float]:
     return {"seconds": seconds, "floor": floor, "ratio": seconds / floor}
 
 
-def closed_form(pair, texts) -> tuple[dict[str, Any], Any]:
+def closed_form(pair, texts) -> dict[str, Any]:
     """The fit beside one forward and backward pass per model over the same tokens."""
 
     def passes(read) -> None:
@@ -126,11 +138,12 @@ def closed_form(pair, texts) -> tuple[dict[str, Any], Any]:
     ids = pair.vocabulary.source_ids, pair.vocabulary.target_ids
     sides = ("source", pair.source, ids[0]), ("target", pair.target, ids[1])
     few = texts.fit[: 2 * BATCH]  # warm up
-    found: list[tuple[dict[str, float], Any]] = []
+    found: list[dict[str, float]] = []
 
     def whole() -> None:
         with clocked((fitting, "_pass"), (Moments, "update"), (Moments, "solve")) as spent:
-            found.append((spent, fit(texts.fit)))
+            fit(texts.fit)
+        found.append(spent)
 
     def floor(read=texts.fit) -> None:
         with shared_head(pair.source, ids[0]), shared_head(pair.target, ids[1]):
@@ -140,9 +153,9 @@ def closed_form(pair, texts) -> tuple[dict[str, Any], Any]:
         fit(few)
         floor(few)
         seconds = by_turns({"fit": whole, "floor": floor}, 2, warm_up=False)
-    spent, result = min(found, key=lambda run: sum(run[0].values()))
+    spent = min(found, key=lambda run: sum(run.values()))
     parts = {"passes": spent["_pass"], "moments": spent["update"], "solving": spent["solve"]}
-    return beside(seconds["fit"], seconds["floor"]) | parts, result
+    return beside(seconds["fit"], seconds["floor"]) | parts
 
 
 def step(pair, model: PeftModel, texts) -> dict[str, float]:
@@ -173,14 +186,12 @@ def step(pair, model: PeftModel, texts) -> dict[str, float]:
         start.remove()
 
     with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
-        seconds = by_turns({"step": whole, "floor": floor}, 6)
+        seconds = by_turns({"step": whole, "floor": floor}, 10)
     return beside(seconds["step"], seconds["floor"])
 
 
-def adapters(folder: Path) -> dict[str, Any]:
+def adapters(bridge: peft_cast.Bridge, folder: Path) -> dict[str, Any]:
     """Forward passes, loading and saving beside PEFT's LoRA of the same rank; files; a bridge's cast beside reading."""
-    bridge_folder = setting.OUTPUT / "bridge"  # benchmarks/bridge.py
-    bridge = peft_cast.Bridge.from_pretrained(str(bridge_folder))
     report: dict[str, Any] = {}
     seconds = by_turns(
         {
@@ -202,10 +213,10 @@ def adapters(folder: Path) -> dict[str, Any]:
     }
     for model in models.values():
         model.eval().requires_grad_(False)
-    for what, shape in (("decoding", (1, 1)), ("prefill", (4, 128))):
+    for what, shape, times in (("decoding", (1, 1), 100), ("prefill", (4, 128), 20)):
         ids = torch.ones(shape, dtype=torch.long)
         with torch.no_grad():
-            seconds = by_turns({name: partial(decoder_pass, model, ids) for name, model in models.items()}, 12)
+            seconds = by_turns({name: partial(decoder_pass, model, ids) for name, model in models.items()}, times)
         for name in ("cast", "folded"):
             report[f"{what}, {name}"] = beside(seconds[name], seconds["lora"])
     verbs = {
@@ -213,7 +224,7 @@ def adapters(folder: Path) -> dict[str, Any]:
         "save": lambda name: models[name].save_pretrained(folder / f"{name} again"),
     }
     for verb, work in verbs.items():
-        seconds = by_turns({name: partial(work, name) for name in ("cast", "lora")}, 5)
+        seconds = by_turns({name: partial(work, name) for name in ("cast", "lora")}, 20)
         report[verb] = beside(seconds["cast"], seconds["lora"])
     source = (LORA / "adapter_model.safetensors").stat().st_size
     bridge.cast_file(LORA, folder / "cast_bfloat16", dtype=torch.bfloat16)  # as the source LoRA

@@ -133,6 +133,9 @@ def common(args, seed: int, times: int = 1) -> dict:
     return {"text": text, "fit_text": setting.c4_documents()[0], "cache_dir": cache, "seed": seed, **refinement}
 
 
+TIMES = 10
+
+
 # Everything else is the default of `translate` and `distill_lora`.
 SHORT = {"steps": 100, "batch_size": 12}  # texts of short answers are short
 REFINEMENT = {"gsm8k": {"steps": 120}, "agnews": SHORT, "kinds": SHORT, "definitions": SHORT}
@@ -154,18 +157,13 @@ def templated(source, adapter, target, args, seed: int, run: Path):
     return translated(source, adapter, target, args, seed, run, options)
 
 
-def longer(source, adapter, target, args, seed: int, run: Path, times: int = 10):
-    """With `times` as many texts and readings of them."""
-    return translated(source, adapter, target, args, seed, run, common(args, seed, times))
-
-
-def five_times(source, adapter, target, args, seed: int, run: Path):
-    """As much as fits into an hour on 2 cores where answers are short."""
-    return longer(source, adapter, target, args, seed, run, 5)
+def longer(source, adapter, target, args, seed: int, run: Path):
+    """With ten times as many texts and readings of them."""
+    return translated(source, adapter, target, args, seed, run, common(args, seed, TIMES))
 
 
 def own_words_longer(source, adapter, target, args, seed: int, run: Path):
-    return own_words(source, adapter, target, args, seed, run, "CAST, ten times the text", 10)
+    return own_words(source, adapter, target, args, seed, run, "CAST, ten times the text", TIMES)
 
 
 def own_words(source, adapter, target, args, seed: int, run: Path, before: str = "CAST", times: int = 1):
@@ -206,12 +204,11 @@ ROWS: dict[str, Callable] = {
     "CAST": translated,
     "CAST and own words": own_words,
     "CAST, C4 in the template too": templated,
-    "CAST, five times the text": five_times,
     "CAST, ten times the text": longer,
     "CAST and own words, ten times the text": own_words_longer,
 }
-# Not those that are for some tasks only or take a GPU.
-DEFAULT = [row for row, made in ROWS.items() if made not in (templated, five_times, longer, own_words_longer)]
+# Not the one that is for some tasks only, nor those that take a GPU.
+DEFAULT = [row for row, made in ROWS.items() if made not in (templated, longer, own_words_longer)]
 HEADLINE = ("CAST", "CAST and own words", "CAST, C4 in the template too")  # made with every seed
 
 
