@@ -34,7 +34,7 @@ from peft_cast.fit.capture import next_token_loss
 from peft_cast.fit.moments import Moments
 from peft_cast.install import cast_config, install
 from peft_cast.models import default_dtype, logits_at, shared_head
-from peft_cast.pair import open_pair, read_texts
+from peft_cast.pair import Pair, PairTexts, open_pair, read_texts
 
 
 SOURCE, TARGET = setting.PAIRS["smollm2-gemma3"]
@@ -44,33 +44,49 @@ BATCH = 8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["fit", "step", "adapters"], default=["fit", "step", "adapters"])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parts = parser.parse_args().parts
     file = setting.FIGURES / "speed.json"
-    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    bridge = peft_cast.Bridge.from_pretrained(str(setting.OUTPUT / "bridge"))  # benchmarks/bridge.py
-    if {"fit", "step"} & set(parts):
-        with open_pair(SOURCE.folder(), LORA, TARGET.folder()) as pair:
-            texts = read_texts(
-                pair, setting.written("smollm2-gemma3", "gsm8k", "all", 0), setting.c4_documents()[0],
-                train=32, held_out=8, fit=64, anchored=True,
-            )  # fmt: skip
-            if "fit" in parts:
-                report["fit"] = closed_form(pair, texts)
-            if "step" in parts:
-                maps, _ = bridge.closed_form(pair.kernels)  # what is in them takes no time
-                config = cast_config(pair.kernels, pair.modules)
-                report["step"] = step(pair, install(pair.target, config, pair.kernels, maps), texts)
-        del pair
+    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    # What another machine or other versions took is not mixed with this.
+    report = known if known.get("environment") == environment() else {"environment": environment()}
+    for part in parts:
+        report |= PARTS[part]()
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         gc.collect()
-    if "adapters" in parts:
-        with tempfile.TemporaryDirectory() as folder:
-            report |= adapters(bridge, Path(folder))
-    report["environment"] = environment()
-    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for name, cost in report.items():
         if "ratio" in cost:
             print(f"{name:<28} {cost['seconds']:.4g} s, floor {cost['floor']:.4g} s, ratio {cost['ratio']:.3f}")
+
+
+def fit_part() -> dict[str, Any]:
+    with open_pair(SOURCE.folder(), LORA, TARGET.folder()) as pair:
+        return {"fit": closed_form(pair, texts_for(pair))}
+
+
+def step_part() -> dict[str, Any]:
+    with open_pair(SOURCE.folder(), LORA, TARGET.folder()) as pair:
+        texts = texts_for(pair)
+        maps, _ = fitted_bridge().closed_form(pair.kernels)  # what is in them takes no time
+        model = install(pair.target, cast_config(pair.kernels, pair.modules), pair.kernels, maps)
+        return {"step": step(pair, model, texts)}
+
+
+def adapters_part() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return adapters(fitted_bridge(), Path(folder))
+
+
+PARTS = {"fit": fit_part, "step": step_part, "adapters": adapters_part}
+
+
+def texts_for(pair: Pair) -> PairTexts:
+    written, general = setting.written("smollm2-gemma3", "gsm8k", "all", 0), setting.c4_documents()[0]
+    return read_texts(pair, written, general, train=32, held_out=8, fit=64, anchored=True)
+
+
+def fitted_bridge() -> peft_cast.Bridge:
+    return peft_cast.Bridge.from_pretrained(str(setting.OUTPUT / "bridge"))
 
 
 def by_turns(works: dict[str, Callable[[], Any]], times: int, warm_up: bool = True) -> dict[str, float]:
@@ -112,7 +128,7 @@ def beside(seconds: float, floor: float) -> dict[str, float]:
     return {"seconds": seconds, "floor": floor, "ratio": seconds / floor}
 
 
-def closed_form(pair, texts) -> dict[str, Any]:
+def closed_form(pair: Pair, texts: PairTexts) -> dict[str, Any]:
     """The fit beside one forward and backward pass per model over the same tokens."""
 
     def passes(read) -> None:
@@ -158,7 +174,7 @@ def closed_form(pair, texts) -> dict[str, Any]:
     return beside(seconds["fit"], seconds["floor"]) | parts
 
 
-def step(pair, model: PeftModel, texts) -> dict[str, float]:
+def step(pair: Pair, model: PeftModel, texts: PairTexts) -> dict[str, float]:
     """A refinement step (predictions kept) beside the untouched target's forward and backward pass over the same batch."""
     teacher = Teacher(pair.adapted, TeacherSettings(gamma=1.0))
     chunk, anchors = texts.train[:BATCH], texts.anchors[: BATCH // ANCHOR_EVERY]
