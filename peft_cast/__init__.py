@@ -1,17 +1,14 @@
 """Translate LoRA adapters from one language model to another. Importing the package registers CAST with PEFT."""
 
-from . import baselines
-from .bridge import Bridge, fit_bridge
-from .evaluation import AnswerLikelihood, Classification, Evaluation, Generation, HarnessTask, evaluate
-from .fold import FoldedLora, to_lora
+from .evaluation import AnswerLikelihood, Classification, Generation, HarnessTask, baselines, evaluate
+from .fit import Bridge, fit_bridge
+from .options import Fit, Pairing, Projections, Run, Training
 from .planning import Plan, plan
-from .report import write_report
-from .result import TranslationResult
-from .run import NotSavedError
-from .sharing import push
+from .refine import NotSavedError
+from .results import Evaluation, FoldedLora, TranslationResult, push, to_lora, write_report
 from .text import Corpus, Mixture, SelfWritten
 from .translate import translate
-from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear, Rows
+from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear, OutputRows
 
 
 __version__ = "0.1.0"
@@ -25,16 +22,21 @@ __all__ = [
     "Classification",
     "Corpus",
     "Evaluation",
+    "Fit",
     "FoldedLora",
     "Generation",
     "HarnessTask",
     "KernelSpec",
     "Linear",
     "Mixture",
-    "Plan",
     "NotSavedError",
-    "Rows",
+    "OutputRows",
+    "Pairing",
+    "Plan",
+    "Projections",
+    "Run",
     "SelfWritten",
+    "Training",
     "TranslationResult",
     "baselines",
     "evaluate",

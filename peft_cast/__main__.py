@@ -1,5 +1,7 @@
 """`python -m peft_cast`."""
 
+from __future__ import annotations
+
 from .cli import main
 
 

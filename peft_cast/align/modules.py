@@ -20,8 +20,8 @@ class ModuleMap:
         kernels (`dict[str, list[str]]`): Target place → the source places whose kernels it carries.
         layers (`dict[int, int]`): Source layer → target layer.
         reasons (`dict[str, str]`): For each adapted source place without a place on the target why.
-        found (`dict[str, tuple]`): For each other source place the role, the names of both places within their layers, and
-            what the target's was found by: `"name"`, `"shape"` or `"module_map"`.
+        found (`dict[str, tuple]`): For each other source place the role, the names of both places within their layers,
+            and what the target's was found by: `"name"`, `"shape"` or `"module_map"`.
     """
 
     kernels: dict[str, list[str]]
@@ -36,7 +36,9 @@ class ModuleMap:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The account of it in `TranslationResult.metrics`, JSON-ready; `routes` is the map with all layers together."""
+        """The account of it in `TranslationResult.metrics`, JSON-ready; `routes` is the map with all layers
+        together.
+        """
         routes = [
             {"role": role, "source": source, "target": target, "found": found, "kernels": count}
             for (role, source, target, found), count in Counter(self.found.values()).items()
@@ -69,8 +71,9 @@ def map_modules(
         target: The target model.
         layers: Source layer → target layer, see `map_layers`.
         module_map (`Mapping[str, str]`, *optional*): Source → target, for names that are not known or where another
-            place is wanted. Both sides may be a last name part, a name within the layer, a full name, or a role (`"q"`, `"k"`,
-            `"v"`, `"o"`, `"gate"`, `"up"`, `"down"`); the target also rows of a module, `"mixer.W_in[0:64]"`.
+            place is wanted. Both sides may be a last name part, a name within the layer, a full name, or a role
+            (`"q"`, `"k"`, `"v"`, `"o"`, `"gate"`, `"up"`, `"down"`); the target also rows of a module,
+            `"mixer.W_in[0:64]"`.
         source: The source model. Without it roles are told by names alone.
 
     Raises:
@@ -84,7 +87,8 @@ def map_modules(
         if not any(_called(wanted, group) for group in in_layer.values()):
             names = dict.fromkeys(place.label for place in places.values())
             raise ValueError(
-                f"`module_map` sends kernels to '{wanted}', which no layer of the target has: choose from {', '.join(names)}."
+                f"`module_map` sends kernels to '{wanted}', which no layer of the target has: choose from "
+                f"{', '.join(names)}."
             )
     known = find_places(source) if source is not None else None
     blocks = [target.get_submodule(path) for path in layer_paths(target)]
@@ -153,7 +157,10 @@ def _called(wanted: str, there: Iterable[Place]) -> Place | None:
 
 def _reason(place: Place, experts: bool) -> str:
     if place.role in MLP and experts:
-        return f"the target's MLP is a mixture of experts, whose weights are no linear modules ('{place.role}' has no place)"
+        return (
+            "the target's MLP is a mixture of experts, whose weights are no linear modules "
+            f"('{place.role}' has no place)"
+        )
     if place.role:
         return f"the target's layer has no place for '{place.role}'"
     return "its role is unknown, and the target has no module of that name"

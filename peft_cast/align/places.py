@@ -1,8 +1,8 @@
 """Places: the projections of a decoder, whatever they are called and also where several are fused into one module.
 
-A place is a linear module of a decoder layer, or rows of the output of one that computes several projections at once. Its
-name is the module's, with the rows in brackets where it is a part: `"model.layers.3.self_attn.qkv_proj[0:3072]"`. Its
-role says what it does. All that is known about architectures is in this file.
+A place is a linear module of a decoder layer, or rows of the output of one that computes several projections at once.
+Its name is the module's, with the rows in brackets where it is a part: `"model.layers.3.self_attn.qkv_proj[0:3072]"`.
+Its role says what it does. All that is known about architectures is in this file.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..tuner import Rows
+from ..tuner import OutputRows
 from ..tuner.quantized import linear_size
 
 
@@ -30,13 +31,14 @@ ROLES = {
     "up": ("up_proj", "w3", "fc1", "dense_h_to_4h", "c_fc", "fc_in"),
     "down": ("down_proj", "w2", "fc2", "dense_4h_to_h", "mlp.c_proj", "fc_out"),
 }
+
+
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 # These project the attention's output only if they stand beside queries: other blocks have modules of the same names.
 OUTPUTS_BESIDE_QUERIES = ("out_proj", "dense", "c_proj", "wo")
 FUSED_ATTENTION = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack")
 FUSED_MLP = ("gate_up_proj",)
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
-
 # Words in the names of unknown modules that decide between places of equal shape.
 _HINTS = {
     **dict.fromkeys(("q", "query", "queries"), "q"),
@@ -46,6 +48,8 @@ _HINTS = {
     "gate": "gate",
     "up": "up",
 }
+
+
 _LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 _PART = re.compile(r"^(?P<module>.*)\[(?P<start>\d+):(?P<stop>\d+)(?:/(?P<stride>\d+))?\]$")
 
@@ -71,13 +75,13 @@ class Place:
     width: int
 
 
-def split_place(name: str) -> tuple[str, Rows | None]:
-    """A place's module and rows: `"h.0.attn.c_attn[0:8]"` → `("h.0.attn.c_attn", Rows(0, 8))`."""
+def split_place(name: str) -> tuple[str, OutputRows | None]:
+    """A place's module and rows: `"h.0.attn.c_attn[0:8]"` → `("h.0.attn.c_attn", OutputRows(0, 8))`."""
     match = _PART.match(name)
     if not match:
         return name, None
     stride = int(match["stride"]) if match["stride"] else None
-    return match["module"], Rows(int(match["start"]), int(match["stop"]), stride)
+    return match["module"], OutputRows(int(match["start"]), int(match["stop"]), stride)
 
 
 def split_name(name: str) -> tuple[int, str] | None:
@@ -126,8 +130,8 @@ def find_places(model: nn.Module) -> dict[str, Place]:
     """All places of a model's decoder layers by name, in the model's order. Adapters on it are looked through.
 
     Roles are told by names, in the layouts of `ROLES` and the fused ones; where names are unknown, by shapes: the
-    projections of queries, keys, values and attention outputs by the head counts of the configuration, and those around
-    an inner width as gate, up and down. Of equal shapes, words in the name decide, then the order.
+    projections of queries, keys, values and attention outputs by the head counts of the configuration, and those
+    around an inner width as gate, up and down. Of equal shapes, words in the name decide, then the order.
     """
     config = _text_config(model)
     places = {}
@@ -174,7 +178,9 @@ def _text_config(model: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear module of a layer, or a part of one: its name within the layer, input and output width, role if known."""
+    """A linear module of a layer, or a part of one: its name within the layer, input and output width, role if
+    known.
+    """
 
     name: str
     reads: int
@@ -241,7 +247,7 @@ def _parts(linear: _Linear, layer: list[_Linear], config: Any) -> list[_Linear]:
         rows = attention_rows(linear.last, linear.writes, outputs[0] if outputs else _widths(config)[1], config)
     elif linear.role == "gate_up":
         half = linear.writes // 2
-        rows = {"gate": Rows(0, half), "up": Rows(half, 2 * half)}
+        rows = {"gate": OutputRows(0, half), "up": OutputRows(half, 2 * half)}
     else:
         return [linear]
     if rows is None:
@@ -249,11 +255,12 @@ def _parts(linear: _Linear, layer: list[_Linear], config: Any) -> list[_Linear]:
     return [replace(linear, name=f"{linear.name}[{part}]", role=role) for role, part in rows.items()]
 
 
-def attention_rows(name: str, width: int, queries: int, config: Any) -> dict[str, Rows] | None:
+def attention_rows(name: str, width: int, queries: int, config: Any) -> dict[str, OutputRows] | None:
     """Where queries, keys and values are in the output of a module that computes all three.
 
-    One after the other (Phi-3, GPT-2, MPT, Falcon with one key for all heads); or interleaved: each group of heads that
-    share a key is followed by its key and value (GPT-NeoX, BLOOM, Falcon otherwise, InternLM); or CodeGen's four blocks.
+    One after the other (Phi-3, GPT-2, MPT, Falcon with one key for all heads); or interleaved: each group of heads
+    that share a key is followed by its key and value (GPT-NeoX, BLOOM, Falcon otherwise, InternLM); or CodeGen's four
+    blocks.
 
     Args:
         name (`str`): Last part of the module's name.
@@ -262,7 +269,7 @@ def attention_rows(name: str, width: int, queries: int, config: Any) -> dict[str
         config: The text model's configuration.
 
     Returns:
-        `dict[str, Rows]`: The rows of each role; `None` if the layout is unknown.
+        `dict[str, OutputRows]`: The rows of each role; `None` if the layout is unknown.
     """
     keys, heads = (width - queries) // 2, getattr(config, "num_attention_heads", None)
     if keys <= 0 or queries + 2 * keys != width or not heads or queries % heads:
@@ -270,17 +277,21 @@ def attention_rows(name: str, width: int, queries: int, config: Any) -> dict[str
     kind, size = getattr(config, "model_type", ""), queries // heads
     if kind == "codegen":
         part = width // 12
-        return {role: Rows(i * part, (i + 1) * part, 3 * part) for i, role in enumerate(("q", "v", "k"))}
+        return {role: OutputRows(i * part, (i + 1) * part, 3 * part) for i, role in enumerate(("q", "v", "k"))}
     one_per_head = keys == queries and not getattr(config, "multi_query", False)
     interleaved = one_per_head and (name == "query_key_value" or kind == "gpt_bigcode")
     if interleaved or getattr(config, "new_decoder_architecture", False) or name == "wqkv":
         stride = width // (keys // size)
         return {
-            "q": Rows(0, stride - 2 * size, stride),
-            "k": Rows(stride - 2 * size, stride - size, stride),
-            "v": Rows(stride - size, stride, stride),
+            "q": OutputRows(0, stride - 2 * size, stride),
+            "k": OutputRows(stride - 2 * size, stride - size, stride),
+            "v": OutputRows(stride - size, stride, stride),
         }
-    return {"q": Rows(0, queries), "k": Rows(queries, queries + keys), "v": Rows(queries + keys, width)}
+    return {
+        "q": OutputRows(0, queries),
+        "k": OutputRows(queries, queries + keys),
+        "v": OutputRows(queries + keys, width),
+    }
 
 
 def _widths(config: Any) -> tuple[int, int, int]:
@@ -329,3 +340,8 @@ def _assigned(linears: Iterable[_Linear], shapes: dict[str, tuple]) -> dict[str,
             if fits:
                 found[fits[0]] = linear
     return found if len(found) == len(shapes) else {}
+
+
+def layer_count(model: PreTrainedModel) -> int:
+    """Number of decoder layers."""
+    return len(layer_paths(model))

@@ -8,7 +8,7 @@ import torch
 
 
 def linear_cka(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Linear centred kernel alignment of every source layer with every target layer (arXiv 1905.00414).
+    """Linear centered kernel alignment of every source layer with every target layer (arXiv 1905.00414).
 
     Args:
         source: For each source layer, its hidden states at n aligned positions, shape (n, hidden_S).
@@ -23,7 +23,7 @@ def linear_cka(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -
 
 
 def _gram(states: torch.Tensor) -> torch.Tensor:
-    """Flattened, normalised Gram matrix of centred states (n, d) → (n * n,)."""
+    """Flattened, normalized Gram matrix of centered states (n, d) → (n * n,)."""
     states = states.float()
     # Directions of huge variance (attention sinks, outlier features) would decide alone.
     states = (states - states.mean(0)) / states.std(0).clamp_min(1e-6)

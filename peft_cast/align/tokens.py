@@ -77,7 +77,9 @@ def _tokenize(
     max_length: int,
     which: str,
 ) -> Iterator[tuple[list[int], dict[int, int]]]:
-    """For each text its token ids and a map from end offset in the text (characters) to the last token ending there."""
+    """For each text its token ids and a map from end offset in the text (characters) to the last token ending
+    there.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"The {which} model's tokenizer ({type(tokenizer).__name__}) gives no character offsets, which are needed "

@@ -49,8 +49,8 @@ def shared_vocabulary(
     by_id = {source[key]: target[key] for key in source.keys() & target.keys()}
     if not common:
         raise ValueError(
-            "The two tokenizers have no token in common, so the models' predictions cannot be compared. Check that the "
-            "source and target tokenizers belong to their models."
+            "The two tokenizers have no token in common, so the models' predictions cannot be compared. Check that "
+            "the source and target tokenizers belong to their models."
         )
     return SharedVocabulary(torch.tensor(common), torch.tensor([by_id[i] for i in common]))
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 
-from .. import __version__, ranks, shards
-from ..bridge import Bridge, fit_bridge
+from .. import __version__
 from ..evaluation import HarnessTask, evaluate
-from ..files import check_place
-from ..fold import to_lora
+from ..fit import Bridge, fit_bridge
+from ..options import names_taken
 from ..planning import DEVICES, Plan, plan
-from ..report import write_report
-from ..result import TranslationResult
-from ..sharing import push
-from ..translate import check_before_loading, translate
+from ..results import TranslationResult, push, to_lora, write_report
+from ..translate import Job, translate
+from ..utils import check_place, distributed, one_line
 from . import inspect as inspection
 from .console import Commands, hush, print_result, say
+from .flags import with_flags
 from .settings import arguments_for, dtype_of, read_config, read_prompts, read_settings, tasks_of
 
 
@@ -33,65 +31,45 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
 Source = Annotated[
     str, typer.Argument(help="Model the LoRA was trained on: hub id or folder; `-` takes it from the adapter.")
 ]
+
+
 Adapter = Annotated[str, typer.Argument(help="The LoRA: hub id or folder.")]
 Target = Annotated[str, typer.Argument(help="Model it shall work on: hub id or folder.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder that is written.")]
 Text = Annotated[
     str | None,
     typer.Option(
-        help="What the refinement reads: file, hub dataset id, `c4` or `self`; `self` for a chat model, else `c4`, when not given.",
+        help="What the refinement reads: file, hub dataset id, `c4` or `self`. "
+        "When not given `self` for a chat model, else `c4`.",
         rich_help_panel="Text",
     ),
 ]
+
+
 Prompts = Annotated[
     Path | None,
     typer.Option(
-        help="File with a dozen prompts of the LoRA's kind, one per line (`\\n` for a line break): the models write more and answer them.",
+        help="File with a dozen prompts of the LoRA's kind, one per line (`\\n` for a line break). "
+        "The models write more and answer them.",
         rich_help_panel="Text",
     ),
 ]
-FitText = Annotated[
-    str | None,
-    typer.Option(
-        help="General text for the closed form and the anchors; C4 if the models write the text.",
-        rich_help_panel="Text",
-    ),
-]
-Steps = Annotated[
-    int | None, typer.Option(help="Refinement steps; 0 keeps the closed form.", rich_help_panel="Training")
-]
-OnPolicySteps = Annotated[
-    int | None,
-    typer.Option(help="Further steps on what the translated model answers itself.", rich_help_panel="Training"),
-]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Texts per step, of all processes together.", rich_help_panel="Training")
-]
-LearningRate = Annotated[
-    float | None, typer.Option(help="Peak step relative to each factor's size.", rich_help_panel="Training")
-]
-MaxLength = Annotated[int | None, typer.Option(help="Most tokens per text.", rich_help_panel="Training")]
-Seed = Annotated[int | None, typer.Option(help="Seed of sampled text and training order.", rich_help_panel="Training")]
-DeviceName = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        help="Where to work: `cpu`, `cuda`, `mps`; the accelerator if there is one.",
-        rich_help_panel="Training",
-    ),
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="Precision of the models: bfloat16, float16, float32.", rich_help_panel="Training")
-]
+
+
 Config = Annotated[
     Path | None, typer.Option(help="YAML or JSON file with any arguments of the function; options override it.")
 ]
+
+
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any other argument of the function, `name=value`; may be repeated.")
 ]
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
@@ -113,22 +91,15 @@ def peft_cast_command(
 
 
 @app.command("translate")
+@with_flags(translate)
 def translate_command(
     source: Source,
     adapter: Adapter,
     target: Target,
     output: Output,
+    flags: dict[str, Any],
     text: Text = None,
     prompts: Prompts = None,
-    fit_text: FitText = None,
-    steps: Steps = None,
-    on_policy_steps: OnPolicySteps = None,
-    batch_size: BatchSize = None,
-    learning_rate: LearningRate = None,
-    max_length: MaxLength = None,
-    seed: Seed = None,
-    device: DeviceName = None,
-    dtype: Dtype = None,
     bridge: Annotated[str | None, typer.Option(help="A fitted bridge to start from.")] = None,
     start: Annotated[str | None, typer.Option(help="A translation of the same LoRA to go on from.")] = None,
     config: Config = None,
@@ -145,28 +116,24 @@ def translate_command(
 
     Prints what it will cost, then translates and saves the adapter. Example:
 
-        peft-cast translate HuggingFaceTB/SmolLM2-135M-Instruct you/your-lora google/gemma-3-270m --prompts prompts.txt -o out
+        peft-cast translate HuggingFaceTB/SmolLM2-135M-Instruct you/your-lora google/gemma-3-270m --prompts prompts.txt
+        -o out
     """
-    options = {
-        "text": _text(text, prompts), "fit_text": fit_text, "steps": steps, "batch_size": batch_size, "seed": seed,
-        "learning_rate": learning_rate, "max_length": max_length, "device": device, "dtype": dtype, "bridge": bridge,
-        "start": start, "on_policy_steps": on_policy_steps,
-    }  # fmt: skip
-    arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()), options)
-    models = (None if source == "-" else source, adapter, target)
-    quiet = quiet or not ranks.is_main()
+    words = {"text": _text(text, prompts), "bridge": bridge, "start": start, **flags}
+    arguments = arguments_for(translate, read_config(config), read_settings(settings), words)
+    quiet = quiet or not distributed.is_main_process()
     hush(quiet)
-    where = {"output_dir": output, "resume_from_checkpoint": resume}
-    check_before_loading({**dict(zip(("source", "adapter", "target"), models)), **where, **arguments})
+    arguments = {"output_dir": output, "resume_from_checkpoint": resume, "progress": not quiet, **arguments}
+    models = (None if source == "-" else source, adapter, target)
+    Job.of(*models, **arguments).check()
     if dry_run or not quiet:
-        spread = shards.asked(arguments.get("training_args"))
-        planned = _plan(models, arguments, processes=ranks.launched(), fsdp=spread)
-        say(str(planned))
-        if dry_run:
+        planned = _plan(models, arguments, processes=distributed.launched_processes(), needed=dry_run)
+        if dry_run and planned is not None:
+            say(str(planned))
             return print_result(planned.as_dict(), "", as_json)
         say(f"Translating {adapter} to {target}, into {output}\n")
-    translated = translate(*models, progress=not quiet, **{**where, **arguments})
-    if not ranks.is_main():
+    translated = translate(*models, **arguments)
+    if not distributed.is_main_process():
         return
     result = cast(TranslationResult, translated)  # of one adapter
     print_result(
@@ -178,40 +145,37 @@ def translate_command(
 
 
 @app.command("plan")
+@with_flags(plan)
 def plan_command(
     source: Source,
     adapter: Adapter,
     target: Target,
+    flags: dict[str, Any],
     on: Annotated[
         str | None, typer.Option("--on", help=f"A device to plan for ({', '.join(DEVICES)}); this machine otherwise.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of a text; the most when not given.")] = None,
     processes: Annotated[int, typer.Option(help="Devices that share the work; the plan is that of each.")] = 1,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="The models are spread over them.")] = False,
-    weight_bits: Annotated[int | None, typer.Option(help="Of models that are loaded quantised.")] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="As in `training_args`: less memory, more time.")
-    ] = False,
+    weight_bits: Annotated[int | None, typer.Option(help="Of models that are loaded quantized.")] = None,
     config: Config = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a translation will cost: parameters, files, memory and time. Loads no model."""
-    arguments = arguments_for(translate, read_config(config) if config else {}, read_settings(settings or ()))
+    arguments = arguments_for(translate, read_config(config), read_settings(settings), flags)
     models = (None if source == "-" else source, adapter, target)
-    planned = _plan(
-        models, arguments, device=on, tokens=tokens, processes=processes, fsdp=fsdp, weight_bits=weight_bits,
-        gradient_checkpointing=checkpointing,
-    )  # fmt: skip
+    planned = _plan(models, arguments, on=on, tokens=tokens, processes=processes, weight_bits=weight_bits)
     print_result(planned.as_dict(), str(planned), as_json)
 
 
 @app.command("evaluate")
+@with_flags(evaluate)
 def evaluate_command(
     target: Target,
     adapters: Annotated[
         list[str], typer.Argument(help="Adapters as `name=folder or hub id`; a name given twice is two runs.")
     ],
+    flags: dict[str, Any],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="JSON file; what it holds already is not measured again.")
     ] = None,
@@ -228,8 +192,6 @@ def evaluate_command(
     ] = None,
     drift_text: Annotated[str | None, typer.Option(help="General text to measure drift on.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture that is drawn.")] = None,
-    device: DeviceName = None,
-    dtype: Dtype = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -242,14 +204,12 @@ def evaluate_command(
             raise ValueError(f"An adapter is given as name=folder, got '{word}'.")
         runs.setdefault(name, []).append(folder)
     chosen = [HarnessTask(task.strip(), limit=limit) for task in harness.split(",")] if harness else []
-    given = read_config(config) if config else {}
+    given = read_config(config)
     chosen += tasks_of(given.pop("tasks", []))
     if not chosen:
         raise ValueError("There is nothing to evaluate on: pass `--harness`, or a `--config` with `tasks`.")
     arguments = arguments_for(
-        evaluate,
-        given,
-        {"retrained": retrained, "drift_text": drift_text, "device": device, "dtype": dtype, "output": output},
+        evaluate, given, {"retrained": retrained, "drift_text": drift_text, "output": output, **flags}
     )
     found = evaluate(target, runs, chosen, progress=not quiet, **arguments)
     if plot:
@@ -258,14 +218,14 @@ def evaluate_command(
 
 
 @app.command("bridge")
+@with_flags(fit_bridge)
 def bridge_command(
     source: Annotated[str, typer.Argument(help="Model that adapters come from.")],
     target: Target,
     output: Output,
-    text: Text = None,
+    flags: dict[str, Any],
+    text: Annotated[str | None, typer.Option(help="General text: file, hub dataset id or `c4`.")] = None,
     samples: Annotated[int | None, typer.Option(help="How many texts are read.")] = None,
-    device: DeviceName = None,
-    dtype: Dtype = None,
     config: Config = None,
     settings: Set = None,
     quiet: Quiet = False,
@@ -273,13 +233,13 @@ def bridge_command(
 ) -> None:
     """Fit the adapter-independent part of a model pair once, so that `cast` takes seconds."""
     arguments = arguments_for(
-        fit_bridge, read_config(config) if config else {}, read_settings(settings or ()),
-        {"text": text, "samples": samples, "device": device, "dtype": dtype},
-    )  # fmt: skip
+        fit_bridge, read_config(config), read_settings(settings), {"text": text, "samples": samples, **flags}
+    )
     hush(quiet)
     check_place(output, source, target, kind=None)
-    bridge = fit_bridge(source, target, progress=not quiet and ranks.is_main(), **arguments)
-    if not ranks.is_main():
+    shown = {"progress": not quiet and distributed.is_main_process()}
+    bridge = fit_bridge(source, target, **{**shown, **arguments})
+    if not distributed.is_main_process():
         return
     bridge.save_pretrained(output)
     print_result({"output": str(output), "metrics": bridge.metrics}, f"Bridge saved in {output}", as_json, quiet)
@@ -332,9 +292,7 @@ def inspect_command(
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="A saved translation.")],
-    quiet: Quiet = False,
-    as_json: Json = False,
+    folder: Annotated[Path, typer.Argument(help="A saved translation.")], quiet: Quiet = False, as_json: Json = False
 ) -> None:
     """Write a translation's report (`report.html`, `report.md`) again."""
     page = write_report(folder)
@@ -361,8 +319,8 @@ def push_command(
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 done, 1 something that you can mend (one sentence on stderr), 2 a wrong option, 3 the loss
-    became NaN or infinite, 130 interrupted."""
+    """Run a command. Exit codes: 0 done, 1 something that you can mend (one sentence on stderr), 2 a wrong option, 3
+    the loss became NaN or infinite, 130 interrupted."""
     app()
 
 
@@ -374,8 +332,18 @@ def _text(text: str | None, prompts: Path | None) -> Any:
     return {"self": {"prompts": list(read_prompts(prompts))}}
 
 
-def _plan(models: tuple[str | None, str, str], arguments: dict[str, Any], **more: Any) -> Plan:
-    known = signature(plan).parameters
-    given = {name: value for name, value in arguments.items() if name in known and name not in ("device", "tokens")}
-    source, adapter, target = models
-    return plan(source, adapter, target, **given, **more)
+def _plan(
+    models: tuple[str | None, str, str], arguments: dict[str, Any], needed: bool = True, **more: Any
+) -> Plan | None:
+    """The plan of a translation. Where it is not `needed` it is printed, and what stands in its way is but a note."""
+    known = {*names_taken(plan), "bridge", "start"}
+    try:
+        planned = plan(*models, **{name: value for name, value in arguments.items() if name in known}, **more)
+    except Exception as error:
+        if needed:
+            raise
+        say(f"There is no plan of this translation, which goes on all the same: {one_line(error)}")
+        return None
+    if not needed:
+        say(str(planned))
+    return planned

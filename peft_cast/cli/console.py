@@ -33,7 +33,7 @@ class Commands(TyperGroup):
 
 
 def say(text: str, heading: str = "") -> None:
-    """Print to stderr, after a coloured heading (rich's markup) if there is one; the text is printed as it is."""
+    """Print to stderr, after a colored heading (rich's markup) if there is one; the text is printed as it is."""
     if heading:
         _err.print(heading, end="  ")
     _err.print(text, markup=False)

@@ -14,21 +14,22 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from ..align.places import split_name
-from ..bridge import Bridge
-from ..safety import read_adapter_config
-from ..sharing import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
+from ..align import split_name
+from ..fit import Bridge
+from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
 from ..tuner import CastConfig
+from ..utils import read_adapter_config
 
 
 def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
     """An account of an adapter or a bridge, JSON-ready; no model is loaded.
 
     Returns:
-        `kind` (`"CAST adapter"`, `"bridge"` or the PEFT type), `base_model`; `file` with `bytes`, `tensors`, `parameters` and
-        `dtypes`; for a CAST adapter also `source` (model, adapter, revisions), `projections`, `kernels` (by module name within
-        a layer: how many, their ranks and where from) and `layers` (target layer → source layers), and `metrics` if they were
-        saved beside it.
+        `kind` (`"CAST adapter"`, `"bridge"` or the PEFT type), `base_model`; `file` with `bytes`, `tensors`,
+        `parameters` and `dtypes`; for a CAST adapter also `source` (model, adapter, revisions), `projections`,
+        `kernels` (by module name within
+        a layer: how many, their ranks and where from) and `layers` (target layer → source layers), and `metrics` if
+        they were saved beside it.
 
     Raises:
         ValueError: If there is neither an adapter nor a bridge.
@@ -69,7 +70,8 @@ def describe(account: Mapping[str, Any]) -> str:
     if file:
         types = ", ".join(file["dtypes"])
         lines.append(
-            f"file         {file['bytes'] / 2**20:.1f} MiB, {file['tensors']} tensors, {file['parameters']:,} numbers ({types})"
+            f"file         {file['bytes'] / 2**20:.1f} MiB, {file['tensors']} tensors, {file['parameters']:,} numbers "
+            f"({types})"
         )
     if "projections" in account:
         p = account["projections"]
@@ -88,7 +90,8 @@ def describe(account: Mapping[str, Any]) -> str:
         lines.append("layers       " + ", ".join(f"{'+'.join(map(str, s))}→{t}" for t, s in account["layers"].items()))
     if "bridge" in account:
         lines.append(
-            f"from {account['bridge']['source']}: {account['bridge']['maps']} maps, fitted on {account['bridge']['texts']} texts"
+            f"from {account['bridge']['source']}: {account['bridge']['maps']} maps, fitted on "
+            f"{account['bridge']['texts']} texts"
         )
     if "metrics" in account:
         kl = account["metrics"]["kl"]
@@ -105,17 +108,21 @@ def _cast(config: CastConfig) -> dict[str, Any]:
     for name, specs in (config.kernels or {}).items():
         target_layer, target_label = split_name(name) or (None, name)
         for spec in specs:
-            source_layer, source_label = split_name(spec.source_module or "") or (None, spec.source_module or "")
+            source_layer, source_label = split_name(spec.source_place or "") or (None, spec.source_place or "")
             rows.setdefault((target_label, source_label), []).append(spec.r)
             if target_layer is not None and source_layer is not None:
                 layers.setdefault(target_layer, set()).add(source_layer)
     return {
         "source": {
-            "model": config.source_model_name_or_path, "revision": config.source_model_revision,
-            "adapter": config.source_adapter_name_or_path, "adapter_revision": config.source_adapter_revision,
+            "model": config.source_model_name_or_path,
+            "revision": config.source_model_revision,
+            "adapter": config.source_adapter_name_or_path,
+            "adapter_revision": config.source_adapter_revision,
         },
         "projections": {
-            "type": config.projection_type, "size": config.projection_size, "bias": config.projection_bias,
+            "type": config.projection_type,
+            "size": config.projection_size,
+            "bias": config.projection_bias,
             "sharing": config.projection_sharing,
         },
         "kernels": [
@@ -123,7 +130,7 @@ def _cast(config: CastConfig) -> dict[str, Any]:
             for (target, source), ranks in rows.items()
         ],
         "layers": {target: sorted(sources) for target, sources in sorted(layers.items())},
-    }  # fmt: skip
+    }
 
 
 def _bridge(folder: str | Path, revision: str | None) -> dict[str, Any]:

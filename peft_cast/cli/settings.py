@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import yaml
 
-from ..arguments import unknown
 from ..evaluation import AnswerLikelihood, Classification, Generation, HarnessTask
+from ..options import GROUPS, names_taken
 from ..text import C4, Corpus, Mixture, SelfWritten
+from ..utils.fields import unknown
 
 
 TASKS = {
@@ -24,12 +25,14 @@ TASKS = {
 }
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The arguments in a YAML or JSON file (JSON is YAML).
+def read_config(path: Path | None) -> dict[str, Any]:
+    """The arguments in a YAML or JSON file (JSON is YAML); none if there is no file.
 
     Raises:
         ValueError: If it cannot be read, or is no mapping.
     """
+    if path is None:
+        return {}
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -39,14 +42,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in config.items()}
 
 
-def read_settings(words: Iterable[str]) -> dict[str, Any]:
+def read_settings(words: Iterable[str] | None) -> dict[str, Any]:
     """`["gamma=0.5", "depth_map=similarity"]` as a dictionary; values are YAML.
 
     Raises:
         ValueError: If a word is no `name=value`.
     """
     settings = {}
-    for word in words:
+    for word in words or ():
         name, equals, value = word.partition("=")
         if not equals or not name:
             raise ValueError(f"`--set` takes name=value, got '{word}'.")
@@ -67,10 +70,11 @@ def arguments_for(function: Callable, *layers: Mapping[str, Any]) -> dict[str, A
     Raises:
         ValueError: If the function has no such argument.
     """
-    known = inspect.signature(function).parameters
+    own = inspect.signature(function).parameters.values()
+    known = {p.name for p in own if p.kind is p.KEYWORD_ONLY and p.name not in GROUPS} | set(names_taken(function))
     given = {name: value for layer in layers for name, value in layer.items() if value is not None}
     if odd := sorted(set(given) - set(known)):
-        raise ValueError(f"`{function.__name__}` has no argument '{odd[0]}': {unknown(odd[0], list(known))}")
+        raise ValueError(f"`{function.__name__}` has no argument '{odd[0]}': {unknown(odd[0], sorted(known))}")
     for name in ("text", "fit_text", "drift_text"):
         if name in given:
             given[name] = text_of(given[name])
@@ -97,9 +101,9 @@ def text_of(value: Any) -> Any:
     """A text as the command line and config files write it.
 
     Args:
-        value: `"c4"`; a hub dataset id or file; `"self"` for text that the models write; a mapping with the arguments of
-            `SelfWritten` under `self` or of `Corpus` under `corpus`; or a list of mappings with `text` and `weight`. The
-            `prompts` of `self` may be a file, see `read_prompts`.
+        value: `"c4"`; a hub dataset id or file; `"self"` for text that the models write; a mapping with the arguments
+            of `SelfWritten` under `self` or of `Corpus` under `corpus`; or a list of mappings with `text` and
+            `weight`. The `prompts` of `self` may be a file, see `read_prompts`.
 
     Raises:
         ValueError: For anything else.
@@ -120,8 +124,8 @@ def text_of(value: Any) -> Any:
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         return value
     raise ValueError(
-        "A text is a file, a hub dataset id, 'c4', 'self', {self: {prompts: ...}}, {corpus: {source: ...}}, a list of strings, "
-        f"or a list of {{text: ..., weight: ...}}, got {value!r}."
+        "A text is a file, a hub dataset id, 'c4', 'self', {self: {prompts: ...}}, {corpus: {source: ...}}, a list of "
+        f"strings, or a list of {{text: ..., weight: ...}}, got {value!r}."
     )
 
 
@@ -142,7 +146,9 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def tasks_of(value: Any) -> list:
-    """Tasks from a config file: a list of mappings, each with a `type` (see `TASKS`) and the arguments of that class."""
+    """Tasks from a config file: a list of mappings, each with a `type` (see `TASKS`) and the arguments of that
+    class.
+    """
     if not isinstance(value, list) or not all(isinstance(task, dict) for task in value):
         raise ValueError(f"`tasks` must be a list of mappings with a `type`, one of {', '.join(TASKS)}.")
     tasks = []

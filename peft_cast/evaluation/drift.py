@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ..fit.losses import rows_at_once
+from ..models import padded
+from ..refine import rows_at_once
 from .likelihood import by_length
 
 
@@ -31,8 +32,11 @@ def drift(
         batch_size (`int`): Texts per pass.
 
     Returns:
-        `drift`: KL(base ‖ adapted) in nats per token; `perplexity_base` and `perplexity`: of the texts without and with
-        the adapter; `tokens`: how many were measured.
+        `drift`: KL(base ‖ adapted) in nats per token; `perplexity_base` and `perplexity`: of the texts without and
+        with the adapter; `tokens`: how many were measured.
+
+    Raises:
+        ValueError: If no text has two tokens.
     """
     ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
     ids = [i for i in ids if len(i) > 1]
@@ -41,10 +45,8 @@ def drift(
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     divergence = loss_base = loss = 0.0
     predicted = 0
-    for chunk in by_length([len(i) for i in ids], batch_size):
-        width = max(len(ids[i]) for i in chunk)
-        rows = torch.tensor([ids[i] + [0] * (width - len(ids[i])) for i in chunk], device=model.device)
-        mask = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in chunk], device=model.device)
+    for chunk in by_length(ids, batch_size):
+        rows, mask = padded([ids[i] for i in chunk], model.device, "right")
         inputs = {"input_ids": rows, "attention_mask": mask, "use_cache": False}
         adapted = model(**inputs).logits
         with model.disable_adapter():
@@ -60,10 +62,5 @@ def drift(
             loss_base -= float(p.gather(1, token).sum())
             loss -= float(q.gather(1, token).sum())
         predicted += len(next_tokens)
-    perplexity = [float(torch.tensor(total / predicted, dtype=torch.float64).exp()) for total in (loss_base, loss)]
-    return {
-        "drift": divergence / predicted,
-        "perplexity_base": perplexity[0],
-        "perplexity": perplexity[1],
-        "tokens": predicted,
-    }
+    before, after = (torch.tensor([loss_base, loss], dtype=torch.float64) / predicted).exp().tolist()
+    return {"drift": divergence / predicted, "perplexity_base": before, "perplexity": after, "tokens": predicted}

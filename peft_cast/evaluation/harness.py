@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,11 +58,10 @@ class HarnessTask:
                 pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, device=str(model.device), dtype=None
             )
             task = self.task if isinstance(self.task, str) else dict(self.task)
+            rows = {"num_fewshot": self.num_fewshot, "limit": self.limit}
+            quiet = {"bootstrap_iters": 0, "log_samples": False}
             try:
-                found = lm_eval.simple_evaluate(
-                    lm, tasks=[task], num_fewshot=self.num_fewshot, limit=self.limit, bootstrap_iters=0,
-                    log_samples=False, **self.options,
-                )  # fmt: skip
+                found = lm_eval.simple_evaluate(lm, tasks=[task], **rows, **quiet, **self.options)
             except KeyError as error:
                 if "is not a registered" not in str(error):
                     raise
@@ -69,8 +69,8 @@ class HarnessTask:
                     f"lm-evaluation-harness has no task '{self.name}': `lm-eval ls tasks` lists those it has."
                 ) from error
         results = {k: float(v) for k, v in found["results"][self.name].items() if isinstance(v, (int, float))}
-        short = [key.split(",")[0] for key in results]
-        metrics = {key.split(",")[0] if short.count(key.split(",")[0]) == 1 else key: v for key, v in results.items()}
+        short = Counter(key.split(",")[0] for key in results)
+        metrics = {key.split(",")[0] if short[key.split(",")[0]] == 1 else key: v for key, v in results.items()}
         if self.metric not in metrics:
             raise ValueError(f"The task '{self.name}' has no metric '{self.metric}'; it has {sorted(metrics)}.")
         return Scores(metrics)

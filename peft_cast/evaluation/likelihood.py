@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models import padded
 
 
 @torch.no_grad()
@@ -25,16 +27,16 @@ def answer_nats(
         `torch.Tensor`: Shape (items,), float64, in the order of `items`.
     """
     tokens = [(tokenizer(p).input_ids, tokenizer(a, add_special_tokens=False).input_ids) for p, a in items]
+    whole = [prompt + answer for prompt, answer in tokens]
     nats = torch.zeros(len(tokens), dtype=torch.float64)
-    for chunk in by_length([len(p) + len(a) for p, a in tokens], batch_size):
+    for chunk in by_length(whole, batch_size):
         # Left padding puts the answers side by side at the end, so the head runs on them alone.
         keep = max(len(tokens[i][1]) for i in chunk)
-        inputs = left_padded([tokens[i][0] + tokens[i][1] for i in chunk], model.device)
+        inputs = left_padded([whole[i] for i in chunk], model.device)
         logits = model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
         for row, i in enumerate(chunk):
             answer = torch.tensor(tokens[i][1], device=logits.device)
-            own = logits[row, keep - len(answer) :].float()
-            nats[i] = float(F.cross_entropy(own, answer, reduction="sum"))
+            nats[i] = float(F.cross_entropy(logits[row, keep - len(answer) :].float(), answer, reduction="sum"))
     return nats
 
 
@@ -58,48 +60,39 @@ def choice_nats(
     Returns:
         `torch.Tensor`: Shape (prompts, choices), float64.
     """
-    labels = [tokenizer(c, add_special_tokens=False).input_ids for c in choices]
-    width = max(map(len, labels))
-    padded = torch.tensor([label + [0] * (width - len(label)) for label in labels], device=model.device)
-    wanted = torch.tensor([[1] * len(label) + [0] * (width - len(label)) for label in labels], device=model.device)
+    labels, wanted = padded([tokenizer(c, add_special_tokens=False).input_ids for c in choices], model.device, "right")
+    n, width = labels.shape
     tokens = [tokenizer(p).input_ids for p in prompts]
-    nats = torch.zeros(len(prompts), len(choices), dtype=torch.float64)
-    for chunk in by_length([len(t) for t in tokens], batch_size):
+    nats = torch.zeros(len(prompts), n, dtype=torch.float64)
+    for chunk in by_length(tokens, batch_size):
         inputs = left_padded([tokens[i] for i in chunk], model.device)
         read = model(**inputs, logits_to_keep=1, use_cache=True)
-        first = read.logits[:, -1].float().log_softmax(-1)[:, padded[:, 0]]  # (prompts, choices)
-        total = -first.cpu().double()
+        first = read.logits[:, -1].float().log_softmax(-1)[:, labels[:, 0]]  # (prompts, choices)
+        nats[chunk] = -first.cpu().double()
         if width > 1:
-            n = len(choices)
             read.past_key_values.batch_repeat_interleave(n)
-            rows = padded.repeat(len(chunk), 1), wanted.repeat(len(chunk), 1)
-            mask = torch.cat([inputs["attention_mask"].repeat_interleave(n, 0), rows[1][:, :-1]], dim=1)
-            # Padded choices end early: their surplus logits are masked out of the sum below.
+            ids, own = labels.repeat(len(chunk), 1), wanted.repeat(len(chunk), 1)
             start = inputs["position_ids"][:, -1:].repeat_interleave(n, 0) + 1
             logits = model(
-                input_ids=rows[0][:, :-1],
-                attention_mask=mask,
+                input_ids=ids[:, :-1],
+                attention_mask=torch.cat([inputs["attention_mask"].repeat_interleave(n, 0), own[:, :-1]], dim=1),
                 position_ids=start + torch.arange(width - 1, device=start.device),
                 past_key_values=read.past_key_values,
                 use_cache=True,
             ).logits.float()
-            rest = F.cross_entropy(logits.flatten(0, 1), rows[0][:, 1:].flatten(), reduction="none").view(
-                -1, width - 1
-            )
-            total = total + (rest * rows[1][:, 1:]).sum(1).cpu().double().view(len(chunk), n)
-        nats[chunk] = total
+            rest = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(-1, width - 1)
+            # Padded choices end early: their surplus logits do not count.
+            nats[chunk] += (rest * own[:, 1:]).sum(1).cpu().double().view(len(chunk), n)
     return nats
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def by_length(items: Sequence[Sized], batch_size: int) -> list[list[int]]:
     """Indices in batches of like length."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    order = sorted(range(len(items)), key=lambda i: len(items[i]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def left_padded(sequences: Sequence[list[int]], device: torch.device) -> dict[str, torch.Tensor]:
+def left_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `position_ids`, each (n, longest), padding on the left."""
-    width = max(map(len, sequences))
-    ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences], device=device)
-    mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=device)
+    ids, mask = padded(sequences, device)
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}

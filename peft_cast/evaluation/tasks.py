@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import contiguous_head
+from ..models import contiguous_head, continuations
 from .likelihood import answer_nats, by_length, choice_nats
 
 
-Rows = Sequence[Mapping[str, Any]]
+Record: TypeAlias = Mapping[str, Any]
+Records: TypeAlias = Sequence[Record]
+Template: TypeAlias = str | Callable[[Record], str]
 SHOWN = 8  # samples that are kept to be looked at
-Template = str | Callable[[Mapping[str, Any]], str]
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,15 @@ class Scores:
 
 
 class Task(Protocol):
-    """What `evaluate` runs: a name, the metric that recovered lift is taken of, its direction, and a function of a model.
+    """What `evaluate` runs: a name, the metric that recovered lift is taken of, its direction, a function of a model.
 
-    A dataclass is also recognised when an evaluation is taken up again; other tasks are run again.
+    A dataclass is also recognized when an evaluation is taken up again; other tasks are run again.
     """
 
     @property
     def name(self) -> str: ...
-
     @property
     def metric(self) -> str: ...
-
     @property
     def higher_is_better(self) -> bool: ...
 
@@ -55,27 +54,33 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class AnswerLikelihood:
+class _OnRecords:
+    """What the tasks below share: records from a sequence or a file, and a prompt that is made of each."""
+
+    name: str
+    data: Records | str | Path
+    prompt: Template
+    start: int = field(default=0, kw_only=True)
+    limit: int | None = field(default=None, kw_only=True)
+    batch_size: int = field(default=16, kw_only=True)
+
+
+@dataclass(frozen=True)
+class AnswerLikelihood(_OnRecords):
     """How likely the model finds the gold answers: −log p(answer | prompt) in nats per character, lower is better.
 
     Nats per character, not per token, so that models with different tokenizers compare.
 
     Args:
         name (`str`): Name of the task in tables.
-        data: Rows (mappings), or the path of a jsonl file.
-        prompt: Format string over a row's columns, e.g. `"Question: {question}\\nAnswer:"`, or a function of the row.
+        data: Records (mappings), or the path of a jsonl file.
+        prompt: Format string over a record's columns, e.g. `"Question: {question}\\nAnswer:"`, or a function of it.
         answer: Likewise, e.g. `" {answer}"`.
-        start, limit (`int`): The rows from `start` on, at most `limit` of them.
-        batch_size (`int`): Rows per pass.
+        start, limit (`int`): The records from `start` on, at most `limit` of them. By name alone, as `batch_size`.
+        batch_size (`int`): Records per pass.
     """
 
-    name: str
-    data: Rows | str | Path
-    prompt: Template
     answer: Template
-    start: int = 0
-    limit: int | None = None
-    batch_size: int = 16
     metric: ClassVar[str] = "nats_per_character"
     higher_is_better: ClassVar[bool] = False
 
@@ -83,39 +88,27 @@ class AnswerLikelihood:
         items = [(_fill(self.prompt, row), _fill(self.answer, row)) for row in _rows(self)]
         with contiguous_head(model):
             nats = answer_nats(model, tokenizer, items, self.batch_size)
-        characters = torch.tensor([len(answer) for _, answer in items], dtype=torch.float64)
+        n, characters = len(items), torch.tensor([len(answer) for _, answer in items], dtype=torch.float64)
         score = float(nats.sum() / characters.sum())
         # Standard error of a ratio of sums (delta method)
-        spread = (
-            (nats - score * characters).std(correction=min(1, len(items) - 1)) * len(items) ** 0.5 / characters.sum()
-        )
-        return Scores({self.metric: score, "stderr": float(spread), "items": len(items)})
+        spread = (nats - score * characters).std(correction=min(1, n - 1)) * n**0.5 / characters.sum()
+        return Scores({self.metric: score, "stderr": float(spread), "items": n})
 
 
 @dataclass(frozen=True)
-class Classification:
-    """Share of rows whose label the model finds the most likely continuation of the prompt.
+class Classification(_OnRecords):
+    """Share of records whose label the model finds the most likely continuation of the prompt.
 
     Args:
-        name (`str`): Name of the task in tables.
-        data: Rows (mappings), or the path of a jsonl file.
-        prompt: Format string over a row's columns, or a function of the row.
+        name, data, prompt, start, limit, batch_size: As in `AnswerLikelihood`.
         labels (`tuple[str, ...]`): All labels.
         label (`str`): The column that holds the right one.
         continuation (`str`): How a label follows the prompt.
-        start, limit (`int`): The rows from `start` on, at most `limit` of them.
-        batch_size (`int`): Rows per pass.
     """
 
-    name: str
-    data: Rows | str | Path
-    prompt: Template
     labels: tuple[str, ...]
     label: str = "label"
     continuation: str = " {label}"
-    start: int = 0
-    limit: int | None = None
-    batch_size: int = 16
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
@@ -129,42 +122,27 @@ class Classification:
         with contiguous_head(model):
             nats = choice_nats(model, tokenizer, [_fill(self.prompt, r) for r in rows], choices, self.batch_size)
         accuracy = float((nats.argmin(1) == gold).double().mean())
-        return Scores(
-            {
-                self.metric: accuracy,
-                "stderr": (accuracy * (1 - accuracy) / len(rows)) ** 0.5,
-                "nats_per_label": float(nats.gather(1, gold[:, None]).mean()),
-                "items": len(rows),
-            }
-        )
+        metrics = {self.metric: accuracy, "stderr": _stderr(accuracy, len(rows))}
+        return Scores({**metrics, "nats_per_label": float(nats.gather(1, gold[:, None]).mean()), "items": len(rows)})
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(_OnRecords):
     """Greedy answers: share that matches the gold answer, and share in the wanted format.
 
     Args:
-        name (`str`): Name of the task in tables.
-        data: Rows (mappings), or the path of a jsonl file.
-        prompt: Format string over a row's columns, or a function of the row.
+        name, data, prompt, start, limit, batch_size: As in `AnswerLikelihood`.
         answer: Format string or function that gives the gold text, to which `pattern` is applied as well.
         pattern (`str`): Regular expression; its first group is what must match. An answer without it is out of format.
         max_new_tokens (`int`): The most tokens per answer.
-        start, limit (`int`): The rows from `start` on, at most `limit` of them.
-        batch_size (`int`): Rows per pass.
-        metric (`str`): What recovered lift is taken of: `"exact_match"`, or `"in_format"` for models that are too small to
-            be right.
+        metric (`str`): What recovered lift is taken of: `"exact_match"`, or `"in_format"` for models that are too
+            small to be right.
     """
 
-    name: str
-    data: Rows | str | Path
-    prompt: Template
     answer: Template
     pattern: str
     max_new_tokens: int = 160
-    start: int = 0
-    limit: int | None = None
-    batch_size: int = 64
+    batch_size: int = field(default=64, kw_only=True)
     metric: str = "exact_match"
     higher_is_better: ClassVar[bool] = True
 
@@ -176,8 +154,7 @@ class Generation:
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)
-        prompts = [_fill(self.prompt, row) for row in rows]
-        gold = [_fill(self.answer, row) for row in rows]
+        prompts, gold = ([_fill(template, row) for row in rows] for template in (self.prompt, self.answer))
         written = generate(model, tokenizer, prompts, self.max_new_tokens, self.batch_size)
         wanted, found = ([self._extract(text) for text in texts] for texts in (gold, written))
         metrics = {
@@ -185,8 +162,7 @@ class Generation:
             "in_format": sum(f is not None for f in found) / len(rows),
             "items": len(rows),
         }
-        share = metrics[self.metric]
-        metrics["stderr"] = (share * (1 - share) / len(rows)) ** 0.5
+        metrics["stderr"] = _stderr(metrics[self.metric], len(rows))
         samples = zip(prompts[:SHOWN], gold, written)
         return Scores(metrics, tuple({"prompt": p, "gold": g, "written": w} for p, g, w in samples))
 
@@ -195,7 +171,6 @@ class Generation:
         return match[1].replace(",", "").strip() if match and match[1] is not None else None
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -203,48 +178,37 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> list[str]:
-    """Greedy continuations of the prompts, without special tokens."""
+    """Greedy `continuations` of the prompts, in batches of like length."""
     written = [""] * len(prompts)
-    side, pad = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side, tokenizer.pad_token = "left", pad or tokenizer.eos_token
-    try:
-        for chunk in by_length([len(p) for p in prompts], batch_size):
-            inputs = tokenizer([prompts[i] for i in chunk], return_tensors="pt", padding=True).to(model.device)
-            inputs.pop("token_type_ids", None)
-            with contiguous_head(model):
-                output = model.generate(
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-                )
-            texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            for i, text in zip(chunk, texts):
-                written[i] = text
-    finally:
-        tokenizer.padding_side, tokenizer.pad_token = side, pad
+    for chunk in by_length(prompts, batch_size):
+        for i, text in zip(chunk, continuations(model, tokenizer, [prompts[i] for i in chunk], max_new_tokens)):
+            written[i] = text
     return written
 
 
-def _rows(task) -> list[Mapping[str, Any]]:
-    """The rows of a task.
+def _stderr(share: float, count: int) -> float:
+    return (share * (1 - share) / count) ** 0.5
+
+
+def _rows(task: _OnRecords) -> Records:
+    """The records of a task.
 
     Raises:
         ValueError: If there are none, or a line of the file is no JSON.
         OSError: If the file does not exist.
     """
-    if isinstance(task.data, (str, Path)):
+    data = task.data
+    if isinstance(data, (str, Path)):
+        named = f"The data of the task '{task.name}', '{data}',"
         try:
             # Not splitlines: JSON strings may hold the line separators of Unicode.
-            lines = Path(task.data).read_text(encoding="utf-8").split("\n")
+            lines = Path(data).read_text(encoding="utf-8").split("\n")
             data = [json.loads(line) for line in lines if line.strip()]
         except FileNotFoundError as error:
-            raise OSError(f"The data of the task '{task.name}', '{task.data}', does not exist.") from error
+            raise OSError(f"{named} does not exist.") from error
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"The data of the task '{task.name}', '{task.data}', is no jsonl file: {error}"
-            ) from error
-    else:
-        data = list(task.data)
-    end = None if task.limit is None else task.start + task.limit
-    rows = data[task.start : end]
+            raise ValueError(f"{named} is no jsonl file: {error}") from error
+    rows = list(data)[task.start :][: task.limit]
     if not rows:
         raise ValueError(
             f"The task '{task.name}' has no rows from {task.start} on: pass other data or a lower `start`."
@@ -252,7 +216,7 @@ def _rows(task) -> list[Mapping[str, Any]]:
     return rows
 
 
-def _fill(template: Template, row: Mapping[str, Any]) -> str:
+def _fill(template: Template, row: Record) -> str:
     if callable(template):
         return template(row)
     try:

@@ -1,35 +1,19 @@
-"""How projections are fitted (closed form) and trained (refinement)."""
+"""First maps between two models: the closed form, bridges, and putting them on the target."""
 
-from .batches import TrainingTexts, collate_pairs
-from .checkpoints import checkpoints, last_checkpoint, read_state
-from .closed_form import ClosedForm, KernelFit, fit_closed_form
-from .imitate import distance_to_teacher, imitate
-from .memory import TeacherMemory, fingerprint
-from .out_of_memory import within_memory
-from .refine import CastTrainer, Refinement, training_precision
+from .bridge import Bridge, fit_bridge
+from .closed_form import (
+    fit_closed_form,
+    held_out_batches,
+    held_out_positions,
+    layer_groups,
+    moments_size,
+    texts_per_pass,
+    with_bias,
+)
+from .initial import initial_maps
+from .install import adapter_name_of, cast_config, check_shapes, install
+from .maps import ClosedForm, KernelFit, PlaceMaps
 from .saved import load_closed_form, save_closed_form
-from .teacher import Teacher, TeacherSettings
-
-
-__all__ = [
-    "CastTrainer",
-    "ClosedForm",
-    "KernelFit",
-    "Refinement",
-    "Teacher",
-    "TeacherMemory",
-    "TeacherSettings",
-    "TrainingTexts",
-    "checkpoints",
-    "collate_pairs",
-    "distance_to_teacher",
-    "fingerprint",
-    "fit_closed_form",
-    "imitate",
-    "last_checkpoint",
-    "read_state",
-    "load_closed_form",
-    "save_closed_form",
-    "training_precision",
-    "within_memory",
-]
+from .similarity import layer_similarity, map_by_similarity
+from .stacked import StackedPart, adapter_names, on_one_model, stacked
+from .start import projections_of

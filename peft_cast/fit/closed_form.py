@@ -11,8 +11,8 @@ fitted directly (r outputs instead of in_S or out_S), with the same result at a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -20,60 +20,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import ranks
-from ..align import AlignedPair, ModuleMap, SharedVocabulary, layer_pairs, split_place
-from ..align.places import layer_path
-from ..models import LoraKernel, free_memory, shared_head
-from .batches import collate_pairs, side_of
-from .capture import Captured, capture, layer_outputs, next_token_loss
+from ..align import (
+    AlignedPair,
+    ModuleMap,
+    SharedVocabulary,
+    collate_pairs,
+    layer_pairs,
+    layer_path,
+    side_of,
+    split_place,
+)
+from ..models import Captured, capture, free_memory, layer_outputs, next_token_loss, shared_head
+from ..source import LoraKernel
+from ..utils import distributed
+from .maps import ClosedForm, KernelFit, PlaceMaps
 from .moments import HELD_OUT, Moments, RidgeFit
 
 
 PASS_TOKENS = 2048  # in one process
-
-
-@dataclass(frozen=True)
-class KernelFit:
-    """The fitted projections of one kernel on one target place.
-
-    Args:
-        source_module (`str`): The source place where the kernel comes from.
-        A_P_in (`torch.Tensor`): Shape (r, in_T).
-        P_out_B (`torch.Tensor`): Shape (out_T, r), of a place in a fused module its rows.
-        r2_in (`float`): Held-out share of the kernel's inputs `A x_S` that the target's activations explain.
-        r2_out (`float`): Held-out share of the kernel's gradients `Bᵀ g_S` that the target's gradients explain.
-    """
-
-    source_module: str
-    A_P_in: torch.Tensor
-    P_out_B: torch.Tensor
-    r2_in: float
-    r2_out: float
-
-
-@dataclass(frozen=True)
-class ClosedForm:
-    """The result of the closed-form fit.
-
-    Args:
-        kernels (`dict[str, list[KernelFit]]`): For each target place, in the order of the module map.
-        hidden_maps (`dict[str, torch.Tensor]`): For each target layer (path), the map from the hidden state of its source
-            layer (see `layer_pairs`) and a 1 to the target's, shape (hidden_T, hidden_S + 1).
-        hidden_r2 (`dict[str, float]`): Held-out R² of those maps.
-        positions (`int`): Aligned positions used.
-    """
-
-    kernels: dict[str, list[KernelFit]]
-    hidden_maps: dict[str, torch.Tensor]
-    hidden_r2: dict[str, float]
-    positions: int
-
-    def part(self, sources: Container[str], change: Callable[[KernelFit], KernelFit]) -> ClosedForm:
-        """The fits of some source places alone, each changed; target places that carry none of them are left out."""
-        kernels = {
-            name: [change(fit) for fit in fits if fit.source_module in sources] for name, fits in self.kernels.items()
-        }
-        return replace(self, kernels={name: fits for name, fits in kernels.items() if fits})
 
 
 class _Regressions:
@@ -136,7 +100,7 @@ class _Regressions:
             y = torch.cat([seen[s][1] for s in self.module_map.kernels[name]], dim=1)
             moments.update(target.gradient(name)[at_target], y, held_out, elsewhere)
 
-    def solve(self, ridge: float | None) -> dict[str, list[KernelFit]]:
+    def solve(self, ridge: float | None) -> dict[str, list]:
         into: dict[tuple[str, str], tuple[torch.Tensor, float]] = {}
         for names, columns, moments in zip(self.input_groups, self.columns, self.inputs):
             blocks = [self.widths[s][0] for s in columns]
@@ -144,14 +108,15 @@ class _Regressions:
             found = dict(zip(columns, zip((w.cpu() for w in fit.weight.split(blocks)), fit.r2.tolist())))
             for name in names:
                 into.update({(name, s): found[self.same_input[s]] for s in self.module_map.kernels[name]})
-        fits: dict[str, list[KernelFit]] = {}
+        fits: dict[str, list] = {}
+        kind = PlaceMaps if self.kernels is None else KernelFit
         for name, moments in self.outputs.items():
             sources = self.module_map.kernels[name]
             blocks = [self.widths[s][1] for s in sources]
             # Gradients are noisy and heavy-tailed, activations are not: their strengths differ by orders of magnitude.
             fit = moments.solve(blocks, ridge, start=1.0)
             fits[name] = [
-                KernelFit(s, into[name, s][0], weight.T.contiguous().cpu(), into[name, s][1], r2)
+                kind(s, into[name, s][0], weight.T.contiguous().cpu(), into[name, s][1], r2)
                 for s, weight, r2 in zip(sources, fit.weight.split(blocks), fit.r2.tolist())
             ]
         return fits
@@ -187,10 +152,11 @@ def fit_closed_form(
         kernels: The LoRA of each adapted source place. `None` fits the maps themselves, as if A and B were identities.
         module_map: Where they land.
         batch_size (`int`): The most texts per pass; less of long ones, see `texts_per_pass`.
-        ridge (`float`, *optional*): Fixed ridge strength relative to the mean eigenvalue, instead of the held-out choice.
+        ridge (`float`, *optional*): Fixed ridge strength relative to the mean eigenvalue, instead of the held-out
+            choice.
         hidden (`bool`): Also fit the maps between hidden states that the hidden-state loss needs.
-        memory (`int`, *optional*): Bytes for second moments and held-out positions; half of what is free on the target's device
-            when not given.
+        memory (`int`, *optional*): Bytes for second moments and held-out positions; half of what is free on the
+            target's device when not given.
         progress: Wrapper around the batches, e.g. `tqdm`.
 
     Raises:
@@ -206,14 +172,14 @@ def fit_closed_form(
     if len(pairs) < 2:
         raise ValueError("The closed form needs at least 2 texts, one to fit and one to check on: pass more text.")
     longest = max(max(len(pair.source_ids), len(pair.target_ids)) for pair in pairs)
-    batch_size = texts_per_pass(batch_size, len(pairs), longest, ranks.count())
+    batch_size = texts_per_pass(batch_size, len(pairs), longest, distributed.world_size())
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
-    memory = ranks.least(free_memory(target.device) // 2) if memory is None else memory
-    held_out = held_out_positions([sum(_positions(batch)) for batch in batches], ranks.count())
+    memory = distributed.all_reduce_min(free_memory(target.device) // 2) if memory is None else memory
+    held_out = held_out_positions([sum(_positions(batch)) for batch in batches], distributed.world_size())
     groups = layer_groups(module_map, target, memory, held_out)
     passes = batches * len(groups)
     work = iter(progress(passes) if progress else passes)
-    found: dict[str, list[KernelFit]] = {}
+    found: dict[str, list] = {}
     hidden_fits: dict[str, RidgeFit] = {}
     for group in groups:
         fits, states = _fit_group(source, target, work, len(batches), vocabulary, kernels, group, hidden, ridge)
@@ -227,7 +193,7 @@ def fit_closed_form(
         hidden_r2={path: float(fit.r2[0]) for path, fit in hidden_fits.items()},
         positions=sum(_positions(pairs)),
     )
-    return ranks.same(fit) if kernels is not None else fit  # a bridge's maps are as large as the models
+    return distributed.broadcast(fit) if kernels is not None else fit  # a bridge's maps are as large as the models
 
 
 def _positions(pairs: Sequence[AlignedPair]) -> list[int]:
@@ -235,7 +201,8 @@ def _positions(pairs: Sequence[AlignedPair]) -> list[int]:
 
 
 def texts_per_pass(batch_size: int, texts: int, longest: int, processes: int) -> int:
-    """How many texts, of up to `longest` tokens, all processes read in one pass: at most `batch_size` and half of the texts.
+    """How many texts, of up to `longest` tokens, all processes read in one pass: at most `batch_size` and half of the
+    texts.
 
     All activations of a pass are kept for its gradients, and passes of more than `PASS_TOKENS` are no faster.
     """
@@ -253,7 +220,9 @@ def held_out_positions(batches: Sequence[int], processes: int) -> int:
 
 
 def layer_groups(module_map: ModuleMap, target: PreTrainedModel, memory: int, held_out: int) -> list[ModuleMap]:
-    """The module map in parts of consecutive target layers, each as large as what is kept of it fits into `memory` bytes."""
+    """The module map in parts of consecutive target layers, each as large as what is kept of it fits into `memory`
+    bytes.
+    """
     groups: list[dict[str, list[str]]] = []
     used, last = 0, None
     for name, sources in module_map.kernels.items():
@@ -287,8 +256,10 @@ def _fit_group(
     group: ModuleMap,
     hidden: bool,
     ridge: float | None,
-) -> tuple[dict[str, list[KernelFit]], dict[str, RidgeFit]]:
-    """The kernels' fits and the maps between hidden states of one group of layers, from the next `batches` of the work."""
+) -> tuple[dict[str, list], dict[str, RidgeFit]]:
+    """The kernels' fits and the maps between hidden states of one group of layers, from the next `batches` of the
+    work.
+    """
     regressions = _Regressions(kernels, group)
     hidden_moments: dict[str, Moments] = {}
     pairs_of_layers = layer_pairs(group) if hidden else {}
@@ -303,12 +274,12 @@ def _fit_group(
         layer_outputs(target, pairs_of_layers) as target_states,
     ):
         for number, chunk in enumerate(islice(work, batches)):
-            own = ranks.share(chunk)
+            own = distributed.split(chunk)
             batch = collate_pairs(own or chunk[:1])
             counted = slice(None) if own else slice(0)  # a last batch may be smaller than there are processes
             held_out = number in kept_out
-            parts = [sum(_positions(ranks.share(chunk, of))) for of in range(ranks.count())]
-            elsewhere += sum(parts[: ranks.rank()]) if held_out else 0
+            parts = [sum(_positions(distributed.split(chunk, of))) for of in range(distributed.world_size())]
+            elsewhere += sum(parts[: distributed.rank()]) if held_out else 0
             index = {}
             for side, model, ids in (
                 ("source", source, vocabulary.source_ids),
@@ -324,7 +295,7 @@ def _fit_group(
                 if path not in hidden_moments:
                     hidden_moments[path] = Moments(x.shape[1], y.shape[1], y.device)
                 hidden_moments[path].update(x.to(y.device), y, held_out, elsewhere)
-            elsewhere += sum(parts[ranks.rank() + 1 :]) if held_out else 0
+            elsewhere += sum(parts[distributed.rank() + 1 :]) if held_out else 0
             for seen in (at_source, at_target, source_states, target_states):
                 seen.clear()
     states = {path: moments.solve([moments.yy.shape[0]], ridge) for path, moments in hidden_moments.items()}

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ranks
+from ..utils import distributed
 
 
 # Ridge strengths that can be chosen, relative to the mean eigenvalue of the inputs' second moment.
 RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-
 # Side of the blocks in which symmetric products are made: small enough to skip nearly half the work.
 BLOCK = 256
 # Most held-out positions that are kept.
@@ -26,7 +25,7 @@ class RidgeFit:
 
     Args:
         weight (`torch.Tensor`): W, shape (dim_y, dim_x), float32.
-        r2 (`torch.Tensor`): Held-out share of explained variance (uncentred) of each block of outputs.
+        r2 (`torch.Tensor`): Held-out share of explained variance (uncentered) of each block of outputs.
         ridge (`float`): The chosen relative strength.
     """
 
@@ -39,7 +38,8 @@ class RidgeFit:
 def bfloat16_products() -> Iterator[None]:
     """Lets float32 matrices be multiplied as bfloat16 (TF32 on a GPU) and summed in float32.
 
-    Of numbers that come from bfloat16 the products are exact, and made several times as fast where there is hardware for it.
+    Of numbers that come from bfloat16 the products are exact, and made several times as fast where there is hardware
+    for it.
     """
     try:
         before = torch.get_float32_matmul_precision()
@@ -71,7 +71,9 @@ class Moments:
         self.any_held_out = False  # in any process
 
     def update(self, x: torch.Tensor, y: torch.Tensor, held_out: bool, elsewhere: int = 0) -> None:
-        """Add positions: x (n, dim_x), y (n, dim_y). `elsewhere` is how many held-out ones before them other processes have."""
+        """Add positions: x (n, dim_x), y (n, dim_y). `elsewhere` is how many held-out ones before them other processes
+        have.
+        """
         y = y.to(x.device).float()
         if held_out:
             room = HELD_OUT - elsewhere - sum(len(kept) for kept, _ in self.held_out)
@@ -97,12 +99,12 @@ class Moments:
         Raises:
             ValueError: If the moments are not finite.
         """
-        ranks.add_up(self.xx, self.yx, self.yy)
+        distributed.all_reduce_sum(self.xx, self.yx, self.yy)
         for i in range(0, len(self.xx), BLOCK):
             self.xx[i + BLOCK :, i : i + BLOCK] = self.xx[i : i + BLOCK, i + BLOCK :].T
         given = [self.xx, self.yx, self.yy, *(y.square().sum() + x.float().square().sum() for x, y in self.held_out)]
-        self.any_held_out = ranks.anywhere(bool(self.held_out))
-        if ranks.anywhere(not all(torch.isfinite(m).all() for m in given)):
+        self.any_held_out = distributed.any_process(bool(self.held_out))
+        if distributed.any_process(not all(torch.isfinite(m).all() for m in given)):
             raise ValueError(
                 "The closed-form fit met NaN or infinite activations or gradients: load the models in float32 or "
                 "bfloat16 instead of float16."
@@ -136,14 +138,14 @@ class Moments:
         damped.diagonal().add_(ridge * damped.diagonal().mean().clamp_min(torch.finfo(dtype).tiny))
         factor, failed = torch.linalg.cholesky_ex(damped)
         del damped
-        if ranks.anywhere(bool(failed)):
+        if distributed.any_process(bool(failed)):
             return None
         weight = torch.cholesky_solve(self.yx.to(dtype).T, factor).T.float()
         if self.any_held_out:
             zero = torch.zeros_like(self.yy)
             error = sum(((y - x.float() @ weight.T).square().sum(0) for x, y in self.held_out), start=zero)
             total = sum((y.square().sum(0) for _, y in self.held_out), start=zero)
-            ranks.add_up(error, total)
+            distributed.all_reduce_sum(error, total)
         else:  # ‖y − W x‖² of the fitting texts, from the moments alone
             error = self.yy - 2 * (weight * self.yx).sum(1) + ((weight @ self.xx) * weight).sum(1)
             total = self.yy

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..files import write_tensors
-from ..safety import one_line
 from ..tuner.checks import FLOATS, check_finite, check_number, is_name, read_header, shown
-from .closed_form import ClosedForm, KernelFit
+from ..utils import one_line, write_tensors
+from .maps import ClosedForm, KernelFit, PlaceMaps
 
 
 def save_closed_form(fit: ClosedForm, file: Path) -> None:
@@ -31,19 +30,26 @@ def save_closed_form(fit: ClosedForm, file: Path) -> None:
     kernels = {
         name: [
             {
-                "source_module": f.source_module, "r2_in": f.r2_in, "r2_out": f.r2_out,
-                "in": written(f.A_P_in, f"in.{i}.{name}"), "out": written(f.P_out_B, f"out.{i}.{name}"),
+                "source_place": f.source_place,
+                "r2_in": f.r2_in,
+                "r2_out": f.r2_out,
+                "in": written(f.tensors[0], f"in.{i}.{name}"),
+                "out": written(f.tensors[1], f"out.{i}.{name}"),
             }
             for i, f in enumerate(fits)
         ]
         for name, fits in fit.kernels.items()
-    }  # fmt: skip
+    }
     metadata = {"kernels": kernels, "hidden_r2": fit.hidden_r2, "positions": fit.positions}
     write_tensors(tensors, file, peft_cast=json.dumps(metadata))
 
 
-def load_closed_form(file: Path) -> ClosedForm:
+def load_closed_form(file: Path, kind: type[KernelFit] | type[PlaceMaps] = KernelFit) -> ClosedForm:
     """Read what `save_closed_form` wrote. It may come from a stranger: every entry is checked.
+
+    Args:
+        file (`Path`): The file.
+        kind: What it holds for each place: `PlaceMaps` in a bridge's.
 
     Raises:
         ValueError: If the file is broken or no closed form.
@@ -62,11 +68,12 @@ def load_closed_form(file: Path) -> ClosedForm:
                 check_finite(key, found)
                 return found
 
-            def fit(entry: dict) -> KernelFit:
-                if not is_name(entry["source_module"]):
-                    raise ValueError(f"it has a module called {shown(entry['source_module'])}")
+            def fit(entry: dict) -> Any:
+                place = entry.get("source_place", entry.get("source_module"))  # its name up to version 0.1
+                if not is_name(place):
+                    raise ValueError(f"it has a module called {shown(place)}")
                 numbers = {name: _finite(name, entry[name]) for name in ("r2_in", "r2_out")}
-                return KernelFit(entry["source_module"], tensor(entry["in"]), tensor(entry["out"]), **numbers)
+                return kind(place, tensor(entry["in"]), tensor(entry["out"]), **numbers)
 
             hidden_r2 = {path: _finite("hidden_r2", r2) for path, r2 in metadata["hidden_r2"].items()}
             check_number("`positions`", metadata["positions"], 0, whole=True)

@@ -2,6 +2,3 @@
 
 from .devices import DEVICES, Device, this_machine
 from .plan import PhasePlan, Plan, plan
-
-
-__all__ = ["DEVICES", "Device", "PhasePlan", "Plan", "plan", "this_machine"]

@@ -23,8 +23,8 @@ class Device:
         flops32 (`float`): Likewise in float32.
         memory (`int`): Bytes.
         runtime (`int`): Bytes taken before the first model is loaded: the process on a CPU, the context on a GPU.
-        start (`float`): Seconds that a matrix product takes at least, however small: what Python needs to start it and the small
-            operations around it.
+        start (`float`): Seconds that a matrix product takes at least, however small: what Python needs to start it and
+            the small operations around it.
         growth (`int`): Bytes by which the process grows once it works: modules that are imported late.
         kept_products (`int`): Bytes by which it grows further as batches come in ever new shapes.
     """
@@ -41,8 +41,8 @@ class Device:
 
 # A pass reaches less than a large product: norms, attention and activations wait for memory (docs/planning.md).
 REACHED_ON_CPU, REACHED_ON_GPU = 0.6, 0.5
-# Measured (docs/results.md, Memory). oneDNN keeps the code and buffers of its last thousand products of different shapes, which
-# some thirty batches of different shapes have.
+# Measured (docs/lab-book.md, Memory). oneDNN keeps the code and buffers of its last thousand products of different
+# shapes, which some thirty batches of different shapes have.
 GROWTH_ON_CPU, KEPT_PRODUCTS_ON_CPU, SHAPES_KEPT = 400 * 2**20, 1100 * 2**20, 30
 
 
@@ -81,9 +81,8 @@ def this_machine() -> Device:
     reached = REACHED_ON_CPU if on_cpu else REACHED_ON_GPU
     half, single = (reached * matmul_rate(device, dtype) for dtype in (default_dtype(device), torch.float32))
     return Device(
-        name, half, single, memory, runtime,
-        growth=on_cpu * GROWTH_ON_CPU, kept_products=on_cpu * KEPT_PRODUCTS_ON_CPU,
-    )  # fmt: skip
+        name, half, single, memory, runtime, growth=on_cpu * GROWTH_ON_CPU, kept_products=on_cpu * KEPT_PRODUCTS_ON_CPU
+    )
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -90,8 +90,10 @@ def counted() -> Iterator[Cost]:
     cost.peak, cost.kept = counter.peak, counter.live
 
 
-def materialise(model: nn.Module, device: str = "cpu") -> nn.Module:
-    """Put tensors where a skeleton has none, in place; to be called within a `FakeTensorMode`, whose tensors are fake."""
+def materialize(model: nn.Module, device: str = "cpu") -> nn.Module:
+    """Put tensors where a skeleton has none, in place; to be called within a `FakeTensorMode`, whose tensors are
+    fake.
+    """
     known: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for store in (module._parameters, module._buffers):

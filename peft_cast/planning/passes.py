@@ -7,15 +7,12 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from ..align import AlignedPair, ModuleMap
-from ..fit.batches import collate_pairs, side_of
-from ..fit.capture import capture
+from ..align import AlignedPair, ModuleMap, collate_pairs, side_of
 from ..fit.closed_form import _pass, _Regressions
-from ..fit.losses import Logits, kl_divergence
-from ..fit.memory import Likeliest
-from ..fit.refine import training_precision
-from ..fit.teacher import Teacher, TeacherSettings
-from ..models import LoraKernel, shared_head
+from ..models import capture, shared_head
+from ..options import Training
+from ..refine import Logits, Teacher, TopKLogProbs, kl_divergence, training_precision
+from ..source import LoraKernel
 from .fake import Cost, counted
 
 
@@ -57,32 +54,30 @@ def closed_form_costs(
 
 
 def refinement_costs(
-    source,
-    model,
-    rows: int,
-    aligned: float,
-    vocabulary: int,
-    settings: TeacherSettings,
-    held: int,
-    length: int,
-    anchors: int,
+    source, model, rows: int, aligned: float, vocabulary: int, training: Training, held: int, length: int, anchors: int
 ) -> tuple[Cost, Cost, Cost]:
-    """Cost of the teacher's predictions, of one step, and of the evaluation, of `rows` texts of some length and anchors of `held`."""
+    """Cost of the teacher's predictions, of one step, and of the evaluation, of `rows` texts of some length and
+    anchors of `held`.
+    """
     texts = texts_of(rows, length, aligned)
     held_texts = texts_of(anchors, held, 1.0)
     batch, ids = collate_pairs(texts, held_texts), torch.arange(vocabulary)
-    teacher = Teacher(source, settings)
+    teacher = Teacher(source, training)
     base = source.get_base_model(), model.get_base_model()
     with shared_head(base[0], ids), shared_head(base[1], ids):
-        wanted: Likeliest | Logits
+        wanted: TopKLogProbs | Logits
         with counted() as goal, torch.no_grad():
-            wanted = teacher.remembered(model, texts, held_texts) if settings.top_k else teacher.goals(model, batch)[0]
+            wanted = (
+                teacher.cached_goals(model, texts, held_texts)
+                if training.teacher_top_k
+                else teacher.goals(model, batch)[0]
+            )
         model.train()
         with counted() as step:
             with training_precision(model):
                 logits, _ = teacher.student(model, model, batch)
             by_position = (
-                wanted.kl_divergence(logits) if isinstance(wanted, Likeliest) else kl_divergence(wanted, logits)
+                wanted.kl_divergence(logits) if isinstance(wanted, TopKLogProbs) else kl_divergence(wanted, logits)
             )
             by_position.mean().backward()
         del logits, by_position, wanted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -15,23 +15,22 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from ..align import layer_paths, map_layers, map_modules
-from ..arguments import check_arguments, target_share
-from ..fit.batches import ANCHOR_EVERY, anchor_length, collate_pairs
-from ..fit.closed_form import held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
-from ..fit.teacher import TeacherSettings
-from ..install import cast_config
-from ..models import check_remote_code, default_dtype, layer_count, skeleton
-from ..safety import one_line, read_adapter_config, secrets_removed, why_no_model, without_secrets
+from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_modules
+from ..fit import cast_config, held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
+from ..models import check_remote_code, default_dtype, sharding, skeleton
+from ..options import Fit, Options, Pairing, Projections, Training, takes
 from ..source import adapted_source
+from ..text import ANCHOR_EVERY, anchor_length
 from ..tuner import CastConfig
+from ..utils import one_line, read_adapter_config, secrets_removed, why_no_model, without_secrets
+from ..utils.fields import check_count, check_number
 from .devices import DEVICES, SHAPES_KEPT, Device, this_machine
-from .fake import Cost, materialise
+from .fake import Cost, materialize
 from .passes import closed_form_costs, refinement_costs, texts_of
 
 
-# Factorisations of each regression's second moments, to choose its ridge strength: n³/3 operations each, twice as dear where they are
-# float64. A factorisation goes through `PANEL` columns at a time, one after another.
+# Factorizations of each regression's second moments, to choose its ridge strength: n³/3 operations each, twice as dear
+# where they are float64. A factorization goes through `PANEL` columns at a time, one after another.
 TRIES, PANEL = 3, 32
 
 
@@ -60,9 +59,10 @@ class Plan:
         device (`Device`): Where.
         weights (`dict[str, int]`): Bytes of the `source` and `target` weights.
         parameters (`dict[str, int]`): `trained` and `source_lora`.
-        files (`dict[str, int]`): Bytes of the `adapter`, of the same `folded` to a LoRA (float32 both), and of the optimizer's
-            `checkpoint`.
-        phases (`dict[str, PhasePlan]`): `load`, `closed_form`, `evaluate`, `refine`: those of `TranslationResult.metrics`.
+        files (`dict[str, int]`): Bytes of the `adapter`, of the same `folded` to a LoRA (float32 both), and of the
+            optimizer's `checkpoint`.
+        phases (`dict[str, PhasePlan]`): `load`, `closed_form`, `evaluate`, `refine`: those of
+            `TranslationResult.metrics`.
         assumed (`dict`): Tokens per text and what else the plan rests on.
     """
 
@@ -106,102 +106,98 @@ class Plan:
             time, memory, above = _time(phase.seconds), _size(phase.memory), _size(phase.above_weights)
             lines.append(f"  {name:<12} {time:>9}  {memory:>9}  {above:>13}")
         lines.append(
-            f"  {'in all':<12} {_time(self.seconds):>9}  {_size(self.memory):>9}  and the time to write text, if the models do"
+            f"  {'in all':<12} {_time(self.seconds):>9}  {_size(self.memory):>9}  and the time to write text, if the "
+            "models do"
         )
         if not self.fits:
             lines.append(
-                f"It does not fit: {_size(self.memory)} are needed and {self.device.name} has {_size(self.device.memory)}. "
-                "Lower `batch_size` or `max_length`, pass `training_args={'gradient_checkpointing': True}`, or take a larger device."
+                f"It does not fit: {_size(self.memory)} are needed and {self.device.name} has "
+                f"{_size(self.device.memory)}. "
+                "Lower `batch_size` or `max_length`, pass `training_args={'gradient_checkpointing': True}`, or take a "
+                "larger device."
             )
         return "\n".join(lines)
 
 
+@takes(
+    "source_revision adapter_revision target_revision depth_map module_map source_rank dtype projection_type "
+    "projection_size projection_bias projection_sharing fit_samples steps on_policy_steps batch_size "
+    "max_length eval_samples gamma teacher teacher_top_k training_args"
+)
 def plan(
     source: str | Path | PretrainedConfig | None,
     adapter: str | Path | CastConfig,
     target: str | Path | PretrainedConfig,
     *,
-    device: str | Device | None = None,
+    on: str | Device | None = None,
     tokens: int | None = None,
     aligned: float = 0.9,
-    steps: int = 100,
-    on_policy_steps: int = 0,
-    batch_size: int = 8,
-    max_length: int = 256,
-    fit_samples: int = 64,
-    eval_samples: int = 16,
-    gamma: float = 1.0,
-    teacher: str | float = "source",
-    teacher_top_k: int | None = 128,
-    depth_map: str | Mapping[int, int] = "proportional",
-    module_map: Mapping[str, str] | None = None,
-    projection_type: str | None = None,
-    projection_size: int | None = None,
-    projection_bias: bool = False,
-    projection_sharing: str | None = None,
-    source_rank: int | float | None = None,
+    processes: int = 1,
+    weight_bits: int | None = None,
     bridge: Any = None,
     start: Any = None,
-    gradient_checkpointing: bool = False,
-    processes: int = 1,
-    fsdp: bool = False,
-    weight_bits: int | None = None,
-    dtype: torch.dtype | None = None,
-    source_revision: str | None = None,
-    adapter_revision: str | None = None,
-    target_revision: str | None = None,
+    pairing: Pairing | None = None,
+    projections: Projections | None = None,
+    fit: Fit | None = None,
+    training: Training | None = None,
+    **options: Any,
 ) -> Plan:
     """Tell what `translate` with these arguments will take, without loading the models.
 
     One batch of every phase runs through the package's own code on tensors that have shapes and no memory (PyTorch's
-    `FakeTensorMode`); operations and bytes are counted and multiplied. Arguments that are not listed are those of `translate`.
+    `FakeTensorMode`); operations and bytes are counted and multiplied.
 
     Args:
-        source, target: Hub ids or folders with a `config.json`, or configurations. `None` takes the source from the adapter.
+        source, target: Hub ids or folders with a `config.json`, or configurations. `None` takes the source from the
+            adapter.
         adapter: The LoRA: hub id or folder; only this small file is read.
-        device: A name in `peft_cast.planning.DEVICES`, a `Device`, or `None` for this machine, whose rates are measured.
-        tokens (`int`, *optional*): Tokens of a text of the refinement in either model, on average; `max_length`, the most, when
-            not given. Texts of the closed form, and the longest, which memory must hold, are taken to have as many as that.
+        on: A name in `peft_cast.planning.DEVICES`, a `Device`, or `None` for this machine, whose rates are measured.
+        tokens (`int`, *optional*): Tokens of a text of the refinement in either model, on average; `max_length`, the
+            most, when not given. Texts of the closed form, and the longest, which memory must hold, are taken to have
+            as many as that.
         aligned (`float`): Share of the positions at which both tokenizers have a boundary.
+        processes (`int`): How many devices share the work (docs/scale.md); the plan is that of each of them. The time
+            in which sharded layers travel between them is not counted.
+        weight_bits (`int`, *optional*): Of models that are loaded quantized: 4 for bitsandbytes' nf4.
         bridge, start: As in `translate`, which fits no closed form when one is given.
-        gradient_checkpointing (`bool`): `training_args={"gradient_checkpointing": True}` of `translate`: activations are made a
-            second time instead of kept.
-        processes (`int`): How many devices share the work (docs/scale.md); the plan is that of each of them.
-        fsdp (`bool`): Whether the models are spread over them. The time in which layers travel between devices is not counted.
-        weight_bits (`int`, *optional*): Of models that are loaded quantised: 4 for bitsandbytes' nf4.
-        dtype (`torch.dtype`, *optional*): Of the models; bfloat16 for named devices, what is fast here otherwise.
+        pairing, projections, fit, training, options: As in `translate`. `training_args` with `fsdp` shards the models,
+            with `gradient_checkpointing` activations are made a second time instead of kept.
 
     Returns:
         `Plan`
 
     Raises:
-        ValueError: If the device is unknown, `batch_size` is no multiple of `processes`, `fsdp` meets `weight_bits`, or the
-            adapter or a configuration cannot be used; the message says why.
+        ValueError: If the device is unknown, `batch_size` is no multiple of `processes`, sharding meets `weight_bits`,
+            or the adapter or a configuration cannot be used; the message says why.
     """
-    check_arguments(dict(locals()))
-    device = _device(device)
+    given = Options.of(options, plan, pairing=pairing, projections=projections, fit=fit, training=training)
+    pairing, training, fit_samples = given.pairing, given.training, given.fit.fit_samples
+    steps, batch_size, max_length = training.steps, training.batch_size, training.max_length
+    for name, count in (("tokens", tokens), ("processes", processes), ("weight_bits", weight_bits)):
+        check_count(name, count, 1)
+    check_number("aligned", aligned, above=0)
+    device, trainer = _device(on), training.training_args or {}
+    sharded = sharding.is_wanted(trainer)
     if batch_size % processes:
         raise ValueError(f"`batch_size` ({batch_size}) must be a multiple of the {processes} processes that share it.")
-    if fsdp and weight_bits:
-        raise ValueError("FSDP spreads no quantised models: plan with `fsdp` or with `weight_bits`, not with both.")
+    if sharded and weight_bits:
+        raise ValueError("FSDP shards no quantized models: plan with `fsdp` or with `weight_bits`, not with both.")
     own_rows = batch_size // processes
-    dtype = dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
+    dtype = pairing.dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
     if source is None:
-        source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
-    on = _model(_config(source, "source", source_revision), dtype)
-    onto = _model(_config(target, "target", target_revision), dtype)
-    layers = map_layers(layer_count(on), layer_count(onto), "proportional" if depth_map == "similarity" else depth_map)
+        source = read_adapter_config(adapter, pairing.adapter_revision).base_model_name_or_path
+    on = _model(_config(source, "source", pairing.source_revision), dtype)
+    onto = _model(_config(target, "target", pairing.target_revision), dtype)
+    depth_map = "proportional" if pairing.depth_map == "similarity" else pairing.depth_map
+    layers = map_layers(layer_count(on), layer_count(onto), depth_map)
     length = min(tokens or max_length, max_length)
-    with adapted_source(on, adapter, adapter_revision, source_rank) as read:
+    with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank) as read:
         kernels = dict(read.kernels)
-        modules = map_modules(kernels, onto, layers, module_map, on)
-        config = cast_config(
-            kernels, modules, projection_type=projection_type, projection_size=projection_size,
-            projection_bias=projection_bias, projection_sharing=projection_sharing,
-        )  # fmt: skip
+        modules = map_modules(kernels, onto, layers, pairing.module_map, on)
+        config = cast_config(kernels, modules, **vars(given.projections))
         weights = {"source": _weights(on, weight_bits), "target": _weights(onto, weight_bits)}
         here = sum(weights.values())
-        base = (_kept_here((on, onto), here, processes) if fsdp else here) + device.runtime
+        base = (_kept_here((on, onto), here, processes) if sharded else here) + device.runtime
         together = texts_per_pass(batch_size, fit_samples, max_length, processes)
         batches, at_once = -(-fit_samples // together), -(-together // processes)
         fit_batch = collate_pairs(texts_of(at_once, max_length, 0.95))
@@ -213,33 +209,32 @@ def plan(
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         own = [t for n, t in model.state_dict().items() if "peft_cast_kernels" in n]
         with FakeTensorMode(allow_non_fake_inputs=True):
-            materialise(read.model)
-            materialise(model)
+            materialize(read.model)
+            materialize(model)
             vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (on, onto))
             with read.model.disable_adapter(), model.disable_adapter():
                 passes, moments, unseen = closed_form_costs(on, onto, fit_batch, vocabulary, kernels, group)
                 kept = moments.kept + unseen.kept * held_out / len(fit_batch["rows"])
-            settings = TeacherSettings(gamma=gamma, target_share=target_share(teacher), top_k=teacher_top_k)
-            if gradient_checkpointing:
+            if trainer.get("gradient_checkpointing"):
                 model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
             held = anchor_length(max_length)
             # The same batch is often asked for twice, and takes seconds.
             batch_of = cache(
-                partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, settings, held)
+                partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, training, held)
             )
             usual = own_rows / ANCHOR_EVERY
-            goal, step, check = batch_of(length, math.ceil(usual) if gamma else 0)
-            # What memory must hold is the batch of the longest texts that brings the most anchors, of which each text has a
-            # quarter of one: hardly a batch exceeds two standard deviations.
+            goal, step, check = batch_of(length, math.ceil(usual) if training.gamma else 0)
+            # What memory must hold is the batch of the longest texts that brings the most anchors, of which each text
+            # has a quarter of one: hardly a batch exceeds two standard deviations.
             most = min(usual + 2 * (own_rows * (ANCHOR_EVERY - 1)) ** 0.5 / ANCHOR_EVERY, own_rows)
-            peaks = [cost.peak for cost in batch_of(max_length, math.ceil(most) if gamma else 0)]
-    texts = (steps + on_policy_steps) * own_rows
+            peaks = [cost.peak for cost in batch_of(max_length, math.ceil(most) if training.gamma else 0)]
+    texts = (steps + training.on_policy_steps) * own_rows
     # Folded, every module gets the largest rank, as servers want it.
     ranks = [sum(kernel.spec.r for kernel in m.peft_cast_kernels["default"]) for m in _layers(model)]
     folded = max(ranks) * sum(m.in_features + m.out_features for m in _layers(model))
     heads = 2 * vocabulary * sum(m.config.get_text_config().hidden_size for m in (on, onto))
     optimizer = 16 * trained  # float32 parameters, gradients and Adam's two moments
-    remembered = texts * length * aligned * (teacher_top_k or 0) * 6 * (1 + 0.25 * (gamma > 0))
+    remembered = texts * length * aligned * (training.teacher_top_k or 0) * 6 * (1 + 0.25 * (training.gamma > 0))
     # The largest in float64, and its factor.
     solve = 2 * 8 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2
 
@@ -257,36 +252,48 @@ def plan(
     grown = min(1, steps / SHAPES_KEPT) * device.kept_products
     fitted = (batches - len(held_out_batches(batches))) * sum(sizes) / max(sizes)
     widths = [width for m in _layers(model) for width in (m.in_features, m.out_features)]
-    evaluations = (8 if on_policy_steps else 3) * -(-eval_samples // batch_size)
+    evaluations = (8 if training.on_policy_steps else 3) * -(-training.eval_samples // batch_size)
     phases = {
         # Spread models are loaded by one process after another.
-        "load": PhasePlan(sum(weights.values()) / 1e9 * (processes if fsdp else 1), int(base), device.runtime, 0.0),
+        "load": PhasePlan(sum(weights.values()) / 1e9 * (processes if sharded else 1), int(base), device.runtime, 0.0),
         "closed_form": phase(
-            len(groups) * batches, [passes], heads + max(kept + passes.peak, kept + solve),
+            len(groups) * batches,
+            [passes],
+            heads + max(kept + passes.peak, kept + solve),
             fitted * moments.flops + 2 * TRIES * sum(width**3 for width in widths) / 3,
             fitted * moments.products + TRIES * sum(widths) / PANEL,
         ),
         "evaluate": phase(evaluations, [check], heads + peaks[2] + optimizer // 4 + grown),
         "refine": phase(
-            steps + on_policy_steps, [step, goal],
+            steps + training.on_policy_steps,
+            [step, goal],
             heads + max(peaks[:2]) + optimizer + min(remembered, 2**31) + grown,
         ),
-    }  # fmt: skip
+    }
     if bridge is not None or start is not None:
         del phases["closed_form"]
     files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
     assumed = {
-        "tokens": length, "aligned": aligned, "vocabulary": vocabulary, "steps": steps,
-        "on_policy_steps": on_policy_steps, "batch_size": batch_size,
-        "processes": processes, "fsdp": fsdp, "fit_samples": fit_samples, "fit_tokens": max_length, "fit_groups": len(groups), "dtype": str(dtype),
-    }  # fmt: skip
+        "tokens": length,
+        "aligned": aligned,
+        "vocabulary": vocabulary,
+        "steps": steps,
+        "on_policy_steps": training.on_policy_steps,
+        "batch_size": batch_size,
+        "processes": processes,
+        "sharded": sharded,
+        "fit_samples": fit_samples,
+        "fit_tokens": max_length,
+        "fit_groups": len(groups),
+        "dtype": str(dtype),
+    }
     lora = sum(len(kernel.A) * (kernel.A.shape[1] + kernel.B.shape[0]) for kernel in kernels.values())
     return Plan(device, weights, {"trained": trained, "source_lora": lora}, files, phases, assumed)
 
 
 def _kept_here(models: Sequence[PreTrainedModel], weights: int, processes: int) -> int:
-    """Bytes of the models' weights in one process when they are spread: its part, all that is not spread, and two whole layers
-    of the model at work, that which works and the next."""
+    """Bytes of the models' weights in one process when they are spread: its part, all that is not spread, and two
+    whole layers of the model at work, that which works and the next."""
     sizes = [[sum(p.nbytes for p in layer) for layer in _matrices(model)] for model in models]
     elsewhere = sum(map(sum, sizes)) * (1 - 1 / processes)
     return int(weights - elsewhere) + 2 * max(map(max, sizes))
@@ -332,7 +339,8 @@ def _config(model: str | Path | PretrainedConfig, which: str, revision: str | No
     if (why := why_no_model(model)) is not None:
         raise ValueError(
             without_secrets(
-                f"The configuration of the {which} model could not be read: {why}. Pass a hub id or a folder with config.json."
+                f"The configuration of the {which} model could not be read: {why}. Pass a hub id or a folder with "
+                "config.json."
             )
         )
     try:
@@ -341,8 +349,8 @@ def _config(model: str | Path | PretrainedConfig, which: str, revision: str | No
     except (OSError, ValueError) as error:
         check_remote_code(error, f"The {which} model '{without_secrets(model)}'", which)
         raise ValueError(
-            f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {one_line(error)} Pass a hub id, a "
-            "folder with config.json or a configuration."
+            f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {one_line(error)} "
+            "Pass a hub id, a folder with config.json or a configuration."
         ) from error
 
 

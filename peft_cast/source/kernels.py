@@ -1,8 +1,8 @@
 """Read an adapter as low-rank kernels: a plain LoRA exactly, everything else by what its modules do.
 
 A LoRA's A and B are taken as they are. Any other module is *measured*: what it adds to its untouched base layer for
-every unit input is its delta weight, one definition for all of PEFT's methods. (PEFT's own `get_delta_weight` leaves out
-DoRA's magnitudes and returns rotations or nothing at all for others.) The delta is then cut to a low rank.
+every unit input is its delta weight, one definition for all of PEFT's methods. (PEFT's own `get_delta_weight` leaves
+out DoRA's magnitudes and returns rotations or nothing at all for others.) The delta is then cut to a low rank.
 """
 
 from __future__ import annotations
@@ -24,11 +24,26 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..align.places import find_places, split_name, split_place
-from ..models import LoraKernel
+from ..align import find_places, split_name, split_place
 
 
-# A measured delta whose rank is at most EXACT_UP_TO is kept whole, any other is cut to DEFAULT_RANK or twice the LoRA's.
+@dataclass(frozen=True)
+class LoraKernel:
+    """The frozen LoRA of one source place: `delta(x) = scaling * B A x`, A (r, in_S), B (out_S, r)."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scaling: float
+
+
+def count_parameters(kernels: Mapping[str, LoraKernel]) -> int:
+    """Parameters of the LoRA that kernels were taken from: the parts of a fused module share their A."""
+    parts = {id(kernel.A): kernel.A.numel() for kernel in kernels.values()}
+    return sum(parts.values()) + sum(kernel.B.numel() for kernel in kernels.values())
+
+
+# A measured delta whose rank is at most EXACT_UP_TO is kept whole, any other is cut to DEFAULT_RANK or twice the
+# LoRA's.
 EXACT_UP_TO, DEFAULT_RANK = 64, 16
 # Relative error below which a cut loses nothing but rounding.
 _EXACT = 1e-5
@@ -45,7 +60,8 @@ class SourceAdapter:
             module is a kernel for each of its parts.
         converted (`dict[str, float]`): For each module whose kernel was measured, not read: the error of its kernel,
             `‖ΔW − s B A‖ / ‖ΔW‖` in the Frobenius norm.
-        not_carried (`tuple[tuple[str, str], ...]`): Module name and what of it no kernel expresses. The teacher has it.
+        not_carried (`tuple[tuple[str, str], ...]`): Module name and what of it no kernel expresses. The teacher has
+            it.
     """
 
     model: PeftModel
@@ -66,7 +82,9 @@ class SourceAdapter:
 
     @property
     def identity(self) -> str:
-        """What makes two readings of the same weights differ: the adapter's options (scaling, tokens) and the ranks."""
+        """What makes two readings of the same weights differ: the adapter's options (scaling, tokens) and the
+        ranks.
+        """
         options = self.model.active_peft_config.to_dict()
         ranks = {name: len(kernel.A) for name, kernel in self.kernels.items()}
         # Sets have no lasting order.
@@ -78,7 +96,8 @@ def check_rank(rank: int | float | None) -> None:
         return
     if not isinstance(rank, float) or not 0 < rank <= 1:
         raise ValueError(
-            f"`source_rank` must be a whole number from 1 or a share of the energy from 0 to 1 (such as 0.9), got {rank!r}."
+            "`source_rank` must be a whole number from 1 or a share of the energy from 0 to 1 (such as 0.9), got "
+            f"{rank!r}."
         )
 
 
@@ -94,7 +113,8 @@ def read_adapter(
         rank: How far measured deltas are cut, `source_rank` in `translate`.
 
     Raises:
-        ValueError: If not exactly one adapter is active, a module's effect is no fixed matrix, or nothing can be carried.
+        ValueError: If not exactly one adapter is active, a module's effect is no fixed matrix, or nothing can be
+            carried.
     """
     if len(model.active_adapters) != 1:
         raise ValueError(f"Exactly one adapter of the source must be active, not {model.active_adapters}.")
@@ -140,8 +160,8 @@ def read_adapter(
     if not kernels:
         found = ", ".join(f"{module}: {what}" for module, what in list(rest)[:4]) or "it changes no module"
         raise ValueError(
-            f"Nothing of the {kind} adapter can be carried over ({found}): a translation needs at least one adapter that "
-            "changes a linear layer."
+            f"Nothing of the {kind} adapter can be carried over ({found}): a translation needs at least one adapter "
+            "that changes a linear layer."
         )
     return SourceAdapter(model, kind, _by_place(kernels, base), errors, tuple(rest))
 
@@ -161,7 +181,9 @@ def _by_place(kernels: Mapping[str, LoraKernel], base: nn.Module) -> dict[str, L
 
 
 def _kind(config: PeftConfig) -> str:
-    """`"LORA"`, or `"LORA (use_dora)"` with the options PEFT marks as variants and the initialisation, if any is named."""
+    """`"LORA"`, or `"LORA (use_dora)"` with the options PEFT marks as variants and the initialization, if any is
+    named.
+    """
     options = [
         field.name
         for field in dataclasses.fields(config)
@@ -223,13 +245,13 @@ def _measure(
     weight = module.get_base_layer().weight
     if weight.is_meta:
         raise ValueError(
-            f"The adapter on '{name}' is no plain LoRA, so its effect must be measured on the source model's weights: pass "
-            "`source`."
+            f"The adapter on '{name}' is no plain LoRA, so its effect must be measured on the source model's weights: "
+            "pass `source`."
         )
     if not weight.is_floating_point():
         raise ValueError(
-            f"The adapter on '{name}' is no plain LoRA and its base layer is quantised, so its effect cannot be measured: "
-            "load the source model unquantised."
+            f"The adapter on '{name}' is no plain LoRA and its base layer is quantized, so its effect cannot be "
+            "measured: load the source model unquantized."
         )
     if module.merged:
         raise ValueError("The source's adapter is merged into the model: call `unmerge_adapter()` first.")
@@ -259,8 +281,8 @@ def _measure(
     noise = 1e-7 * weight.norm().double()  # some methods compute in float32
     if off.norm() > 1e-3 * (x @ delta.T).norm() + noise * x.norm():
         raise ValueError(
-            f"The effect of the adapter on '{name}' ({type(module).__name__}) is not linear in the module's input, so no "
-            "fixed matrix expresses it and it cannot be translated."
+            f"The effect of the adapter on '{name}' ({type(module).__name__}) is not linear in the module's input, so "
+            "no fixed matrix expresses it and it cannot be translated."
         )
     return delta * (delta.norm() > noise), bias * (bias.norm() > noise)
 
@@ -268,8 +290,9 @@ def _measure(
 def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[LoraKernel, float]:
     """The best kernel of a rank for `delta` (out, in), float64, and its relative Frobenius error (Eckart-Young).
 
-    A whole `rank` is that rank, or less if less is exact; a share is the least rank that keeps this share of the squared
-    singular values (as in `peft.convert_to_lora`); `None` is the exact rank up to `EXACT_UP_TO`, else `default`.
+    A whole `rank` is that rank, or less if less is exact; a share is the least rank that keeps this share of the
+    squared singular values (as in `peft.convert_to_lora`); `None` is the exact rank up to `EXACT_UP_TO`, else
+    `default`.
     """
     most = None if isinstance(rank, float) else max(rank or 0, default, EXACT_UP_TO)
     U, S, Vh = _leading(delta, most)
@@ -291,7 +314,8 @@ def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[L
 def _leading(delta: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `count` leading singular triplets U (out, k), S (k,), Vh (k, in); all when `count` is `None`.
 
-    Where few of many are wanted, by subspace iteration: the cost of a full decomposition grows with the cube of the width.
+    Where few of many are wanted, by subspace iteration: the cost of a full decomposition grows with the cube of the
+    width.
     """
     if count is None or 8 * count > min(delta.shape):
         return torch.linalg.svd(delta, full_matrices=False)

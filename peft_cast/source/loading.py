@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models import load_model, load_on_skeleton, unload_adapters
-from ..safety import check_weights, one_line, read_adapter_config, without_secrets
 from ..tuner.checks import TensorInfo
+from ..utils import check_weights, one_line, read_adapter_config, without_secrets
 from .kernels import SourceAdapter, check_rank, read_adapter
 
 
@@ -57,8 +57,9 @@ def adapted_source(
 ) -> Iterator[SourceAdapter]:
     """The source model with its adapter active, and the adapter's kernels; afterwards a loaded `source` is as it was.
 
-    Some adapters change the base model's own weights when they are loaded (trained biases, PiSSA's and OLoRA's residual,
-    KaSA's truncation). They are put back at the end, and under `disable_adapter()`, where PEFT leaves them changed.
+    Some adapters change the base model's own weights when they are loaded (trained biases, PiSSA's and OLoRA's
+    residual, KaSA's truncation). They are put back at the end, and under `disable_adapter()`, where PEFT leaves them
+    changed.
 
     Args:
         source: The model.
@@ -157,8 +158,8 @@ def _check_config(config: PeftConfig, name: str, in_memory: bool = False) -> Non
     kind = config.peft_type.value
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise ValueError(
-            f"{name} is of type {kind}, which adds virtual tokens and changes no weight, so there is nothing to carry over: "
-            "only adapters that change linear layers can be translated."
+            f"{name} is of type {kind}, which adds virtual tokens and changes no weight, so there is nothing to carry "
+            "over: only adapters that change linear layers can be translated."
         )
     if kind in _NO_DELTA:
         raise ValueError(
@@ -167,21 +168,22 @@ def _check_config(config: PeftConfig, name: str, in_memory: bool = False) -> Non
         )
     if config.task_type not in (None, "CAUSAL_LM"):
         raise ValueError(
-            f"{name} was trained for the task type {config.task_type}, whose head a causal language model has not: only "
-            "adapters of causal language models can be translated."
+            f"{name} was trained for the task type {config.task_type}, whose head a causal language model has not: "
+            "only adapters of causal language models can be translated."
         )
     start = _start(config)
     lost = start.startswith(("pissa_niter", "corda", "lora_ga", "loftq"))
     if lost or (in_memory and _changes_weights(config)):
         remedy = (
-            "save it with `save_pretrained(folder, path_initial_model_for_weight_conversion=...)`, which makes it a plain "
-            "LoRA, or set `init_lora_weights` to true in its configuration and pass the changed model as `source`"
+            "save it with `save_pretrained(folder, path_initial_model_for_weight_conversion=...)`, which makes it a "
+            "plain LoRA, or set `init_lora_weights` to true in its configuration and pass the changed model as "
+            "`source`"
             if lost
             else "save it with `save_pretrained(folder)` and pass the folder"
         )
         raise ValueError(
-            f"{name} is relative to base weights that its initialisation ({start or 'kasa'}) changed, and what they were "
-            f"before is not known here: {remedy}."
+            f"{name} is relative to base weights that its initialization ({start or 'kasa'}) changed, and what they "
+            f"were before is not known here: {remedy}."
         )
 
 
@@ -202,9 +204,9 @@ def _check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapp
         shape = shapes.get(f"{name}.weight") or shapes.get(f"{name}.base_layer.weight")
         if shape and shape[0] != part.weight.shape[0]:
             raise ValueError(
-                f"The adapter '{without_secrets(adapter)}' was trained with a vocabulary of {shape[0]} tokens and the source model has "
-                f"{part.weight.shape[0]}: load the model, call `resize_token_embeddings({shape[0]})` and pass it with the "
-                "adapter's tokenizer as `source_tokenizer`."
+                f"The adapter '{without_secrets(adapter)}' was trained with a vocabulary of {shape[0]} tokens and the "
+                f"source model has {part.weight.shape[0]}: load the model, call `resize_token_embeddings({shape[0]})` "
+                "and pass it with the adapter's tokenizer as `source_tokenizer`."
             )
 
 

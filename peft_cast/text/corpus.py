@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from .. import ranks
-from ..safety import looks_like_path, one_line, secrets_removed, without_secrets
+from ..utils import distributed, looks_like_path, one_line, secrets_removed, without_secrets
 
 
+# By a file's suffix the builder of `datasets` that reads it, and what the file must be.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
 _FORMS = {
     "json": 'with an object like {"text": "..."} per line',
@@ -42,6 +43,10 @@ class Corpus:
     split: str = "train"
     min_chars: int = 50
 
+    def __str__(self) -> str:
+        is_named = isinstance(self.source, (str, Path))
+        return f"'{without_secrets(self.source)}'" if is_named else f"({type(self.source).__name__})"
+
 
 C4 = Corpus("allenai/c4", name="en", min_chars=200)
 
@@ -57,100 +62,100 @@ def read_corpus(corpus: Any, limit: int) -> list[str]:
         ValueError: If it holds no text that is long enough, or lacks the column.
         OSError: If it cannot be reached; the message says what to pass instead.
     """
-    return ranks.shared(lambda: _read(corpus, limit))
+    return distributed.on_main_process(partial(_read, corpus, limit))
 
 
 def _read(corpus: Any, limit: int) -> list[str]:
-    if corpus is None:
-        corpus = C4
-    elif not isinstance(corpus, Corpus):
-        corpus = C4 if corpus == C4.source else Corpus(corpus)
+    if not isinstance(corpus, Corpus):
+        corpus = C4 if corpus is None or corpus == C4.source else Corpus(corpus)
     texts = list(islice((t for t in _texts(corpus) if len(t.strip()) >= corpus.min_chars), limit))
     if not texts:
         raise ValueError(
-            f"The text corpus {_describe(corpus)} holds no text of at least {corpus.min_chars} characters: pass more "
-            "or longer text, or `Corpus(..., min_chars=...)`."
+            f"The text corpus {corpus} holds no text of at least {corpus.min_chars} characters: pass more or longer "
+            "text, or `Corpus(..., min_chars=...)`."
         )
     return texts
 
 
-def _describe(corpus: Corpus) -> str:
-    return (
-        f"'{without_secrets(corpus.source)}'"
-        if isinstance(corpus.source, (str, Path))
-        else f"({type(corpus.source).__name__})"
-    )
-
-
 def _texts(corpus: Corpus) -> Iterator[str]:
-    source = corpus.source
-    if isinstance(source, Path) or (isinstance(source, str) and _looks_local(source)):
-        source = _local(source)
-    elif isinstance(source, str):
-        source = _hub(corpus)
-    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        return _column(source, corpus)
+    """All texts, empty where a column has none."""
+    source, column = corpus.source, corpus.column
+    if isinstance(source, (str, Path)):
+        source = _local(source) if _looks_local(source) else _hub(corpus)
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise ValueError(f"The text is a dataset with splits {sorted(source)}: pass one of them, e.g. text['train'].")
     if not isinstance(source, Iterable):
         raise ValueError(
             f"`text` must be a hub id, a path, an iterable of strings or a dataset, got {type(source).__name__}."
         )
-    return _strings(source)
+    if not isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
+        yield from (_checked(text, "`text`") for text in source)
+        return
+    for row in source:
+        if column not in row:
+            raise ValueError(
+                f"The text corpus {corpus} has no column '{column}'; it has {', '.join(sorted(map(str, row))[:12])}: "
+                "pass Corpus(..., column=...), in a config file {corpus: {source: ..., column: ...}}."
+            )
+        text = row[column]
+        yield "" if text is None else _checked(text, f"The column '{column}' of the text corpus {corpus}")
+
+
+def _checked(text: Any, what: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"{what} must hold strings, got {type(text).__name__}.")
+    return text
 
 
 def check_corpus(corpus: Any) -> None:
-    """Refuse what can be refused without reading it: a local file that is not there, is empty, or is of an unknown kind.
+    """Refuse what can be refused without reading it: a local file that is absent, empty, or of an unknown kind.
 
     Raises:
         ValueError, OSError: As `read_corpus`.
     """
     source = corpus.source if isinstance(corpus, Corpus) else corpus
-    if isinstance(source, Path) or (isinstance(source, str) and _looks_local(source)):
+    if isinstance(source, (str, Path)) and _looks_local(source):
         _builder(source)
 
 
-def _looks_local(source: str) -> bool:
+def _looks_local(source: str | Path) -> bool:
     return Path(source).exists() or Path(source).suffix in _BUILDERS or looks_like_path(source)
 
 
 def _builder(source: str | Path) -> str | None:
     """The builder of `datasets` that reads a file; `None` for a folder."""
-    path, shown = Path(source), without_secrets(source)
+    path, shown = Path(source), f"The text file '{without_secrets(source)}'"
     if not path.exists():
-        raise OSError(f"The text file '{shown}' does not exist.")
+        raise OSError(f"{shown} does not exist.")
     if path.is_dir():
         return None
-    builder = _BUILDERS.get(path.suffix)
-    if builder is None:
-        raise ValueError(f"The text file '{shown}' has an unknown type; known are {', '.join(sorted(_BUILDERS))}.")
+    if path.suffix not in _BUILDERS:
+        raise ValueError(f"{shown} has an unknown type; known are {', '.join(sorted(_BUILDERS))}.")
     try:
         with open(path, "rb") as file:
-            empty = not file.read(2**20).strip()
+            if not file.read(2**20).strip():
+                raise ValueError(f"{shown} is empty: pass one with text.")
     except OSError as error:
-        raise OSError(f"The text file '{shown}' cannot be opened ({error.strerror}).") from error
-    if empty:
-        raise ValueError(f"The text file '{shown}' is empty: pass one with text.")
-    return builder
+        raise OSError(f"{shown} cannot be opened ({error.strerror}).") from error
+    return _BUILDERS[path.suffix]
 
 
 def _local(source: str | Path) -> datasets.Dataset:
-    path, shown = Path(source), without_secrets(source)
-    builder = _builder(source)
+    path, shown, builder = str(source), without_secrets(source), _builder(source)
     if builder is None:
         try:
-            return datasets.load_from_disk(str(path))
+            return datasets.load_from_disk(path)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"The folder '{shown}' holds no dataset that `save_to_disk` wrote: pass a text file, or such a folder."
             ) from error
     options = {"sample_by": "paragraph"} if builder == "text" else {}
     try:
-        return datasets.load_dataset(builder, data_files=str(path), split="train", **options)
+        return datasets.load_dataset(builder, data_files=path, split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
         raise ValueError(
-            f"The text file '{shown}' could not be read as {path.suffix} ({one_line(error.__cause__ or error).rstrip('.')}): it must "
-            f"be UTF-8, {_FORMS[builder]}."
+            f"The text file '{shown}' could not be read as {Path(source).suffix} "
+            f"({one_line(error.__cause__ or error).rstrip('.')}): it must be UTF-8, {_FORMS[builder]}."
         ) from error
 
 
@@ -160,30 +165,7 @@ def _hub(corpus: Corpus) -> datasets.IterableDataset:
             return datasets.load_dataset(corpus.source, corpus.name, split=corpus.split, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise OSError(
-            f"The dataset {_describe(corpus)} could not be reached on the hub ({type(error).__name__}). Without a "
-            "connection, pass text that is at hand: text='my_texts.jsonl' (also .txt, .parquet; `--text` on the "
-            "command line), a list of strings, or a datasets.Dataset, and likewise `fit_text` when the models write `text` themselves."
+            f"The dataset {corpus} could not be reached on the hub ({type(error).__name__}). Without a connection, "
+            "pass text that is at hand: text='my_texts.jsonl' (also .txt, .parquet; `--text` on the command line), a "
+            "list of strings, or a datasets.Dataset, and likewise `fit_text` when the models write `text` themselves."
         ) from error
-
-
-def _column(data: datasets.Dataset | datasets.IterableDataset, corpus: Corpus) -> Iterator[str]:
-    for row in data:
-        if corpus.column not in row:
-            names = ", ".join(sorted(map(str, row))[:12])
-            raise ValueError(
-                f"The text corpus {_describe(corpus)} has no column '{corpus.column}'; it has {names}: pass Corpus(..., "
-                "column=...), in a config file {corpus: {source: ..., column: ...}}."
-            )
-        text = row[corpus.column]
-        if text is not None and not isinstance(text, str):
-            raise ValueError(
-                f"The column '{corpus.column}' of the text corpus {_describe(corpus)} must hold strings, got {type(text).__name__}."
-            )
-        yield text or ""
-
-
-def _strings(texts: Iterable[Any]) -> Iterator[str]:
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"`text` must hold strings, got {type(text).__name__}.")
-        yield text

@@ -31,9 +31,9 @@ class Mixture:
 
 
 def default_text(source_tokenizer: PreTrainedTokenizerBase) -> SelfWritten | Corpus:
-    """What is read when nothing is given: the adapted source's answers to snippets of C4, or C4 if it has no chat template.
+    """What is read when nothing is given: the source's answers to snippets of C4, or C4 if it has no chat template.
 
-    C4 as it stands shows little of an adapter, and draws the target towards a source that is weaker (docs/results.md, Text).
+    C4 as it stands shows little of an adapter, and draws the target to a weaker source (docs/results.md, Text).
     """
     return SelfWritten() if source_tokenizer.chat_template else C4
 
@@ -42,9 +42,8 @@ def is_written(text: Any) -> bool:
     """Whether the models write the text, or a part of it, themselves."""
     if isinstance(text, Mixture):
         return any(is_written(part) for part, _ in text.parts)
-    return isinstance(text, SelfWritten) or (
-        isinstance(text, (list, tuple)) and isinstance(next(iter(text), 0), TextSample)
-    )
+    first = text[0] if isinstance(text, (list, tuple)) and text else None
+    return isinstance(text, SelfWritten) or isinstance(first, TextSample)
 
 
 def check_text(text: Any) -> None:

@@ -41,7 +41,10 @@ def align_samples(
         max_length (`int`): Most tokens per text and model.
     """
     return align_texts(
-        [s.text for s in samples], *tokenizers,
-        source_prompts=[s.source_prompt for s in samples], target_prompts=[s.target_prompt for s in samples],
-        rendered=[s.rendered for s in samples], max_length=max_length,
-    )  # fmt: skip
+        [s.text for s in samples],
+        *tokenizers,
+        source_prompts=[s.source_prompt for s in samples],
+        target_prompts=[s.target_prompt for s in samples],
+        rendered=[s.rendered for s in samples],
+        max_length=max_length,
+    )

@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, TypeAlias
 
-import torch
 from peft import PeftModel
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import ranks
-from ..models import contiguous_head, seeded
-from ..shards import is_spread
+from ..models import SampleTopK, continuations, seeded
+from ..utils import distributed
 from .corpus import read_corpus
 from .samples import TextSample
 
@@ -31,8 +29,8 @@ class SelfWritten:
     """Text that the source model with its LoRA writes, sampled at the start of a translation.
 
     With none of `prompts`, `prefix` and `template` the model answers snippets of `corpus` in its chat template, or
-    continues them if its tokenizer has none. What stands before the model's own words (prompt, prefix, filled template)
-    is read by both models, and they are compared on the words alone.
+    continues them if its tokenizer has none. What stands before the model's own words (prompt, prefix, filled
+    template) is read by both models, and they are compared on the words alone.
 
     Args:
         prompts (`tuple[str, ...]`, *optional*): Complete prompts of the kind the adapter answers; a dozen will do.
@@ -43,9 +41,9 @@ class SelfWritten:
         template (`str`, *optional*): A prompt with `{text}` in it, filled with snippets of `corpus`.
         chat (`bool`, *optional*): Put the prompt into the chat template, as a user's turn. By default only when
             nothing else is given and the source tokenizer has a chat template.
-        on_policy (`bool`): Whether the translated model answers, as `translate(start=...)` found it, instead of the adapted
-            source, which is then asked how it would have gone on at each word (on-policy distillation, arXiv 2306.13649): it
-            learns to get out of what it runs into by itself, such as loops.
+        on_policy (`bool`): Whether the translated model answers, as `translate(start=...)` found it, instead of the
+            adapted source, which is then asked how it would have gone on at each word (on-policy distillation, arXiv
+            2306.13649): it learns to get out of what it runs into by itself, such as loops.
         corpus: Where snippets come from, anything `translate(text=...)` takes as a corpus; C4 by default.
         snippet_chars (`int`): Length of a snippet in characters.
         samples (`int`, *optional*): How many texts to write; as many as the refinement reads, if not given.
@@ -96,19 +94,18 @@ def write_texts(
     progress: Callable[[Iterable], Iterable] | None = None,
     keep: Keep = lambda key, write: write(),
 ) -> list[TextSample]:
-    """Let the model write texts, a batch at a time; what a batch becomes depends on nothing but its prompts and the seed.
+    """Let the model write texts, a batch at a time; a batch depends on nothing but its prompts and the seed.
 
     Several processes write a part of each batch, other texts than a single process would.
 
     Args:
         model: The source model with its LoRA active; with `spec.on_policy` the translated model.
-        source_tokenizer: The source's tokenizer.
-        target_tokenizer: The target's tokenizer, for the target's own chat template.
+        source_tokenizer, target_tokenizer: Of the two models; the target's also for its own chat template.
         spec (`SelfWritten`): What to write.
         limit (`int`): How many texts, unless `spec.samples` is less.
         seed (`int`): Seed of the sampling. The global random state is left as it was.
-        target: The target model, which writes further prompts, without its adapter if it has one; when not given, `prompts` are
-            answered in turn.
+        target: The target model, which writes further prompts, without its adapter if it has one; when not given,
+            `prompts` are answered in turn.
         progress: Wrapper around the batches, e.g. `tqdm`.
         keep: Gives what was written for a key before, or calls its second argument to have it written.
 
@@ -118,10 +115,9 @@ def write_texts(
     count = min(limit, spec.samples or limit)
     if spec.prompts and target is not None:
         wanted = max(0, count - len(spec.prompts)) if spec.more_prompts is None else spec.more_prompts
+        how = (seed, spec.batch_size, progress, keep)
         with target.disable_adapter() if isinstance(target, PeftModel) else nullcontext():
-            further = write_prompts(
-                target, target_tokenizer, spec.prompts, wanted, seed, spec.batch_size, progress, keep
-            )
+            further = write_prompts(target, target_tokenizer, spec.prompts, wanted, *how)
         spec = replace(spec, prompts=(*spec.prompts, *further))
     prompts = _prompts(spec, source_tokenizer, target_tokenizer, count)
     tokenizer = target_tokenizer if spec.on_policy else source_tokenizer
@@ -140,8 +136,7 @@ def write_answers(
     """What a model writes after each prompt, a batch at a time; empty answers are left out.
 
     Args:
-        model: The source model with its LoRA active; with `spec.on_policy` the translated model.
-        tokenizer: Its tokenizer.
+        model, tokenizer: The source model with its LoRA active; with `spec.on_policy` the translated model.
         prompts: Samples whose text does not matter; rendered ones are answered last.
         spec (`SelfWritten`): How to write.
         seed, progress, keep: As in `write_texts`.
@@ -149,47 +144,42 @@ def write_answers(
     Raises:
         ValueError: If the model writes nothing but empty texts.
     """
+    who, kind = ("translated", "own answers") if spec.on_policy else ("adapted source", "answers")
+    alike = ([p for p in prompts if p.rendered is rendered] for rendered in (False, True))
+    chunks = [some[i : i + spec.batch_size] for some in alike for i in range(0, len(some), spec.batch_size)]
     samples = []
-    kinds = ([p for p in prompts if p.rendered is rendered] for rendered in (False, True))
-    chunks = [kind[i : i + spec.batch_size] for kind in kinds for i in range(0, len(kind), spec.batch_size)]
     for number, chunk in enumerate(progress(chunks) if progress else chunks):
         asked = [p.target_prompt if spec.on_policy else p.source_prompt for p in chunk]
         options = (spec.max_new_tokens, spec.temperature, spec.top_p, chunk[0].rendered)
-        kind = "own answers" if spec.on_policy else "answers"
         written = _batch(keep, model, tokenizer, asked, options, (kind, seed, number))
         samples += [replace(prompt, text=text) for prompt, text in zip(chunk, written) if text.strip()]
     if not samples:
-        raise ValueError(
-            f"The {'translated' if spec.on_policy else 'adapted source'} model wrote only empty texts: pass other `prompts` or another `prefix`."
-        )
+        raise ValueError(f"The {who} model wrote only empty texts: pass other `prompts` or another `prefix`.")
     return samples
 
 
 def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) -> list[TextSample]:
     """Samples without a text."""
+    starts: Sequence[str]
     if spec.prefix is not None or spec.prompts is not None:
         starts = spec.prompts or ((spec.prefix,) if isinstance(spec.prefix, str) else spec.prefix) or ("",)
-        plain = [starts[i % len(starts)] for i in range(count)]
     else:
         snippets = [" ".join(text.split())[: spec.snippet_chars] for text in read_corpus(spec.corpus, count)]
-        template = spec.template or "{text}"
-        plain = [template.replace("{text}", snippets[i % len(snippets)]) for i in range(count)]
+        starts = [(spec.template or "{text}").replace("{text}", snippet) for snippet in snippets]
+    plain = [starts[i % len(starts)] for i in range(count)]
     has_template = bool(source_tokenizer.chat_template)
     chat = spec.chat if spec.chat is not None else has_template and not (spec.prefix or spec.template or spec.prompts)
     if not chat:
         return [TextSample("", text, text) for text in plain]
     if not has_template:
         raise ValueError("`chat=True`, but the source tokenizer has no chat template: pass `prompts` or `template`.")
-    prompts = []
-    for text in plain:
-        turn = [{"role": "user", "content": text}]
-        source = source_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    turns = [[{"role": "user", "content": text}] for text in plain]
+    source, target = (
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         # A target without a template will be prompted as the adapter was trained.
-        target = source
-        if target_tokenizer.chat_template:
-            target = target_tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        prompts.append(TextSample("", source, target, rendered=True))
-    return prompts
+        for tokenizer in (source_tokenizer, target_tokenizer if target_tokenizer.chat_template else source_tokenizer)
+    )
+    return [TextSample("", *asked, rendered=True) for asked in zip(source, target)]
 
 
 def write_prompts(
@@ -205,17 +195,15 @@ def write_prompts(
     """Up to `count` further prompts in the manner of the given ones (few-shot, as in Self-Instruct, arXiv 2212.10560).
 
     The model continues a list of four of them, drawn at random. What they all begin and end with (`"Question: "`,
-    `"\\nAnswer:"`) is put back around what it writes; unfinished, much shorter or longer, and repeated ones are dropped.
+    `"\\nAnswer:"`) is put back around what it writes; unfinished, much shorter or longer, and repeated ones are
+    dropped.
 
     Args:
-        model: Any language model; the target, in a translation.
-        tokenizer: Its tokenizer.
+        model, tokenizer: Any language model with its tokenizer; the target, in a translation.
         prompts: The given prompts.
         count (`int`): How many to write. Fewer come back if the model cannot write so many in a few rounds.
-        seed (`int`): Seed of the draws and the sampling. The global random state is left as it was.
         batch_size (`int`): Prompts written at a time.
-        progress: Wrapper around the rounds, e.g. `tqdm`.
-        keep: As in `write_texts`.
+        seed, progress, keep: As in `write_texts`; the seed is also that of the draws.
     """
     head, tail = common_affixes(prompts)
     bodies = [prompt[len(head) : len(prompt) - len(tail)] for prompt in prompts]
@@ -241,7 +229,7 @@ def write_prompts(
 
 
 def common_affixes(texts: Sequence[str]) -> tuple[str, str]:
-    """What all texts begin with (up to a white space) and end with (from a white space on); empty for a single text."""
+    """What all texts begin with (up to a white space) and end with (from a white space on); of one text, nothing."""
     if len(texts) < 2:
         return "", ""
     head = os.path.commonprefix(list(texts))
@@ -251,80 +239,34 @@ def common_affixes(texts: Sequence[str]) -> tuple[str, str]:
     return head, tail
 
 
-class _SampleAmongLikeliest(LogitsProcessor):
-    """Draws the next token among the k likeliest and leaves it as the only possible one, for greedy decoding to take.
-
-    The same distribution as `do_sample=True, top_k=k`, which draws one random number for every token of the vocabulary
-    and row: two thirds of the time of a step with 262k tokens on a CPU.
-    """
-
-    def __init__(self, temperature: float, top_p: float, k: int = 256) -> None:
-        self.temperature, self.top_p, self.k = temperature, top_p, k
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        values, tokens = scores.float().topk(min(self.k, scores.shape[-1]), dim=-1)
-        p = (values / self.temperature).softmax(-1)
-        p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0.0)  # nucleus: what lies before a token is less than top_p
-        chosen = tokens.gather(-1, torch.multinomial(p, 1))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
-
-
 def _batch(
     keep: Keep,
     model,
     tokenizer,
-    asked: Sequence[str],
+    asked: list[str],
     options: tuple[int, float, float, bool],
     which: tuple[str, int, int],
 ) -> list[str]:
-    """What the model writes after each text, or has written before; `which` are the kind of the batch, seed and number."""
+    """What the model writes after each text, or has written before; `which` are the batch's kind, seed and number."""
 
     def write() -> list[str]:
         tokens, temperature, top_p, rendered = options
-        own = (*which, ranks.rank()) if ranks.count() > 1 else which
-        with seeded(int(hashlib.sha256(repr(own).encode()).hexdigest()[:15], 16)):
+        own = (*which, distributed.rank()) if distributed.world_size() > 1 else which
+        with seeded(int(_sha256(own)[:15], 16)):
             return _sample(model, tokenizer, asked, tokens, temperature=temperature, top_p=top_p, rendered=rendered)
 
-    return keep(hashlib.sha256(repr((which, options, list(asked))).encode()).hexdigest()[:32], write)
+    return keep(_sha256((which, options, asked))[:32], write)
 
 
-@torch.no_grad()
+def _sha256(value: tuple) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
 def _sample(
-    model,
-    tokenizer,
-    texts: Sequence[str],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    rendered: bool = False,
+    model, tokenizer, texts: Sequence[str], tokens: int, temperature: float, top_p: float, rendered: bool = False
 ) -> list[str]:
-    """What the model writes after each text; rendered chat templates hold their special tokens already."""
-    own = ranks.share(texts)
-    written = _continued(model, tokenizer, own or texts[:1], max_new_tokens, temperature, top_p, rendered)
-    return ranks.gathered(written[: len(own)])
-
-
-def _continued(
-    model, tokenizer, texts: Sequence[str], max_new_tokens: int, temperature: float, top_p: float, rendered: bool
-) -> list[str]:
-    side, pad = tokenizer.padding_side, tokenizer.pad_token
-    tokenizer.padding_side, tokenizer.pad_token = "left", pad or tokenizer.eos_token
-    try:
-        inputs = tokenizer(list(texts), return_tensors="pt", padding=True, add_special_tokens=not rendered)
-        inputs.pop("token_type_ids", None)
-        if not inputs["input_ids"].shape[1]:
-            raise ValueError(
-                "A model that has no token to begin a text with writes nothing after an empty prompt: pass `prompts` or a `prefix`."
-            )
-        with contiguous_head(model):
-            output = model.generate(
-                **inputs.to(model.device),
-                do_sample=False,
-                logits_processor=LogitsProcessorList([_SampleAmongLikeliest(temperature, top_p)]),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                synced_gpus=is_spread(model),
-            )
-    finally:
-        tokenizer.padding_side, tokenizer.pad_token = side, pad
-    return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    """What the model writes after each text, drawn at random, each process its part of them."""
+    own, sampling = distributed.split(texts), SampleTopK(temperature, top_p)
+    # A process without a part writes too, because a sharded model needs all.
+    written = continuations(model, tokenizer, own or texts[:1], tokens, sampling, add_special_tokens=not rendered)
+    return distributed.gather(written[: len(own)])

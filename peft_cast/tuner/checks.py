@@ -1,4 +1,4 @@
-"""Checks of what an adapter folder says before any of it is used: the folder may come from a stranger, or be broken."""
+"""Checks of an adapter folder before any of it is used: it may come from a stranger, or be broken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -49,15 +48,12 @@ def read_json(file: str | Path) -> dict[str, Any]:
     """
     file = Path(file)
     if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(
-            f"'{file}' has {file.stat().st_size} bytes, at most {MAX_CONFIG_BYTES} are read: it is no configuration."
-        )
+        raise ValueError(f"'{file}' has {file.stat().st_size} bytes, over {MAX_CONFIG_BYTES}: it is no configuration.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError(f"'{file}' is nested too deeply: get it again.") from None
-    except ValueError as error:
-        raise ValueError(f"'{file}' is no JSON ({error}): get it again.") from None
+    except (RecursionError, ValueError) as error:
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is no JSON ({error})"
+        raise ValueError(f"'{file}' {reason}: get it again.") from None
     if not isinstance(found, dict):
         raise ValueError(f"'{file}' holds no object, but {shown(found)}: get it again.")
     return found
@@ -78,110 +74,76 @@ def check_fields(config_class: type, values: Mapping[str, Any]) -> None:
         ValueError: Naming the first field that is wrong.
     """
     for field in dataclasses.fields(config_class):
-        if field.name not in values:
+        name = field.name
+        if name not in values:
             continue
-        value, hint = values[field.name], _hints(config_class)[field.name]
-        number = hint in (int, float)
-        if value is None and (not number or field.default is None):
+        value, hint = values[name], _hints(config_class)[name]
+        if value is None and (hint not in (int, float) or field.default is None):
             continue
-        if "alpha" in field.name and hint is int:
+        if "alpha" in name and hint is int:
             hint = float  # PEFT computes with any number
         if not _fits(value, hint):
-            raise ValueError(f"`{field.name}` must be {_in_words(hint)}, got {shown(value)}.")
-        if name := _odd_text(value):
+            raise ValueError(f"`{name}` must be {_in_words(hint)}, got {shown(value)}.")
+        texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple, set, dict)) else ()
+        limit = 100_000 if isinstance(value, str) else MAX_NAME  # a single text may be a long regular expression
+        if odd := [text for text in texts if isinstance(text, str) and not is_name(text, limit)]:
             raise ValueError(
-                f"`{field.name}` has a name that is too long or has control characters, {shown(name)}: rename it."
+                f"`{name}` has a name that is too long or has control characters, {shown(odd[0])}: rename it."
             )
-        check_ranks(
-            field.name, value, least=0 if field.default == 0 else 1, masks=config_class.__name__ == "AdaLoraConfig"
-        )
-    for name in values:
-        if name in _REGEXES and isinstance(values[name], str):
-            check_patterns([values[name]], f"`{name}`")
-        elif name in _REGEXES_BEHIND and values[name]:
-            check_patterns([values[name]] if isinstance(values[name], str) else values[name], f"`{name}`", behind=True)
-        elif name.endswith("_pattern") and isinstance(values[name], dict):
-            check_patterns(values[name], f"`{name}`", behind=True)
+        if name in ("r", "init_r", "target_r", "projection_size"):  # OFT says 0 for "unset"
+            check_number(f"`{name}`", value, 0 if field.default == 0 else 1, MAX_RANK, whole=True)
+        elif name in ("rank_pattern", "alpha_pattern") and isinstance(value, dict):
+            for module, number in value.items():
+                if name == "alpha_pattern":
+                    check_number(f"`{name}` of '{module[:80]}'", number)
+                elif not (isinstance(number, list) and config_class.__name__ == "AdaLoraConfig"):  # it keeps masks
+                    check_number(f"`{name}` of '{module[:80]}'", number, 1, MAX_RANK, whole=True)
+    for name, value in values.items():
+        if name in _REGEXES and isinstance(value, str):
+            check_patterns([value], f"`{name}`")
+        elif (name in _REGEXES_BEHIND and value) or (name.endswith("_pattern") and isinstance(value, dict)):
+            check_patterns([value] if isinstance(value, str) else value, f"`{name}`", behind=True)
 
 
-def check_ranks(name: str, value: Any, least: int = 1, masks: bool = False) -> None:
-    """Check a field that holds a rank, or ranks or alphas by module; others are left alone.
-
-    Args:
-        name (`str`): The field.
-        value: What it holds.
-        least (`int`): The least rank: OFT says 0 for "unset".
-        masks (`bool`): Whether ranks by module may be lists, as AdaLoRA keeps them.
-
-    Raises:
-        ValueError: If it is no sensible rank.
-    """
-    if name in ("r", "init_r", "target_r", "projection_size") and value is not None:
-        check_number(f"`{name}`", value, least, MAX_RANK, whole=True)
-    elif name == "rank_pattern" and isinstance(value, dict):
-        for module, rank in value.items():
-            if not (masks and isinstance(rank, list)):
-                check_number(f"`{name}` of '{module[:80]}'", rank, 1, MAX_RANK, whole=True)
-    elif name == "alpha_pattern" and isinstance(value, dict):
-        for module, alpha in value.items():
-            check_number(f"`{name}` of '{module[:80]}'", alpha)
-
-
-@cache
-def _hints(config_class: type) -> dict[str, Any]:
-    return typing.get_type_hints(config_class)
+_hints = cache(typing.get_type_hints)
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of an annotated type. What PEFT checks itself (the words of a `Literal`) is not checked."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    """Whether a value from JSON is of an annotated type. The words of a `Literal` are left to PEFT."""
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
     if origin is Literal:
         return isinstance(value, tuple({type(argument) for argument in arguments}))
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**64
-    if hint is type(None):
-        return value is None
-    if list in (hint, origin):
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and abs(value) < 2**64
+    if origin is list:
         fits = isinstance(value, (list, tuple, set, frozenset)) and len(value) <= MAX_ENTRIES
         return fits and all(_fits(item, argument) for argument in arguments for item in value)
-    if origin is tuple:
+    if origin is tuple and arguments:
         return isinstance(value, (list, tuple)) and len(value) == len(arguments) and all(map(_fits, value, arguments))
-    if dict in (hint, origin):
+    if origin is dict:
         fits = isinstance(value, dict) and len(value) <= MAX_ENTRIES and all(isinstance(key, str) for key in value)
         return fits and (not arguments or all(_fits(item, arguments[1]) for item in value.values()))
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return isinstance(value, (dict, hint))
-    return isinstance(value, hint) if hint is str else True
+    return not (isinstance(hint, type) and dataclasses.is_dataclass(hint)) or isinstance(value, (dict, hint))
 
 
 def _in_words(hint: Any) -> str:
     words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", type(None): "null"}
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_in_words(argument) for argument in arguments))
-    if list in (hint, origin):
-        inner = _in_words(arguments[0]).split(" ", 1)[-1] if arguments else ""
-        return f"a list of {inner}s" if arguments else "a list"
-    if dict in (hint, origin) or dataclasses.is_dataclass(hint):
+        return " or ".join(dict.fromkeys(map(_in_words, arguments)))
+    if origin is list:
+        return f"a list of {_in_words(arguments[0]).split(' ', 1)[-1]}s" if arguments else "a list"
+    if origin is dict or dataclasses.is_dataclass(hint):
         return "an object"
     return words.get(hint, "one of PEFT's values")
 
 
-def _odd_text(value: Any) -> str | None:
-    """A text in `value` (a text, list or object) that is no name of anything."""
-    texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple, set, dict)) else ()
-    limit = 100_000 if isinstance(value, str) else MAX_NAME  # a single text may be a long regular expression
-    return next((t for t in texts if isinstance(t, str) and not is_name(t, limit)), None)
-
-
 def is_name(text: Any, limit: int = MAX_NAME) -> bool:
-    """Whether something can be the name of a module, model or tensor: a text without control characters, not endless."""
+    """Whether something can be the name of a module, model or tensor: a short text without control characters."""
     return isinstance(text, str) and len(text) <= limit and not _CONTROL.search(text)
 
 
@@ -233,9 +195,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     tensor = tensor.float() if tensor.itemsize == 1 else tensor
     # A sum is quick, and NaN or infinite if one of them is; that of finite numbers can overflow.
     if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-        raise ValueError(
-            f"The tensor {shown(name)} holds NaN or infinite numbers, so the adapter is broken: get it again."
-        )
+        raise ValueError(f"The tensor {shown(name)} holds NaN or infinite numbers, it is broken: get it again.")
 
 
 def check_number(what: str, value: Any, least: float = -(2.0**64), most: float = 2.0**64, whole: bool = False) -> None:
@@ -247,18 +207,3 @@ def check_number(what: str, value: Any, least: float = -(2.0**64), most: float =
         kind = "a positive integer" if whole and least == 1 else "an integer" if whole else "a finite number"
         limit = f" up to {most}" if whole and most < 2**63 else ""
         raise ValueError(f"{what} must be {kind}{limit}, got {shown(value)}.")
-
-
-def check_memory(numbers: int, what: str) -> None:
-    """
-    Raises:
-        ValueError: If so many float32 numbers cannot fit into the memory that is free.
-    """
-    if 4 * numbers < 2**26:
-        return  # asking the system takes longer than making it
-    free = psutil.virtual_memory().available + psutil.swap_memory().free
-    if 4 * numbers > free:
-        raise ValueError(
-            f"{what} needs {4 * numbers / 2**30:,.0f} GiB and {free / 2**30:,.1f} are free: its configuration is broken, or made for "
-            "a larger machine."
-        )

@@ -4,7 +4,8 @@ PEFT matches those of a configuration with `re` on the name of every module, and
 interpreter, so no thread can stop it, and a signal or another process works only in some programs. So the work of a
 pattern is bounded before it is used, from its structure alone: in how many ways can its parts share out a name? That
 number bounds the steps of a search that backtracks. It does not look at which characters the parts accept, except for
-words to choose from (`q_proj|k_proj`), so it errs on the safe side: `(\\w+\\.)*` is refused too, although it is harmless.
+words to choose from (`q_proj|k_proj`), so it errs on the safe side: `(\\w+\\.)*` is refused too, although it is
+harmless.
 """
 
 from __future__ import annotations
@@ -26,12 +27,8 @@ NAME_LENGTH = 64  # of a module, in the reckoning
 MOST_STEPS = 5_000_000
 MOST_PATTERNS, MOST_CHARACTERS = 2048, 100_000
 _MOST_REPEATS = 1000
-_REPEATS = tuple(
-    getattr(ops, name) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT") if hasattr(ops, name)
-)
+_REPEATS = {getattr(ops, name, None) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")}  # the last: 3.11
 _BRANCHES = frozenset("*+?{|(")
-_ASSERTIONS = (ops.ASSERT, ops.ASSERT_NOT)
-_ONE_CHARACTER = (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN)
 
 
 def check_patterns(patterns: Iterable[str], where: str, behind: bool = False) -> None:
@@ -48,8 +45,8 @@ def check_patterns(patterns: Iterable[str], where: str, behind: bool = False) ->
     patterns = list(patterns)
     if len(patterns) > MOST_PATTERNS or sum(map(len, patterns)) > MOST_CHARACTERS:
         raise ValueError(
-            f"{where} has {len(patterns)} patterns of {sum(map(len, patterns))} characters in all, at most {MOST_PATTERNS} of "
-            f"{MOST_CHARACTERS} are read: use fewer that match more, such as 'q_proj'."
+            f"{where} has {len(patterns)} patterns of {sum(map(len, patterns))} characters in all, at most "
+            f"{MOST_PATTERNS} of {MOST_CHARACTERS} are read: use fewer that match more, such as 'q_proj'."
         )
     work = _Work()
     for pattern in patterns:
@@ -64,8 +61,8 @@ def check_patterns(patterns: Iterable[str], where: str, behind: bool = False) ->
             raise ValueError(f"The regular expression {shown!r} in {where} {reason}: correct it.") from None
         except _TooMuch:
             raise ValueError(
-                f"The regular expression {shown!r} in {where} could take very long to match (repeats within repeats, or too "
-                "many in a row): list the names of the modules instead."
+                f"The regular expression {shown!r} in {where} could take very long to match (repeats within repeats, "
+                "or too many in a row): list the names of the modules instead."
             ) from None
 
 
@@ -79,34 +76,32 @@ class _Work:
     def __init__(self) -> None:
         self.steps = 0
 
-    def _take(self, ways: list[int]) -> list[int]:
-        self.steps += sum(ways)
+    def _count(self, ways: list[int], times: int = 1) -> None:
+        self.steps += times * sum(ways)
         if self.steps > MOST_STEPS:
             raise _TooMuch
-        return ways
 
     def follow(self, items: Sequence, ways: list[int]) -> list[int]:
         """The ways to have read 0, 1, ... characters of the name after a sequence of parts, given those before it."""
         for op, what in items:
-            if op in _ONE_CHARACTER:
+            if op in (ops.LITERAL, ops.NOT_LITERAL, ops.ANY, ops.IN):
                 ways = [0, *ways[:-1]]
             elif op is ops.SUBPATTERN:
                 ways = self.follow(what[-1], ways)
             elif op in _REPEATS:
-                least, most, repeated = what
-                ways = self._repeat(least, most, repeated, ways)
+                ways = self._repeat(ways, *what)
             elif op is ops.BRANCH:
                 ways = self._branch(what[1], ways)
             elif op is ops.GROUPREF_EXISTS:
                 ways = _sum([self.follow(part or [], ways) for part in what[1:]])
-            elif op in _ASSERTIONS:
+            elif op in (ops.ASSERT, ops.ASSERT_NOT):
                 self.follow(what[1], ways)
             elif op is not ops.AT and op is not ops.GROUPREF:
                 ways = self.follow(what, ways)  # an atomic group
-            self._take(ways)
+            self._count(ways)
         return ways
 
-    def _repeat(self, least: int, most: int, items: Sequence, ways: list[int]) -> list[int]:
+    def _repeat(self, ways: list[int], least: int, most: int, items: Sequence) -> list[int]:
         if least > _MOST_REPEATS:
             raise _TooMuch
         total = ways if least == 0 else [0] * len(ways)
@@ -119,17 +114,12 @@ class _Work:
         return total
 
     def _branch(self, branches: Sequence[Sequence], ways: list[int]) -> list[int]:
-        words = [tuple(value for _, value in branch) for branch in branches]
-        if all(op is ops.LITERAL for branch in branches for op, _ in branch) and _no_prefixes(words):
-            self._take([len(words) * n for n in ways])
-            return self.follow(min(branches, key=len), ways)  # at most one can match
+        if all(op is ops.LITERAL for branch in branches for op, _ in branch):
+            words = sorted([value for _, value in branch] for branch in branches)
+            if all(after[: len(before)] != before for before, after in zip(words, words[1:])):
+                self._count(ways, times=len(words))  # none begins with another, so at most one can match
+                return self.follow(min(branches, key=len), ways)
         return _sum([self.follow(branch, ways) for branch in branches])
-
-
-def _no_prefixes(words: list[tuple]) -> bool:
-    """Whether none is the beginning of another: in order, such a pair would be neighbours."""
-    words = sorted(words)
-    return all(after[: len(before)] != before for before, after in zip(words, words[1:]))
 
 
 def _sum(parts: Sequence[list[int]]) -> list[int]:

@@ -11,10 +11,11 @@ from .config import CastConfig
 class Projection(nn.Module):
     """A trainable map P between a model's space and the other's, in_features → out_features.
 
-    Forward: `P x = U V x` (*factored*), `W x` (*full*) or `U V x + mlp_U gelu(mlp_V x)` (*mlp*, nonlinear), plus `bias` if
-    there is one. It is never run as it stands: only products with a thin frozen kernel matter, see `Kernel`. A *compact*
-    projection is a factored one of which only what the kernel sees is trained: `C = A U` in place of an input projection's U,
-    `C = V B` in place of an output projection's V. With independent rows of A it is `U = A⁺ C`, likewise `V = C B⁺`.
+    Forward: `P x = U V x` (*factored*), `W x` (*full*) or `U V x + mlp_U gelu(mlp_V x)` (*mlp*, nonlinear), plus
+    `bias` if there is one. It is never run as it stands: only products with a thin frozen kernel matter, see `Kernel`.
+    A *compact* projection is a factored one of which only what the kernel sees is trained: `C = A U` in place of an
+    input projection's U, `C = V B` in place of an output projection's V. With independent rows of A it is `U = A⁺ C`,
+    likewise `V = C B⁺`.
 
     Args:
         in_features (`int`): Width of x.
@@ -25,8 +26,8 @@ class Projection(nn.Module):
         r (`int`): Rank of the kernel, for compact ones.
 
     Shapes:
-        U, mlp_U (out_features, k); V, mlp_V (k, in_features); W (out_features, in_features); bias (out_features); C (r, k) of
-        input, (k, r) of output projections.
+        U, mlp_U (out_features, k); V, mlp_V (k, in_features); W (out_features, in_features); bias (out_features); C
+        (r, k) of input, (k, r) of output projections.
     """
 
     def __init__(
@@ -36,25 +37,12 @@ class Projection(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.full, self.nonlinear = config.projection_type == "full", config.projection_type == "mlp"
         self.compact = config.projection_type == "compact"
-        if self.full:
-            self.W = nn.Parameter(torch.empty(out_features, in_features))
-        elif self.compact and side == "in":
-            self.C = nn.Parameter(torch.empty(r, size))
-            self.V = nn.Parameter(torch.empty(size, in_features))
-        elif self.compact:
-            self.U = nn.Parameter(torch.empty(out_features, size))
-            self.C = nn.Parameter(torch.empty(size, r))
-        else:
-            self.U = nn.Parameter(torch.empty(out_features, size))
-            self.V = nn.Parameter(torch.empty(size, in_features))
+        for name, shape in config.projection_shapes(side, in_features, out_features, size, r).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         if self.nonlinear:
-            self.mlp_U = nn.Parameter(torch.zeros(out_features, size))
-            self.mlp_V = nn.Parameter(torch.empty(size, in_features))
+            nn.init.zeros_(self.mlp_U)
             nn.init.normal_(self.mlp_V, std=in_features**-0.5)
-        if config.projection_bias:
-            self.bias = nn.Parameter(torch.zeros(out_features))
-        else:
-            self.register_parameter("bias", None)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if config.projection_bias else None)
 
     def after(self, A: torch.Tensor) -> torch.Tensor:
         """The linear part of `A P`: A (r, out_features) → (r, in_features)."""
@@ -79,34 +67,21 @@ class Projection(nn.Module):
             A (`torch.Tensor`): Shape (r, out_features).
             A_P (`torch.Tensor`): Shape (r, in_features).
         """
-        if self.compact:
-            X, Y = _split(A_P, self.V.shape[0])
-            self.C.copy_(X)
-            self.V.copy_(Y)
-            return
-        A_inverse = _right_inverse(A)
-        if self.full:
-            self.W.copy_(A_inverse @ A_P.double())
-        else:
-            X, Y = _split(A_P.double(), self.V.shape[0])
-            self.U.copy_(A_inverse @ X)
-            self.V.copy_(Y)
+        near, far = (self.W, None) if self.full else (self.C if self.compact else self.U, self.V)
+        self._set(A, A_P, near, far)
 
     @torch.no_grad()
     def set_before(self, B: torch.Tensor, P_B: torch.Tensor) -> None:
         """Likewise so that `P B` becomes the given matrix: B (in_features, r), P B (out_features, r)."""
-        if self.compact:
-            X, Y = _split(P_B.T, self.U.shape[1])
-            self.C.copy_(X.T)
-            self.U.copy_(Y.T)
-            return
-        B_inverse = _right_inverse(B.T).T
-        if self.full:
-            self.W.copy_(P_B.double() @ B_inverse)
-        else:
-            X, Y = _split(P_B.T.double(), self.V.shape[0])
-            self.V.copy_(X.T @ B_inverse)
-            self.U.copy_(Y.T)
+        near, far = (self.W.T, None) if self.full else ((self.C if self.compact else self.V).T, self.U.T)
+        self._set(B.T, P_B.T, near, far)
+
+    def _set(self, M: torch.Tensor, M_P: torch.Tensor, near: torch.Tensor, far: torch.Tensor | None) -> None:
+        """Fill the factor next to M and the other one (a full P has none), so that `M P = M_P`."""
+        if far is not None:
+            M_P, Y = _split(M_P, far.shape[0])
+            far.copy_(Y)
+        near.copy_(M_P if self.compact else _right_inverse(M) @ M_P.double())
 
 
 def _right_inverse(M: torch.Tensor) -> torch.Tensor:
@@ -116,7 +91,7 @@ def _right_inverse(M: torch.Tensor) -> torch.Tensor:
 
 
 def _split(M: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`X @ Y = M` (r, n) with inner size k, X (r, k) and Y (k, n), in float64 unless Y is M; the best rank k when k < r."""
+    """`X @ Y = M` (r, n), X (r, k) and Y (k, n), in float64 unless Y is M; the best of rank k when k < r."""
     r, n = M.shape
     if k == r:  # every adapter that is loaded comes by here
         return torch.eye(r, dtype=M.dtype, device=M.device), M

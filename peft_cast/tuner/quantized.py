@@ -1,4 +1,4 @@
-"""Quantised target modules, by PEFT's backends."""
+"""Quantized target modules, by PEFT's backends."""
 
 from __future__ import annotations
 
@@ -16,25 +16,18 @@ from transformers.pytorch_utils import Conv1D
 
 
 def quantization_backend(layer: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
-    """PEFT's backend for a module's way of quantisation, `None` when it is not quantised.
-
-    Args:
-        layer: The module itself, no tuner layer.
-        kwargs: As `peft.utils.quantization_utils.get_quantization_kwargs` gives them.
-    """
+    """PEFT's backend for a module that is no tuner layer, `None` if it is not quantized."""
     try:
         return resolve_quantization_backend(layer, **kwargs)
-    except ValueError:
-        # torchao weights that were quantised without a `TorchAoConfig`: nobody knows how to quantise them again.
+    except ValueError:  # torchao weights without a `TorchAoConfig`: nobody knows how to quantize them again
         return ForwardOnlyQuantizationBackend("torchao")
 
 
 def is_supported(layer: nn.Module, **kwargs: Any) -> bool:
-    """Whether CAST can adapt a module: `nn.Linear`, `Conv1D`, or a linear layer that PEFT knows as quantised."""
+    """Whether CAST can adapt a module: `nn.Linear`, `Conv1D`, or a linear layer that PEFT knows as quantized."""
     if isinstance(layer, (nn.Linear, Conv1D)):
         return True
-    backend = quantization_backend(layer, **kwargs)
-    return backend is not None and backend.layer_type == "linear"
+    return getattr(quantization_backend(layer, **kwargs), "layer_type", None) == "linear"
 
 
 def linear_size(layer: nn.Module) -> tuple[int, int] | None:
@@ -46,23 +39,10 @@ def linear_size(layer: nn.Module) -> tuple[int, int] | None:
         return _get_in_out_features(layer)
 
 
-def check_supported(layer: nn.Module, name: str, **kwargs: Any) -> None:
-    """
-    Raises:
-        ValueError: If CAST cannot adapt the module called `name`.
-    """
-    if not is_supported(layer, **kwargs):
-        raise ValueError(
-            f"CAST cannot adapt '{name}', a {type(layer).__module__}.{type(layer).__name__}: only nn.Linear, transformers' "
-            "Conv1D and linear layers quantised by a package that PEFT finds installed (bitsandbytes, torchao, hqq, "
-            "gptqmodel, ...). Leave it out with `exclude_modules`, or install the package that quantised the model."
-        )
-
-
 def is_packed(layer: nn.Module) -> bool:
     """Whether the weights are in an order that only the forward pass can read.
 
-    bitsandbytes brings 4-bit weights into such an order when a CPU with AVX-512 BF16 first infers with them, and cannot
-    undo it (0.50): dequantising gives nonsense.
+    bitsandbytes brings 4-bit weights into such an order when a CPU with AVX-512 BF16 first infers with them, and
+    cannot undo it (0.50): dequantizing gives nonsense.
     """
     return getattr(getattr(getattr(layer, "weight", None), "quant_state", None), "packing_format_for_cpu", False)

@@ -1,0 +1,52 @@
+"""Flags that are read off the options: each everyday one gets a flag, with its own help."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..options import GROUPS, names_taken
+from ..utils.fields import kinds_of
+
+
+def with_flags(function: Callable, *left_out: str) -> Callable[[Callable], Callable]:
+    """Give a command a flag for each everyday option of a function; those that are given reach it as `flags`.
+
+    Args:
+        function: The function of the package that the command calls.
+        left_out: Options that the command has in another form.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        names = [
+            name for name, one in names_taken(function).items() if one.metadata["everyday"] and name not in left_out
+        ]
+
+        def run(**given: Any) -> Any:
+            flags = {name: given.pop(name) for name in names}
+            return command(**given, flags={name: value for name, value in flags.items() if value is not None})
+
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+        made = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(name))
+            for name in names
+        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *made)]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _flag(name: str) -> Any:
+    group = next(kind for kind in GROUPS.values() if name in kind.__dataclass_fields__)  # type: ignore[attr-defined]
+    field, kinds = group.__dataclass_fields__[name], kinds_of(group)[name]  # type: ignore[attr-defined]
+    kind = kinds[0] if kinds and kinds[0] in (int, float, bool, Path) else str
+    sentence = field.metadata["help"].split(". ")[0].rstrip(".") + "."
+    return Annotated[kind | None, typer.Option(help=sentence, rich_help_panel=group.__name__)]  # type: ignore[operator]

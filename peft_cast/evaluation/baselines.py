@@ -1,0 +1,203 @@
+"""The honest alternatives to a translation, each usable on its own: direct copy, Cross-LoRA, a LoRA distilled from
+scratch.
+
+Each returns an ordinary PEFT LoRA on the target, to be saved, merged and evaluated like any other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..align import layer_count, map_layers, map_modules, split_place
+from ..models import load_model, unload_adapters, untouched
+from ..options import Options, Pairing, takes
+from ..refine import distill_lora
+from ..source import LoraKernel, adapted_source, load_source
+from ..utils import distributed
+
+
+__all__ = ["cross_lora", "direct_copy", "distill_lora", "lora_from_factors"]
+_LOADING = "source_revision adapter_revision target_revision source_rank device dtype"
+
+
+@takes(_LOADING)
+def direct_copy(
+    source: str | Path | PreTrainedModel | None,
+    adapter: str | Path | PeftModel,
+    target: str | Path | PreTrainedModel,
+    *,
+    pairing: Pairing | None = None,
+    **options: Any,
+) -> PeftModel:
+    """Put the LoRA of each source module on the target module of the same layer number and role, where the shapes fit.
+
+    The baseline for related models of equal shape, where it can beat learned transfer.
+
+    Args:
+        source, adapter, target: As in `translate`.
+        pairing, options: `source_rank`, revisions, `device` and `dtype`, as in `translate`.
+
+    Returns:
+        `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place.
+
+    Raises:
+        ValueError: If no module's shapes fit.
+    """
+    pairing = Options.of(options, direct_copy, pairing=pairing).pairing
+    source, target, kernels = _load(source, adapter, target, pairing)
+    depth = min(layer_count(source), layer_count(target))
+    modules = map_modules(kernels, target, {layer: layer for layer in range(depth)}, source=source)
+    factors = {}
+    for name, sources in modules.kernels.items():
+        kernel = kernels[sources[0]]  # layers are mapped one to one
+        if (kernel.B.shape[0], kernel.A.shape[1]) == _weight(target, name).shape:
+            factors[name] = [(kernel.A, kernel.scaling * kernel.B)]
+    if not factors:
+        raise ValueError("A direct copy is impossible: no adapted module of the source has the shape of its target.")
+    return lora_from_factors(target, _by_module(target, factors))
+
+
+@takes(f"depth_map module_map {_LOADING}")
+def cross_lora(
+    source: str | Path | PreTrainedModel | None,
+    adapter: str | Path | PeftModel,
+    target: str | Path | PreTrainedModel,
+    *,
+    rank: int = 320,
+    pairing: Pairing | None = None,
+    **options: Any,
+) -> PeftModel:
+    """Cross-LoRA (https://arxiv.org/abs/2508.05232): align the singular subspaces of the base weights, project ΔW.
+
+    With `W_S ≈ U_S Σ_S V_Sᵀ` and `W_T ≈ U_T Σ_T V_Tᵀ` truncated to `rank` (LoRA-Align), the Frobenius-optimal maps
+    between the subspaces, `argmin_P ‖P U_S − U_T‖ = U_T U_Sᵀ` and likewise for V, give (LoRA-Shift)
+
+        ΔW_T = U_T U_Sᵀ ΔW_S V_S V_Tᵀ
+
+    which is kept factored. Data-free. Signs of singular vectors are arbitrary, in the paper's method as here.
+
+    Args:
+        source, adapter, target: As in `translate`.
+        rank (`int`): Size of the subspaces, at most the smallest side of a weight.
+        pairing, options: `depth_map` (not by similarity, which would need text), `module_map`, `source_rank`,
+            revisions, `device` and `dtype`, as in `translate`. Kernels that share a target module add up.
+
+    Returns:
+        `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place.
+    """
+    if rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    pairing = Options.of(options, cross_lora, pairing=pairing).pairing
+    if pairing.depth_map == "similarity":
+        raise ValueError("Cross-LoRA reads no text, so `depth_map='similarity'` is not possible: pass a mapping.")
+    source, target, kernels = _load(source, adapter, target, pairing)
+    layers = map_layers(layer_count(source), layer_count(target), pairing.depth_map)
+    modules = map_modules(kernels, target, layers, pairing.module_map, source)
+    factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for name, sources in modules.kernels.items():
+        U_T, V_T = _subspaces(_weight(target, name), rank)
+        factors[name] = []
+        for kernel, weight in ((kernels[one], _weight(source, one)) for one in sources):
+            U_S, V_S = _subspaces(weight, rank)
+            k = min(U_S.shape[1], U_T.shape[1])
+            A_T = (kernel.A.to(V_S.device) @ V_S[:, :k]).to(V_T.device) @ V_T[:, :k].T
+            B_T = U_T[:, :k] @ (U_S[:, :k].T @ kernel.B.to(U_S.device)).to(U_T.device)
+            factors[name].append((A_T, kernel.scaling * B_T))
+    return lora_from_factors(target, _by_module(target, factors))
+
+
+def lora_from_factors(
+    target: PreTrainedModel, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], adapter_name: str = "default"
+) -> PeftModel:
+    """A plain LoRA on `target` with the given weights, `ΔW = B A`.
+
+    Args:
+        target: The model; it is wrapped in place.
+        factors: Module name → A (r, in_T) and B (out_T, r). Ranks may differ between modules.
+        adapter_name (`str`): Name of the adapter.
+    """
+    ranks = {name: len(A) for name, (A, _) in factors.items()}
+    r = max(ranks.values())
+    others = {f"^{name}": rank for name, rank in ranks.items() if rank != r}
+    config = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=list(factors),
+        rank_pattern=others,
+        alpha_pattern=others,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(target.get_submodule(n), Conv1D) for n in factors),
+    )
+    model = get_peft_model(target, config, adapter_name=adapter_name)
+    with torch.no_grad():
+        for name, (A, B) in factors.items():
+            layer = target.get_submodule(name)
+            if not hasattr(layer, "lora_A"):
+                unload_adapters(target)
+                raise ValueError(
+                    f"PEFT puts a LoRA for '{name}' on the experts of {type(target).__name__} instead, so this "
+                    "baseline is not possible there: pass an adapter, or a `module_map`, that leaves its MLPs out."
+                )
+            layer.lora_A[adapter_name].weight.copy_(A)
+            layer.lora_B[adapter_name].weight.copy_(B)
+    return model.eval()
+
+
+def _load(source, adapter, target, pairing: Pairing) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
+    device = distributed.init(pairing.device)
+    source = load_source(source, adapter, device, pairing.source_revision, pairing.adapter_revision, pairing.dtype)
+    target = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
+    layers = layer_count(source)
+    with (
+        untouched(adapter if isinstance(adapter, PeftModel) else source),
+        adapted_source(source, adapter, pairing.adapter_revision, pairing.source_rank) as on_source,
+    ):
+        if layer_count(source) != layers:
+            raise ValueError(
+                "The adapter replicates layers of the source, which this baseline does not follow: load it yourself "
+                "and pass the PeftModel."
+            )
+        kernels = on_source.kernels
+    return source, target, kernels
+
+
+def _by_module(
+    target: PreTrainedModel, factors: Mapping[str, list[tuple[torch.Tensor, torch.Tensor]]]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Stack the factors A (r, in_T) and B (rows, r) that belong on each place, by module: B (out_T, R)."""
+    stacks: dict[str, dict[int, tuple[torch.Tensor, torch.Tensor]]] = defaultdict(dict)
+    for place, parts in factors.items():
+        module, rows = split_place(place)
+        width = len(_weight(target, module))
+        for A, B in parts:
+            B = B if rows is None else rows.into(B.T, width).T
+            # Parts of a fused module come from one LoRA.
+            stacks[module][id(A)] = (A, stacks[module][id(A)][1] + B if id(A) in stacks[module] else B)
+    columns = {name: zip(*stack.values()) for name, stack in stacks.items()}
+    return {name: (torch.cat(A), torch.cat(B, dim=1)) for name, (A, B) in columns.items()}
+
+
+def _weight(model: PreTrainedModel, place: str) -> torch.Tensor:
+    """The weight of a place as (out, in), whether or not an adapter is on its module."""
+    name, rows = split_place(place)
+    module = model.get_submodule(name)
+    module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise ValueError(f"'{name}' is no linear layer but {type(module).__name__}.")
+    weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+    return weight if rows is None else rows.of(weight.T).T
+
+
+def _subspaces(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Leading left (out, k) and right (in, k) singular vectors, float32, k = min(rank, out, in)."""
+    U, _, V = torch.linalg.svd(weight.float(), full_matrices=False)
+    return U[:, :rank], V[:rank].T

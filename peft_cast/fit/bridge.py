@@ -1,0 +1,360 @@
+"""Bridges: the part of a translation that does not depend on the adapter, fitted once per pair of models and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..align import ModuleMap, align_texts
+from ..models import freeze_adapter, load_model
+from ..options import Fit, Options, Pairing, Run, Training, takes
+from ..results import (
+    BRIDGE_CONFIG_NAME,
+    BRIDGE_WEIGHTS_NAME,
+    METRICS_NAME,
+    Artifact,
+    add_card,
+    make_card,
+    push_saved,
+    read_licenses,
+)
+from ..source import LoraKernel, adapted_source, load_source, open_pair
+from ..text import check_text, read_corpus
+from ..utils import change_dtype, complete_folder, distributed, one_line, secrets_removed, without_secrets, write_json
+from ..utils.fields import check_count
+from .bridge_config import Side, read_bridge_config
+from .closed_form import fit_closed_form
+from .install import adapter_name_of, cast_config, install
+from .maps import ClosedForm, PlaceMaps
+from .saved import load_closed_form, save_closed_form
+
+
+class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
+    """The maps between two models, which carry any LoRA of the one over to the other: `A' = A P_in`, `B' = P_out B`.
+
+    `save_pretrained` and `from_pretrained` are those of `huggingface_hub.ModelHubMixin`.
+
+    Args:
+        maps (`ClosedForm`): For every target place the `PlaceMaps` of the source place that lands on it.
+        modules (`ModuleMap`): Where every linear layer of the source lands.
+        source, target (`Side`): The models.
+        metrics (`dict`): Texts, positions, settings; JSON-ready.
+    """
+
+    def __new__(cls, *args, **kwargs) -> Bridge:
+        return object.__new__(cls)  # the mixin would write the arguments, tensors included, to a config.json
+
+    def __init__(
+        self, maps: ClosedForm, modules: ModuleMap, source: Side, target: Side, metrics: Mapping[str, Any]
+    ) -> None:
+        self.maps, self.modules, self.source, self.target = maps, modules, source, target
+        self.metrics = dict(metrics)
+
+    def closed_form(self, kernels: Mapping[str, LoraKernel]) -> tuple[ClosedForm, ModuleMap]:
+        """The projections of some kernels, and where they land.
+
+        Args:
+            kernels: By source place: A (r, in_S), B (out_S, r).
+
+        Raises:
+            ValueError: If no kernel has a place, or one does not have the source model's shapes.
+        """
+        closed_form = self.maps.part(kernels, lambda maps: maps.applied(kernels[maps.source_place]))
+        if not closed_form.kernels:
+            raise ValueError(
+                f"None of the adapter's modules ('{next(iter(kernels))}', ...) is on this bridge, which leads from "
+                f"'{self.source.name}' to '{self.target.name}': fit a bridge for the adapter's own model."
+            )
+        return closed_form, self.modules.part(kernels)
+
+    @takes("source_rank adapter_revision device dtype")
+    def cast(
+        self,
+        adapter: str | Path | PeftModel,
+        target: str | Path | PreTrainedModel | None = None,
+        *,
+        source: str | Path | PreTrainedModel | None = None,
+        gain: float | None = None,
+        adapter_name: str = "default",
+        pairing: Pairing | None = None,
+        **options: Any,
+    ) -> PeftModel:
+        """Carry one adapter over, with no text and no training.
+
+        Args:
+            adapter: The LoRA: hub id, path, or a PeftModel on the source.
+            target: The model it shall work on; the one the bridge leads to is loaded when not given.
+            source: Needed only for adapters that are no plain LoRA, whose weight changes are measured on the model.
+            gain (`float`, *optional*), adapter_name (`str`): As in `translate`.
+            pairing, options: `source_rank`, `adapter_revision`, `device` and `dtype`, as in `translate`.
+
+        Returns:
+            [`~peft.PeftModel`]: The target with the adapter.
+
+        Raises:
+            ValueError: If the adapter or the target does not fit the bridge.
+        """
+        chosen = Options.of(options, Bridge.cast, pairing=pairing).pairing
+        device = distributed.init(chosen.device)
+        target = load_model(target or self.target.name, "target", device, self.target.revision, chosen.dtype)
+        return self._cast(adapter, target, source, gain, adapter_name, chosen).eval()
+
+    def cast_file(
+        self,
+        adapter: str | Path,
+        folder: str | Path,
+        *,
+        gain: float | None = None,
+        adapter_revision: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Carry a plain LoRA over from file to file: neither model is loaded.
+
+        Args:
+            adapter: The LoRA: hub id or path.
+            folder: Where the CAST adapter is saved.
+            gain, adapter_revision: As in `translate`.
+            dtype (`torch.dtype`, *optional*): Precision of the file; float32 when not given.
+
+        Raises:
+            ValueError: As `cast`; also for adapters that are no plain LoRA.
+        """
+        model = self._cast(
+            adapter, self.target.skeleton(), None, gain, "default", Pairing(adapter_revision=adapter_revision)
+        )
+        # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        if dtype is not None:
+            change_dtype(Path(folder) / SAFETENSORS_WEIGHTS_NAME, dtype)
+        (Path(folder) / METRICS_NAME).unlink(missing_ok=True)  # of another adapter that was there before
+        add_card(Path(folder))
+
+    def push_to_hub(  # type: ignore[override]  # the mixin's filters of files make no sense here
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        branch: str | None = None,
+        model_card_kwargs: None = None,
+    ) -> CommitInfo:
+        """Publish the bridge with a model card; arguments, result and errors are those of `peft_cast.push`.
+
+        `branch` is what `ModelHubMixin` calls `revision`; its `model_card_kwargs` mean nothing here.
+        """
+        return push_saved(
+            self._save,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision or branch,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+
+    def generate_model_card(self, *args, **kwargs) -> ModelCard:
+        """The card that `save_pretrained` writes."""
+        artifact = Artifact.of_bridge(self._config())
+        return make_card(artifact, read_licenses(artifact))
+
+    def _cast(self, adapter, target, source, gain, adapter_name, pairing: Pairing) -> PeftModel:
+        if source is None and not isinstance(adapter, PeftModel):
+            on = self.source.skeleton()
+        else:
+            on = load_source(source, adapter, target.device)
+        with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank) as read:
+            closed_form, modules = self.closed_form(read.kernels)
+            config = cast_config(
+                read.kernels,
+                modules,
+                source_model_name_or_path=without_secrets(self.source.name),
+                source_model_revision=self.source.revision,
+                source_adapter_name_or_path=adapter_name_of(adapter),
+                source_adapter_revision=pairing.adapter_revision,
+            )
+            model = install(
+                target,
+                config,
+                read.kernels,
+                closed_form,
+                gain=gain,
+                adapter_name=adapter_name,
+                revision=self.target.revision,
+            )
+        freeze_adapter(model)
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        add_card(self._save(save_directory))  # the mixin would keep what there is, a card of another bridge too
+
+    def _save(self, folder: Path) -> Path:
+        """Save all but the card and return where."""
+        with complete_folder(folder, key=BRIDGE_CONFIG_NAME) as partial:
+            save_closed_form(self.maps, partial / BRIDGE_WEIGHTS_NAME)
+            write_json(self._config(), partial / BRIDGE_CONFIG_NAME)
+        return folder
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "source": vars(self.source),
+            "target": vars(self.target),
+            "layers": self.modules.layers,
+            "unmapped": self.modules.reasons,
+            "found": self.modules.found,
+            "metrics": self.metrics,
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **_: Any,
+    ) -> Bridge:
+        """Read a bridge from a folder or the hub; it may be a stranger's, everything in it is checked.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder.
+            revision, cache_dir, force_download, local_files_only, token: As in `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            ValueError: If it holds no bridge, or a broken one.
+        """
+        # The mixin's own would read a `config.json` too, which a bridge does not have.
+        folder, named = Path(pretrained_model_name_or_path), f"'{without_secrets(pretrained_model_name_or_path)}'"
+        options: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "force_download": force_download,
+            "local_files_only": local_files_only,
+            "token": token,
+        }
+
+        def file(name: str) -> Path:
+            if folder.is_dir():
+                return folder / name
+            with secrets_removed():
+                return Path(str(hf_hub_download(str(pretrained_model_name_or_path), name, **options)))
+
+        try:
+            (source, target), modules, metrics = read_bridge_config(file(BRIDGE_CONFIG_NAME))
+            maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME), PlaceMaps)
+        except (EntryNotFoundError, FileNotFoundError, ValueError) as error:
+            if isinstance(error, (LocalEntryNotFoundError, HFValidationError)):
+                raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {_PASS}") from error
+            raise ValueError(f"{named} holds no bridge, or a broken one: {one_line(error)} {_PASS}") from error
+        except OSError as error:
+            raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {_PASS}") from error
+        kernels = {name: [fit.source_place for fit in fits] for name, fits in maps.kernels.items()}
+        if not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):
+            raise ValueError(
+                f"{named} holds no bridge, or one on which a module of the source lands twice: fit it anew."
+            )
+        return cls(maps, replace(modules, kernels=kernels), source, target, metrics)
+
+
+_PASS = "Pass a folder or hub id of one."
+
+
+@takes(
+    "source_tokenizer target_tokenizer source_revision target_revision depth_map module_map device "
+    "source_device dtype ridge batch_size max_length progress"
+)
+def fit_bridge(
+    source: str | Path | PreTrainedModel,
+    target: str | Path | PreTrainedModel,
+    *,
+    text: Any = None,
+    samples: int | None = None,
+    pairing: Pairing | None = None,
+    fit: Fit | None = None,
+    training: Training | None = None,
+    run: Run | None = None,
+    **options: Any,
+) -> Bridge:
+    """Fit the maps between two models, for every linear layer, from one pass of general text.
+
+    Args:
+        source, target: The models: hub ids, paths or loaded models.
+        text: General text, anything that `translate(fit_text=...)` takes; C4 when `None`.
+        samples (`int`, *optional*): How many texts are read: `fit_samples` when not given.
+        pairing, fit, training, run: Groups of options, as in `translate`. Of `training` only `batch_size` and
+            `max_length` are read; `depth_map="similarity"` is not possible here.
+        options: Options by their own names (docs/options.md).
+
+    Returns:
+        `Bridge`: To carry adapters over with, to save and to share.
+
+    Raises:
+        ValueError: For models, tokenizers or text that cannot be used; the message says why.
+        OSError: If a model or corpus cannot be reached.
+    """
+    given = Options.of(options, fit_bridge, pairing=pairing, fit=fit, training=training, run=run)
+    pairing, fit, training = given.pairing, given.fit, given.training
+    check_count("samples", samples, 1)
+    text = text if text is not None else fit.fit_text
+    check_text(text)
+    if pairing.depth_map == "similarity":
+        raise ValueError("A bridge needs its depth map beforehand: pass 'proportional' or a mapping of layer numbers.")
+    bar = partial(tqdm, disable=not given.run.progress, desc="fitting bridge")
+    with open_pair(source, None, target, pairing) as pair:
+        texts = align_texts(
+            read_corpus(text, samples or fit.fit_samples), *pair.tokenizers, max_length=training.max_length
+        )
+        maps = fit_closed_form(
+            pair.source,
+            pair.target,
+            texts,
+            pair.vocabulary,
+            None,
+            pair.modules,
+            batch_size=training.batch_size,
+            ridge=fit.ridge,
+            hidden=False,
+            progress=bar,
+        )
+        sides = Side.of(pair.source, pairing.source_revision), Side.of(pair.target, pairing.target_revision)
+    fits = [fit for group in maps.kernels.values() for fit in group]
+    metrics = {
+        "texts": len(texts),
+        "positions": maps.positions,
+        "ridge": fit.ridge,
+        "max_length": training.max_length,
+        "r2_in": mean(fit.r2_in for fit in fits),
+        "r2_out": mean(fit.r2_out for fit in fits),
+    }
+    return Bridge(_rounded(maps), pair.modules, *sides, metrics)
+
+
+def _rounded(maps: ClosedForm) -> ClosedForm:
+    """The maps in bfloat16; what modules share (q, k and v their P_in) they go on sharing."""
+    known: dict[int, torch.Tensor] = {}
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return known.setdefault(id(tensor), tensor.to(torch.bfloat16))
+
+    kernels = {
+        name: [replace(m, P_in=rounded(m.P_in), P_out=rounded(m.P_out)) for m in fits]
+        for name, fits in maps.kernels.items()
+    }
+    return replace(maps, kernels=kernels)

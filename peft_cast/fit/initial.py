@@ -1,0 +1,127 @@
+"""The initial maps of a translation: the closed form, a bridge's maps, or those of an earlier translation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..align import AlignedPair, layer_pairs
+from ..options import Options
+from ..source import Pair
+from ..utils import distributed, optional, within_memory
+from .bridge import Bridge
+from .closed_form import fit_closed_form
+from .install import check_shapes
+from .maps import ClosedForm
+from .saved import load_closed_form, save_closed_form
+from .similarity import map_by_similarity
+from .stacked import StackedPart
+
+
+def initial_maps(
+    pair: Pair,
+    texts: Sequence[AlignedPair],
+    options: Options,
+    *,
+    bridge: Bridge | StackedPart | None = None,
+    start: ClosedForm | None = None,
+    cache: Path | None = None,
+    also: str = "",
+) -> tuple[ClosedForm, Pair]:
+    """The maps of the pair's kernels before they are refined, and the pair with the module map that they follow.
+
+    Args:
+        pair (`Pair`): The models.
+        texts: General texts, for the closed form.
+        options (`Options`): Its settings.
+        bridge: Maps that were fitted before, to be used instead.
+        start (`ClosedForm`, *optional*): The projections of an earlier translation, to be used instead.
+        cache (`Path`, *optional*): Folder in which the closed form is kept.
+        also (`str`): What else tells it from others there.
+    """
+    if start is not None:
+        return start, pair
+    if bridge is not None:
+        closed_form, modules = bridge.closed_form(pair.kernels)
+        return closed_form, replace(pair, modules=modules)
+    with pair.adapted.disable_adapter():
+        if options.pairing.depth_map == "similarity":
+            pair = map_by_similarity(pair, texts, options.pairing.module_map)
+        fit = partial(
+            fitted,
+            pair,
+            texts,
+            cache,
+            also=also,
+            ridge=options.fit.ridge,
+            hidden=options.training.beta > 0,
+            progress=partial(tqdm, disable=not options.run.progress, desc="closed form"),
+        )
+        return within_memory(lambda size: fit(batch_size=size), options.training.batch_size), pair
+
+
+def fitted(
+    pair: Pair,
+    texts: Sequence[AlignedPair],
+    cache_dir: str | Path | None,
+    *,
+    progress: Callable,
+    also: str = "",
+    **options: Any,
+) -> ClosedForm:
+    """The closed form of the pair on some texts: from the cache if it is there, else fitted and put there.
+
+    Args:
+        pair: The models; the source's adapter must be disabled.
+        texts: General texts.
+        cache_dir: The folder; nothing is kept when `None`.
+        also (`str`): What else tells this closed form from others.
+        progress, options: As in `fit_closed_form`.
+    """
+    file = None
+    if cache_dir is not None:
+        key = f"{pair.identity} {pair.modules.kernels} {texts} {options}{also}"
+        file = Path(cache_dir) / f"closed_form_{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        known = distributed.on_main_process(lambda: _known(file, pair, bool(options.get("hidden"))))
+        if known is not None:
+            return known
+    fit = fit_closed_form(
+        pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, progress=progress, **options
+    )
+    return distributed.on_main_process(lambda: _kept(fit, file)) if file is not None else fit
+
+
+def _known(file: Path, pair: Pair, hidden: bool) -> ClosedForm | None:
+    """The closed form in the cache; `None` if it is not there, broken, or another pair's."""
+    with suppress(FileNotFoundError, ValueError, KeyError):
+        fit = load_closed_form(file)
+        if _belongs_to(fit, pair, hidden):
+            return fit
+    return None
+
+
+def _kept(fit: ClosedForm, file: Path) -> ClosedForm:
+    """The closed form as a later run will read it: another order of the numbers in memory shows in the last digits."""
+    with optional("The closed form"):
+        save_closed_form(fit, file)
+        return load_closed_form(file)
+    return fit
+
+
+def _belongs_to(fit: ClosedForm, pair: Pair, hidden: bool) -> bool:
+    """Whether a closed form from the cache is one of this pair, whatever its file is called."""
+    check_shapes(pair.target, pair.kernels, fit)
+    widths = [model.config.get_text_config().hidden_size for model in (pair.target, pair.source)]
+    kernels = {name: [f.source_place for f in fits] for name, fits in fit.kernels.items()}
+    return (
+        kernels == pair.modules.kernels
+        and set(fit.hidden_maps) == (set(layer_pairs(pair.modules)) if hidden else set())
+        and all(weight.shape == (widths[0], widths[1] + 1) for weight in fit.hidden_maps.values())
+    )

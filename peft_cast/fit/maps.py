@@ -1,0 +1,108 @@
+"""The fitted maps: what a closed form, a bridge or an earlier translation gives an adapter to begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..source import LoraKernel
+
+
+@dataclass(frozen=True)
+class KernelFit:
+    """The fitted projections of one kernel on one target place.
+
+    Args:
+        source_place (`str`): The source place where the kernel comes from.
+        A_P_in (`torch.Tensor`): Shape (r, in_T).
+        P_out_B (`torch.Tensor`): Shape (out_T, r), of a place in a fused module its rows.
+        r2_in (`float`): Held-out share of the kernel's inputs `A x_S` that the target's activations explain.
+        r2_out (`float`): Held-out share of the kernel's gradients `Bᵀ g_S` that the target's gradients explain.
+    """
+
+    source_place: str
+    A_P_in: torch.Tensor
+    P_out_B: torch.Tensor
+    r2_in: float
+    r2_out: float
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The projections, in and out."""
+        return self.A_P_in, self.P_out_B
+
+
+@dataclass(frozen=True)
+class PlaceMaps:
+    """The fitted maps between a source place and the target place where it lands, whatever kernel is there: a
+    bridge's.
+
+    Args:
+        source_place (`str`): The source place.
+        P_in (`torch.Tensor`): Shape (in_S, in_T).
+        P_out (`torch.Tensor`): Shape (out_T, out_S), of a place in a fused module its rows.
+        r2_in, r2_out (`float`): As in `KernelFit`, of all of the place's inputs and gradients.
+    """
+
+    source_place: str
+    P_in: torch.Tensor
+    P_out: torch.Tensor
+    r2_in: float
+    r2_out: float
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The maps, in and out."""
+        return self.P_in, self.P_out
+
+    def applied(self, kernel: LoraKernel) -> KernelFit:
+        """What they make of a kernel: `A P_in` and `P_out B`, float32 on the CPU.
+
+        Raises:
+            ValueError: If the kernel does not have the source model's shapes.
+        """
+        A, B = kernel.A.float().cpu(), kernel.B.float().cpu()
+        if A.shape[1] != self.P_in.shape[0] or B.shape[0] != self.P_out.shape[1]:
+            raise ValueError(
+                f"The adapter's kernel on '{self.source_place}' is {A.shape[1]} → {B.shape[0]}, the bridge's source "
+                f"model has {self.P_in.shape[0]} → {self.P_out.shape[1]} there: the adapter belongs to another model."
+            )
+        return KernelFit(self.source_place, A @ self.P_in.float(), self.P_out.float() @ B, self.r2_in, self.r2_out)
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """The result of the closed-form fit.
+
+    Args:
+        kernels: For each target place, in the order of the module map: the fits of its kernels, or, where no kernels
+            were given, the maps themselves.
+        hidden_maps (`dict[str, torch.Tensor]`): For each target layer (path), the map from the hidden state of its
+            source layer (see `layer_pairs`) and a 1 to the target's, shape (hidden_T, hidden_S + 1).
+        hidden_r2 (`dict[str, float]`): Held-out R² of those maps.
+        positions (`int`): Aligned positions used.
+    """
+
+    kernels: dict[str, list[KernelFit]] | dict[str, list[PlaceMaps]]
+    hidden_maps: dict[str, torch.Tensor]
+    hidden_r2: dict[str, float]
+    positions: int
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The account of it in `TranslationResult.metrics`, JSON-ready."""
+        names = ("source_place", "r2_in", "r2_out")
+        modules = {
+            place: [{n: getattr(fit, n) for n in names} for fit in fits] for place, fits in self.kernels.items()
+        }
+        return {"positions": self.positions, "modules": modules, "hidden_r2": self.hidden_r2}
+
+    def part(self, sources: Container[str], change: Callable[[Any], KernelFit]) -> ClosedForm:
+        """The fits of some source places alone, each changed; target places that carry none of them are left out."""
+        kernels = {
+            name: [change(fit) for fit in fits if fit.source_place in sources] for name, fits in self.kernels.items()
+        }
+        return replace(self, kernels={name: fits for name, fits in kernels.items() if fits})

@@ -1,0 +1,11 @@
+"""Models: loading them, cutting their heads, spreading them, letting them write, and giving them back as they were."""
+
+from transformers import AutoModelForCausalLM
+
+from .adapters import freeze_adapter, load_on_skeleton, unload_adapters, unloaded_on_error, with_adapter
+from .capture import Captured, capture, layer_outputs, next_token_loss
+from .generating import SampleTopK, continuations, padded
+from .heads import contiguous_head, ends_in_head, logits_at, shared_head, states_at
+from .loading import check_remote_code, default_dtype, fingerprint, free_memory, load_model, load_tokenizer, skeleton
+from .restoring import in_eval_mode, moved, seeded, untouched
+from .sharding import is_sharded

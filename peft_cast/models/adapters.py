@@ -1,0 +1,101 @@
+"""Adapters on a model: put there, frozen, and taken off so that nothing of them stays."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.utils import load_peft_weights
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import PreTrainedModel
+
+from ..utils import check_weights, one_line, read_adapter_config, without_secrets
+
+
+def load_on_skeleton(
+    model: PreTrainedModel, adapter: str | Path, adapter_name: str, revision: str | None = None
+) -> PeftModel:
+    """An adapter on a model without weights; the adapter itself has its own, on the CPU."""
+    with warnings.catch_warnings():
+        # PEFT puts the adapter where its base is, on the meta device, and torch warns of every tensor.
+        warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        peft_model = PeftModel.from_pretrained(model, str(adapter), adapter_name=adapter_name, revision=revision)
+    weights = load_peft_weights(str(adapter), device="cpu", **({"revision": revision} if revision else {}))
+    # A file may mix precisions, which PEFT would bring to that of its base.
+    weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    state = type(peft_model.base_model)._remap_adapter_state_dict_for_load(
+        model=peft_model, config=peft_model.peft_config[adapter_name], adapter_name=adapter_name, state_dict=weights
+    )
+    peft_model.load_state_dict(state, strict=False, assign=True)
+    return peft_model
+
+
+def unload_adapters(model: PreTrainedModel) -> None:
+    """Put the plain modules of an injected model back, also when the injection stopped halfway."""
+    replaced: tuple[str, ...] = ()
+    for name, module in list(model.named_modules()):
+        if name.startswith(replaced):
+            continue  # wrappers lie in wrappers (trained tokens, several parameters of one module)
+        if hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names"):
+            plain = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # modules_to_save and trained token embeddings
+            plain = module.original_module
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain)
+        replaced += (f"{name}.",)
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(attribute, None)
+
+
+def freeze_adapter(model: PeftModel) -> int:
+    """Make a finished adapter one that is not trained, and return how many parameters were."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.requires_grad_(False)
+    model.active_peft_config.inference_mode = True
+    return trained
+
+
+@contextmanager
+def unloaded_on_error(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context an error, or Ctrl-C, takes the adapter off the model again."""
+    try:
+        yield
+    except BaseException:
+        unload_adapters(model)
+        raise
+
+
+@contextmanager
+def with_adapter(model: PreTrainedModel, adapter: str | Path, revision: str | None = None) -> Iterator[PeftModel]:
+    """Within the context the model has an adapter from a folder or the Hub, in eval mode; afterwards it has none.
+
+    Raises:
+        ValueError: If the adapter cannot be used on this model; the message says why.
+    """
+    name = without_secrets(adapter)
+    config = read_adapter_config(adapter, revision)
+    check_weights(adapter, config, revision, model=model)
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"The adapter '{name}' has trained biases, which would stay in the target: use it as a PeftModel on "
+            "a copy of the target."
+        )
+    try:
+        try:
+            adapted = PeftModel.from_pretrained(model, str(adapter), revision=revision)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # PEFT raises whatever a wrong configuration leads to
+            raise ValueError(
+                f"The adapter '{name}' could not be loaded on '{without_secrets(model.name_or_path)}': "
+                f"{one_line(error)}"
+            ) from error
+        yield adapted.eval()
+    finally:
+        unload_adapters(model)

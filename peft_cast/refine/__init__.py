@@ -1,0 +1,11 @@
+"""Refinement: the projections are trained against the adapted source model."""
+
+from .batches import TrainingTexts
+from .cache import TeacherCache, TopKLogProbs
+from .distill import distill_lora
+from .imitate import Imitation, imitate
+from .losses import Logits, Predictions, TopKDivergence, kl_divergence, rows_at_once
+from .on_policy import check_prompts, imitate_on_own_words
+from .run import NotSavedError, RunFolder, check_folder, clear_run, described, open_run
+from .teacher import Teacher, teacher_cache
+from .trainer import training_precision

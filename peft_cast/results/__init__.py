@@ -1,0 +1,11 @@
+"""What a translation leaves behind: its result, report, card and folded LoRA, and how they are shared."""
+
+from .artifacts import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME, REPORT_NAME, Artifact, read_artifact
+from .cards import make_card
+from .diagnosis import diagnose
+from .fold import FoldedLora, to_lora
+from .licenses import read_licenses
+from .publish import add_card, push, push_saved
+from .report import write_report
+from .result import TranslationResult
+from .rows import BASE, Evaluation, Measurement

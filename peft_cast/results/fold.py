@@ -1,0 +1,224 @@
+"""Fold a CAST adapter into a plain LoRA, which anything that serves LoRA can serve without this package."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from transformers import AutoConfig, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from ..models import load_on_skeleton, skeleton
+from ..tuner import CastConfig, CastLayer
+from ..tuner.checks import read_json
+from ..tuner.merging import check_foldable
+from ..utils import (
+    check_model_config,
+    check_weights,
+    one_line,
+    read_adapter_config,
+    secrets_removed,
+    without_secrets,
+    write_json,
+    write_tensors,
+)
+from ..utils.safety import find_file
+from .artifacts import METRICS_NAME, replacing_folder
+from .publish import Publishable, add_card
+from .rows import Evaluation
+
+
+@dataclass(frozen=True)
+class FoldedLora(Publishable):
+    """A plain LoRA.
+
+    Args:
+        config ([`~peft.LoraConfig`]): One rank for all modules, scaling 1, as servers want it.
+        weights (`dict[str, torch.Tensor]`): By the keys of an adapter file: `….lora_A.weight` (r, in_T) and
+            `….lora_B.weight` (out_T, r).
+        errors (`dict[str, float]`): For each module `‖ΔW − B A‖ / ‖ΔW‖` in the Frobenius norm; 0.0 where nothing was
+            cut.
+        origin (`dict[str, str]`): The fields of the CAST adapter's configuration that name its source model and
+            adapter.
+        report (`dict`): What the `cast_metrics.json` of the CAST adapter holds; empty if it has none.
+    """
+
+    config: LoraConfig
+    weights: dict[str, torch.Tensor]
+    errors: dict[str, float]
+    origin: Mapping[str, str | None] = field(default_factory=dict)
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def save_pretrained(
+        self, folder: str | Path, *, evaluation: Evaluation | None = None, evaluated_as: str | None = None
+    ) -> None:
+        """Write an ordinary LoRA folder, which `PeftModel.from_pretrained`, vLLM and others load, with a model card.
+
+        `cast_metrics.json` says what it was folded from, and with which errors.
+
+        Args:
+            folder: Where.
+            evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
+
+        Raises:
+            ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
+        """
+        with replacing_folder(folder) as partial:
+            add_card(self._save(partial), evaluation, evaluated_as)
+
+    def _save(self, folder: Path) -> Path:
+        write_tensors(self.weights, folder / SAFETENSORS_WEIGHTS_NAME, format="pt")
+        self.config.save_pretrained(str(folder))
+        folded = {"rank": self.config.r, "errors": self.errors, "origin": self.origin}
+        # Scores of the CAST adapter are not those of a LoRA that lost something.
+        kept = {k: v for k, v in self.report.items() if k != "evaluation" or not any(self.errors.values())}
+        write_json({**kept, "folded": folded}, folder / METRICS_NAME)
+        return folder
+
+    def __str__(self) -> str:
+        cut = [error for error in self.errors.values() if error]
+        if not cut:
+            return f"LoRA of rank {self.config.r} on {len(self.errors)} modules, exact"
+        return (
+            f"LoRA of rank {self.config.r} on {len(self.errors)} modules; {len(cut)} were cut, relative error of the "
+            f"weight change {fmean(self.errors.values()):.3f} in the mean, {max(cut):.3f} at most"
+        )
+
+
+def to_lora(
+    adapter: str | Path | PeftModel,
+    rank: int | None = None,
+    *,
+    adapter_name: str | None = None,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> FoldedLora:
+    """Fold a CAST adapter: `A' = A P_in`, `B' = s P_out B`, kernels on one module stacked. Exact, unless `rank` cuts.
+
+    Args:
+        adapter: A PeftModel with the adapter, or the folder or hub id of one, for which the target model's
+            configuration is read but not its weights.
+        rank (`int`, *optional*): The rank of the LoRA: the largest stacked rank when `None`. Servers accept only some
+            (vLLM: 8, 16, 32, 64, ..., 16 at most by default). A larger one pads with zeros, which changes nothing; a
+            smaller one keeps the leading singular directions of each module's change, the best of that rank.
+        adapter_name (`str`, *optional*): Which adapter of the PeftModel; the active one when not given.
+        revision (`str`, *optional*): Hub revision of the adapter.
+        dtype (`torch.dtype`): Of the weights.
+
+    Returns:
+        `FoldedLora`
+
+    Raises:
+        ValueError: If it is no CAST adapter, has nonlinear projections or biases, or `rank` is not positive.
+    """
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    model = adapter if isinstance(adapter, PeftModel) else _load(adapter, revision)
+    adapter_name = adapter_name or model.active_adapters[0]
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, CastConfig):
+        raise ValueError(f"'{adapter_name}' is no CAST adapter of this model, so there is nothing to fold.")
+    base, factors = model.get_base_model(), {}
+    for name, module in base.named_modules():
+        if isinstance(module, CastLayer) and adapter_name in module.peft_cast_kernels:
+            check_foldable(module, adapter_name)
+            factors[name] = tuple(f.detach().float().cpu() for f in module.get_factors(adapter_name))
+    r = rank or max(len(A) for A, _ in factors.values())
+    weights, errors = {}, {}
+    for name, (A, B) in factors.items():
+        A, B, errors[name] = _of_rank(A, B, r)
+        weights[f"base_model.model.{name}.lora_A.weight"] = A.to(dtype).contiguous()
+        weights[f"base_model.model.{name}.lora_B.weight"] = B.to(dtype).contiguous()
+    lora = LoraConfig(
+        r=r,
+        lora_alpha=r,
+        target_modules=_target_modules(factors, base),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+        fan_in_fan_out=any(isinstance(base.get_submodule(name).get_base_layer(), Conv1D) for name in factors),
+    )
+    _warn_of_experts(lora, model)
+    origin = {key: value for key, value in vars(config).items() if key.startswith("source_")}
+    report: dict[str, Any] = {}
+    if not isinstance(adapter, PeftModel):
+        with suppress(OSError, ValueError, EntryNotFoundError):  # it may have none
+            report = read_json(find_file(adapter, METRICS_NAME, revision))
+    return FoldedLora(lora, weights, errors, origin, report)
+
+
+def _warn_of_experts(lora: LoraConfig, model: PeftModel) -> None:
+    """Some mixtures of experts have dense MLPs besides, for which PEFT loads no LoRA: it takes them for experts."""
+    seen = copy.copy(lora)
+    convert_peft_config_for_transformers(seen, model.get_base_model(), None)
+    if seen.target_parameters:
+        moved = sorted(set(lora.target_modules) - set(seen.target_modules))
+        warnings.warn(
+            f"PEFT will not load this LoRA's weights for {', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}: "
+            "it takes such names for experts of this model. Merge the CAST adapter (`merge_and_unload`), or serve it "
+            "unfolded."
+        )
+
+
+def _load(adapter: str | Path, revision: str | None) -> PeftModel:
+    config = read_adapter_config(adapter, revision)
+    if not isinstance(config, CastConfig):
+        raise ValueError(
+            f"'{without_secrets(adapter)}' is of type {config.peft_type.value}, not a CAST adapter: there is nothing "
+            "to fold."
+        )
+    check_weights(adapter, config, revision)
+    name = config.base_model_name_or_path
+    try:
+        with secrets_removed():
+            values, _ = PretrainedConfig.get_config_dict(name, revision=config.revision)
+            check_model_config(values, "its configuration")
+            base = skeleton(AutoConfig.from_pretrained(name, revision=config.revision, trust_remote_code=False))
+    except Exception as error:  # a configuration's values can lead to anything in a model's code
+        raise ValueError(
+            f"The configuration of the target model '{without_secrets(name)}' could not be read ({one_line(error)}): "
+            "load the adapter on its model and pass the PeftModel."
+        ) from error
+    try:
+        return load_on_skeleton(base, adapter, "default", revision)
+    except MemoryError:
+        raise
+    except Exception as error:  # PEFT raises whatever a wrong configuration leads to
+        raise ValueError(
+            f"The adapter '{without_secrets(adapter)}' does not fit its model '{without_secrets(name)}' "
+            f"({one_line(error)}): get both again."
+        ) from error
+
+
+def _target_modules(factors: Mapping[str, tuple], base: torch.nn.Module) -> list[str]:
+    """Last parts of the names where they say enough (`q_proj`), as servers expect them; else full names."""
+    last = {name.rsplit(".", 1)[-1] for name in factors}
+    meant = {name for name, _ in base.named_modules() if name.rsplit(".", 1)[-1] in last}
+    return sorted(last) if meant == set(factors) else sorted(factors)
+
+
+def _of_rank(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`B A` with A (R, in) and B (out, R) as factors of rank r, and the relative error of the product."""
+    R = len(A)
+    if R <= r:
+        pad = torch.nn.functional.pad
+        return pad(A, (0, 0, 0, r - R)), pad(B, (0, r - R)), 0.0
+    # B A = Q_B (R_B R_Aᵀ) Q_Aᵀ: the singular values are those of the small product.
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T)
+    root = S[:r].sqrt()
+    error = float(S[r:].norm() / S.norm().clamp_min(torch.finfo(S.dtype).tiny))
+    return (root[:, None] * Vh[:r] @ Q_A.T).float(), (Q_B @ U[:, :r] * root).float(), error

@@ -1,0 +1,107 @@
+"""The result of a translation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from ..align import ModuleMap
+from ..tuner import CastConfig
+from ..utils import change_dtype, distributed, write_json
+from .artifacts import METRICS_NAME, REPORT_NAME, replacing_folder
+from .diagnosis import diagnose
+from .publish import Publishable, add_card
+from .report.contents import contents
+from .report.markdown import to_text
+from .report.page import write_report
+from .rows import Evaluation
+
+
+@dataclass(frozen=True)
+class TranslationResult(Publishable):
+    """What `translate` and `baselines.distill_lora` return.
+
+    Args:
+        model ([`~peft.PeftModel`]): The target model with the translated adapter, ready to generate or save.
+        metrics (`dict`): The measurements of the run, JSON-ready. `kl`: nats per aligned position between the teacher
+            and the untouched target, the closed form and the final adapter on held-out texts; `excitement`: nats by
+            which the LoRA changes the source's predictions there; `source`: the adapter's `type`, the largest `rank`
+            of its kernels, `converted` (relative error of each module's kernel that approximates another kind of
+            adapter) and `not_carried` (what of the adapter no kernel expresses, by module); `closed_form`: held-out R²
+            per target module; `phases`: seconds and peak memory; `parameters`; `refinement`: the steps taken, why it
+            `stopped` early if it did, the batch size and gradient accumulation used; `alignment`: among others
+            `routes`, the map used, a line for each role, and `unmapped`, the modules without a place and why; `text`;
+            `settings`; `report`: what only the report shows, see `report.gather_report`.
+        history (`list[dict]`): Trainer's log of the refinement.
+        module_map (`ModuleMap`): Which source modules landed where, and which found no place.
+        adapter_name (`str`): Its name on the model.
+    """
+
+    model: PeftModel
+    metrics: dict[str, Any]
+    history: Sequence[dict[str, float]]
+    module_map: ModuleMap
+    adapter_name: str = "default"
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        evaluation: Evaluation | None = None,
+        evaluated_as: str | None = None,
+    ) -> None:
+        """Save an ordinary PEFT adapter folder, and beside it `cast_metrics.json`, a model card and the report
+        (`report.html`, `report.md`, see `write_report`).
+
+        As in PEFT, an adapter of another name than "default" goes to a subfolder of its name. The files appear
+        together, once all are written. The card names the licenses of both models and of the source adapter where it
+        finds them; one that you changed is kept (docs/sharing.md). Of several processes the main one writes, whichever
+        call this.
+
+        Args:
+            folder: Where.
+            dtype (`torch.dtype`, *optional*): Precision of the file; as trained, float32, when not given.
+            evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
+
+        Raises:
+            ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
+            OSError: If the files cannot be written, with what was there before intact.
+        """
+        if not distributed.is_main_process():
+            return
+        with replacing_folder(folder) as partial:
+            saved = self._save(partial)
+            if dtype is not None:
+                change_dtype(saved / SAFETENSORS_WEIGHTS_NAME, dtype)
+            if isinstance(self.model.peft_config[self.adapter_name], CastConfig):  # distilled LoRAs keep PEFT's card
+                add_card(saved, evaluation, evaluated_as)
+            # What quotes texts stays in a file of its own, which is never pushed.
+            write_json(self.metrics.get("report", {}), saved / REPORT_NAME)
+            write_report(self, saved, evaluation=evaluation)
+
+    def _save(self, folder: Path) -> Path:
+        """Save adapter and metrics, and return the folder that has them."""
+        self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
+        folder = folder if self.adapter_name == "default" else folder / self.adapter_name
+        metrics = {name: part for name, part in self.metrics.items() if name != "report"}
+        write_json({"metrics": metrics, "history": self.history}, folder / METRICS_NAME)
+        return folder
+
+    def diagnosis(self) -> list[str]:
+        """What limits this translation and what to do about it, a sentence each; empty when nothing stands out."""
+        return diagnose(self.metrics, self.history)
+
+    def summary(self) -> str:
+        """The report as a short text: how far the translation went, what limits it and what it cost."""
+        report = contents({"alignment": self.module_map.metrics, **self.metrics}, self.history)
+        return to_text(report)
+
+    def __str__(self) -> str:
+        return self.summary()

@@ -1,0 +1,138 @@
+"""A model pair made ready for a translation: loaded and aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..align import ModuleMap, SharedVocabulary, layer_count, linear_layers, map_layers, map_modules, shared_vocabulary
+from ..models import default_dtype, fingerprint, load_model, load_tokenizer, moved, sharding, untouched
+from ..options import Pairing
+from ..utils import distributed
+from .kernels import LoraKernel, SourceAdapter
+from .loading import adapted_source, load_source
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models side by side.
+
+    Args:
+        source: The model the LoRA was trained on, frozen.
+        adapter: The adapter on the source, with its kernels; `None` when only the models matter (bridges).
+        target: The model it shall work on, frozen.
+        tokenizers: Those of source and target.
+        modules: Where the kernels land.
+        vocabulary: Tokens that both tokenizers have.
+        device: Where training happens.
+    """
+
+    source: PreTrainedModel
+    adapter: SourceAdapter | None
+    target: PreTrainedModel
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
+    modules: ModuleMap
+    vocabulary: SharedVocabulary
+    device: torch.device
+
+    @property
+    def given(self) -> SourceAdapter:
+        """The adapter, where there must be one."""
+        assert self.adapter is not None, "a pair of models alone has no adapter"
+        return self.adapter
+
+    @property
+    def adapted(self) -> PeftModel:
+        """The source with its adapter active: the teacher. Its adapter can be disabled."""
+        return self.given.model
+
+    @property
+    def kernels(self) -> Mapping[str, LoraKernel]:
+        """The kernel of each source place that can be carried over."""
+        return self.given.kernels
+
+    @property
+    def identity(self) -> str:
+        """Tells pairs apart: the models' weights, the shared vocabulary, the adapter's options and its kernels'
+        ranks.
+        """
+        ids = (self.vocabulary.source_ids, self.vocabulary.target_ids)
+        return f"{fingerprint(self.adapted, self.target, extra=ids)} {self.given.identity}"
+
+
+@contextmanager
+def open_pair(
+    source: str | Path | PreTrainedModel | None,
+    adapter: str | Path | PeftModel | None,
+    target: str | Path | PreTrainedModel,
+    pairing: Pairing | None = None,
+    *,
+    shard: bool = False,
+) -> Iterator[Pair]:
+    """Load and align a pair; afterwards both models are as they were. Errors as in `translate`.
+
+    Args:
+        source, adapter, target: As in `translate`. Without an adapter (`None`) every linear layer of the source is
+            mapped.
+        pairing (`Pairing`, *optional*): How they are loaded and aligned.
+        shard (`bool`): Whether the models are sharded over the processes, see `models.sharding`.
+    """
+    chosen = pairing or Pairing()
+    device = distributed.init(chosen.device)
+    source_device = distributed.resolve_source_device(chosen.source_device, device)
+    if shard and any(isinstance(model, torch.nn.Module) for model in (source, adapter, target)):
+        raise ValueError(
+            "FSDP and ZeRO-3 shard models for good, so they take none that are loaded: pass hub ids or folders."
+        )
+    on_source = None
+    with ExitStack() as stack:
+        stack.enter_context(distributed.hide_launcher_settings())
+        if adapter is None:
+            load = partial(load_model, source, "source", revision=chosen.source_revision)
+        else:
+            load = partial(
+                load_source, source, adapter, revision=chosen.source_revision, adapter_revision=chosen.adapter_revision
+            )
+        adapt = partial(
+            adapted_source, adapter=adapter, revision=chosen.adapter_revision, source_rank=chosen.source_rank
+        )
+        load_target = partial(load_model, target, "target", revision=chosen.target_revision)
+        if shard:
+            dtype = chosen.dtype or default_dtype(device)
+            load, load_target = partial(load, dtype=dtype), partial(load_target, dtype=dtype)
+            source, target, on_source = stack.enter_context(sharding.open_sharded(load, load_target, adapt, device))
+        else:
+            source = load(device=source_device, dtype=chosen.dtype)
+            target = load_target(device=device, dtype=chosen.dtype)
+        if source is target:
+            raise ValueError("`source` and `target` are the same object: load the model twice.")
+        tokenizers = (
+            load_tokenizer(chosen.source_tokenizer, source, "source", chosen.source_revision),
+            load_tokenizer(chosen.target_tokenizer, target, "target", chosen.target_revision),
+        )
+        # A PeftModel as `adapter` is its source's wrapper: its own modes are restored too.
+        stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
+        stack.enter_context(moved(source, source_device))
+        stack.enter_context(moved(target, device))
+        if adapter is not None and on_source is None:
+            on_source = stack.enter_context(adapt(source))
+        depth_map = "proportional" if chosen.depth_map == "similarity" else chosen.depth_map
+        layers = map_layers(layer_count(source), layer_count(target), depth_map)
+        adapted = on_source.kernels if on_source else linear_layers(source)
+        modules = map_modules(adapted, target, layers, chosen.module_map, source)
+        vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
+        yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device)
+
+
+def _rows(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no language-modeling head: pass a causal language model.")
+    return head.weight.shape[0]

@@ -1,0 +1,133 @@
+"""The text of a translation, as both models read it: what is imitated, held out, fitted on, and anchors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+
+from ..align import AlignedPair
+from ..options import Fit, Training
+from ..source import Pair
+from .corpus import C4
+from .mixture import default_text, is_written, read_text
+from .samples import TextSample, align_samples
+from .written import Keep, SelfWritten, write_texts
+
+
+ANCHOR_EVERY = 4  # texts per anchor
+
+
+def anchor_length(max_length: int) -> int:
+    """The most tokens of an anchor where a text has `max_length`: many short stretches say more than few long ones."""
+    return max(max_length // 2, 16)
+
+
+@dataclass(frozen=True)
+class PairTexts:
+    """Aligned texts by what they are for.
+
+    Args:
+        train: Read by the refinement.
+        held_out: Kept out of it to measure the distance to the teacher. With few prompts the two may share prompts,
+            never answers.
+        fit: Read by the closed form.
+        anchors: General text on which the target shall stay as it is; empty when it may move.
+        metrics: Counts and shares, JSON-ready.
+        answers: What was written after a prompt to be trained on, as text.
+    """
+
+    train: list[AlignedPair]
+    held_out: list[AlignedPair]
+    fit: list[AlignedPair]
+    anchors: list[AlignedPair]
+    metrics: dict[str, Any]
+    answers: list[TextSample] = field(default_factory=list)
+
+
+def read_texts(
+    pair: Pair,
+    text: Any,
+    fit: Fit | None = None,
+    training: Training | None = None,
+    *,
+    bar: Callable = lambda items, **_: items,
+    translated: PeftModel | None = None,
+    keep: Keep = lambda key, write: write(),
+) -> PairTexts:
+    """Read, write and align the text of a translation.
+
+    Args:
+        pair (`Pair`): The models.
+        text: What is imitated on: anything `translate(text=...)` takes.
+        fit (`Fit`, *optional*): General text for the closed form and the anchors, and how much of it.
+        training (`Training`, *optional*): How much text is read and how long it is. Where `gamma` asks for anchors
+            there are as many as the texts to train on can use, at most 512; they follow the texts of the closed form,
+            and if the text ends before, they are the same.
+        bar: Wrapper around batches that shows progress, e.g. `tqdm`.
+        translated: The target with the adapter to go on from, which writes on-policy text.
+        keep: Where written batches are kept, see `write_texts`.
+
+    Raises:
+        ValueError: If too little of the text is usable.
+    """
+    fit, training = fit or Fit(), training or Training()
+    fit_text, train, max_length = fit.fit_text, training.steps * training.batch_size, training.max_length
+
+    def write(spec: SelfWritten, limit: int):
+        if spec.on_policy and translated is None:
+            raise ValueError("On-policy text is written by a translated model: pass its adapter as `start`.")
+        writer, target = (translated if spec.on_policy else pair.adapted), translated or pair.target
+        progress = partial(bar, desc="writing text")
+        return write_texts(writer, *pair.tokenizers, spec, limit, training.seed, target, progress, keep)
+
+    align = partial(align_samples, pair.tokenizers, max_length=max_length)
+    if text is None:
+        text = default_text(pair.tokenizers[0])
+    if fit_text is None and is_written(text):
+        fit_text = C4
+    apart = fit_text is not None  # whether the closed form reads other text than the refinement
+    wanted = train if apart else max(train, fit.fit_samples)
+    anchors = min(512, max(1, train // ANCHOR_EVERY)) if training.gamma > 0 else 0
+    # First: whether it can be reached is known before minutes of writing.
+    most = fit.fit_samples + anchors + training.eval_samples
+    general = read_text(fit_text, most, write) if apart else []
+    # The same text twice says nothing new, and must not be trained on and measured with.
+    samples = read_text(text, wanted + training.eval_samples, write)
+    pairs = list(dict.fromkeys(align(samples)))
+    if len(pairs) < 3:
+        raise ValueError(
+            f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
+            f"pass more or longer text, or a larger `max_length` than {max_length}."
+        )
+    kept_out = how_many_held_out(pairs, training.eval_samples)
+    evaluation, trained_on = pairs[:kept_out], pairs[kept_out:]
+    seen = set(evaluation)
+    unseen = [one for one in align(general) if one not in seen] if apart else trained_on
+    fitting = unseen[: fit.fit_samples]
+    usable = min(anchors, -(-len(trained_on) // ANCHOR_EVERY))
+    rest = general[fit.fit_samples :] or general
+    anchored = align(rest[:usable], max_length=anchor_length(max_length)) if usable else []
+    if len(fitting) < 2:
+        raise ValueError(
+            f"`{'fit_text' if apart else 'text'}` gives {len(fitting)} usable samples for the closed form, "
+            "at least 2 are needed: pass more or longer text."
+        )
+    metrics = {
+        "train": len(trained_on),
+        "held_out": len(evaluation),
+        "closed_form": len(fitting),
+        "anchors": len(anchored),
+        "target_tokens": sum(len(one.target_ids) for one in pairs),
+        "aligned_positions": sum(len(one.target_positions) for one in pairs),
+    }
+    answers = [sample for sample in samples[kept_out:] if sample.target_prompt]
+    return PairTexts(trained_on, evaluation, fitting, anchored, metrics, answers)
+
+
+def how_many_held_out(pairs: Sequence[AlignedPair], wanted: int) -> int:
+    """Of how many texts the distance to the teacher is measured: those wanted, at most a third, and at least one."""
+    return min(wanted, len(pairs) // 3 or 1)

@@ -1,0 +1,28 @@
+"""What all the rest stands on: files, safety, processes, costs."""
+
+from .environment import environment
+from .files import (
+    PARTIAL,
+    change_dtype,
+    check_place,
+    complete_folder,
+    optional,
+    read_json_if_there,
+    remove_partial,
+    replacing,
+    write_json,
+    write_tensors,
+)
+from .out_of_memory import within_memory
+from .phases import Phases, give_back_memory
+from .safety import (
+    HIDDEN,
+    check_model_config,
+    check_weights,
+    looks_like_path,
+    one_line,
+    read_adapter_config,
+    secrets_removed,
+    why_no_model,
+    without_secrets,
+)

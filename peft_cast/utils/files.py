@@ -1,0 +1,160 @@
+"""Files and folders that appear complete or not at all, whatever stops the writing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .safety import without_secrets
+
+
+PARTIAL = ".partial-"  # what is being written, or was when a run was killed
+
+
+@contextmanager
+def replacing(file: str | Path) -> Iterator[Path]:
+    """Within the context write to the path that is given; at the end it takes the place of `file`.
+
+    Raises:
+        OSError: If it cannot be written; what stood there before is intact.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
+    try:
+        with _as_os_error():
+            yield partial
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def complete_folder(folder: str | Path, key: str = "adapter_config.json") -> Iterator[Path]:
+    """Within the context write to the folder that is given; at the end its files move into `folder`.
+
+    Files called `key`, without which nothing loads the folder, come last, and old ones that differ go first: a new
+    adapter is never read with the configuration of another.
+
+    Raises:
+        OSError: If something cannot be written; what stood in `folder` before is intact.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
+    try:
+        with _as_os_error():
+            yield partial
+        moves = {file: folder / file.relative_to(partial) for file in partial.rglob("*") if file.is_file()}
+        for file, place in moves.items():
+            if file.name == key and place.exists() and place.read_bytes() != file.read_bytes():
+                place.unlink()
+        for file, place in sorted(moves.items(), key=lambda move: move[0].name == key):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # not empty: all went well
+                folder.rmdir()
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(str(error)) from error
+
+
+def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> None:
+    """Refuse to write a result where something else is kept.
+
+    Args:
+        folder: Where an adapter shall be written.
+        inputs: What it is made from: names, or objects, which are in nobody's way.
+        kind (`str`): PEFT's type of the adapter that is written; one of the same type may be replaced.
+
+    Raises:
+        ValueError: If the folder is one of the inputs, holds a model or an adapter of another type, or is a file.
+    """
+    folder = Path(folder)
+    if any(
+        isinstance(name, (str, Path)) and Path(name).exists() and folder.resolve() == Path(name).resolve()
+        for name in inputs
+    ):
+        raise ValueError(f"'{folder}' would be overwritten while it is read: write to another folder.")
+    if folder.is_file():
+        raise ValueError(f"'{folder}' is a file: write to a folder.")
+    config = read_json_if_there(folder / "adapter_config.json")
+    there = config.get("peft_type") if isinstance(config, dict) else None
+    if there not in (None, kind):
+        raise ValueError(
+            f"'{folder}' holds an adapter of type {there}, which would be overwritten: write to another folder."
+        )
+    if (folder / "config.json").exists():
+        raise ValueError(f"'{folder}' holds a model: write to another folder.")
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, **metadata: str) -> None:
+    """Write a safetensors file. It appears complete or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with replacing(file) as partial:
+        save_file(dict(tensors), partial, metadata=metadata or None)
+
+
+def change_dtype(file: str | Path, dtype: torch.dtype) -> None:
+    """Write a safetensors file again with its floating-point tensors in another precision."""
+    with safe_open(file, framework="pt") as saved:
+        metadata = saved.metadata() or {}
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    write_tensors(tensors, file, **metadata)
+
+
+def write_json(value: Any, file: str | Path, indent: int | None = 1) -> None:
+    """Write a JSON file, likewise; access tokens in it are left out, see `without_secrets`."""
+    with replacing(file) as partial:
+        partial.write_text(without_secrets(json.dumps(value, indent=indent)) + "\n", encoding="utf-8")
+
+
+def read_json_if_there(file: Path) -> Any:
+    """What the file holds, `None` if it is not there or broken."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Within the context something is written that a run can do without: an OSError becomes a warning."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} could not be kept ({error}): the run goes on, and a resumed one makes it anew.")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed runs left half-written in a folder and its subfolders."""
+    for left in list(folder.rglob(f"{PARTIAL}*")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

@@ -1,0 +1,297 @@
+"""What comes from strangers is checked before it is used: adapters, bridges, model configurations. And secrets stay
+secret.
+
+The primitives are in `tuner/checks.py`; SECURITY.md says what is trusted and what is not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from torch import nn
+
+from ..tuner import CastConfig
+from ..tuner.checks import FLOATS, TensorInfo, check_fields, check_finite, is_name, read_header, read_json, shown
+from ..tuner.quantized import linear_size
+
+
+MAX_LAYERS = 2048  # of a model that is built from a configuration in a file
+_COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|experts?|blocks?|stages?)|depths?", re.IGNORECASE)
+HIDDEN = "***"
+_TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
+_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+_TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+# Settings with which PEFT would import a module that the file names.
+_IMPORTS = ("megatron_config",)
+
+
+def without_secrets(text: Any, same_length: bool = False) -> str:
+    """A text in which access tokens and the user part of URLs are replaced by `***`.
+
+    Tokens are known by their form (`hf_` or `api_org_` and at least 20 letters or digits; a token has 34, a name like
+    `hf_transformers` fewer) and, whatever they look like, from the variables that hold them.
+
+    Args:
+        text: Anything; its `str` is taken.
+        same_length (`bool`): One star for each character instead.
+    """
+
+    def hidden(secret: str) -> str:
+        return "*" * len(secret) if same_length else HIDDEN
+
+    text = str(text)
+    for pattern in (_TOKEN, _IN_URL):
+        text = pattern.sub(lambda found: hidden(found[0]), text)
+    for secret in filter(None, (os.environ.get(name) for name in _TOKEN_VARIABLES)):
+        text = text.replace(secret, hidden(secret)) if len(secret) >= 8 else text
+    return text
+
+
+@contextmanager
+def secrets_removed() -> Iterator[None]:
+    """Within the context errors leave without secrets, in their causes too."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        clean = without_secrets(error)
+        if clean == str(error) and without_secrets(error.__cause__) == str(error.__cause__):
+            raise
+        raise (OSError if isinstance(error, OSError) else ValueError)(clean) from None
+
+
+def find_file(adapter: str | Path, name: str, revision: str | None = None) -> Path:
+    """A file of an adapter in a folder or on the hub.
+
+    Raises:
+        EntryNotFoundError: If the adapter has no such file.
+        OSError, ValueError: If the adapter cannot be reached.
+    """
+    if Path(adapter).is_dir():
+        file = Path(adapter) / name
+        if not file.is_file():
+            raise EntryNotFoundError(str(file))
+        return file
+    return Path(hf_hub_download(str(adapter), name, revision=revision))
+
+
+def looks_like_path(name: Any) -> bool:
+    """Whether a name can be no hub id (`name` or `user/name`)."""
+    if "://" in str(name):
+        return False
+    return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or len(Path(str(name)).parts) > 2
+
+
+def why_no_model(model: Any) -> str | None:
+    """What is wrong with what was passed as a model, if that can be seen in the folder; `None` if not."""
+    folder = Path(str(model))
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        kind = "an adapter, not a model" if (folder / CONFIG_NAME).is_file() else "no model: it has no config.json"
+        return f"'{folder}' holds {kind}"
+    if not folder.exists() and looks_like_path(model):
+        return f"there is no folder '{model}'"
+    return f"'{folder}' is a file" if folder.is_file() else None
+
+
+def _why_no_adapter(adapter: Any) -> str | None:
+    """The same for an adapter."""
+    folder = Path(str(adapter))
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
+        if named:
+            return f"'{folder}' has its adapters in subfolders, {', '.join(named[:5])}: pass one of them"
+        kind = "a model, no adapter" if (folder / "config.json").is_file() else f"no {CONFIG_NAME}"
+        return f"'{folder}' holds {kind}: pass a hub id or a folder with {CONFIG_NAME}"
+    if not folder.exists() and looks_like_path(adapter):
+        return f"there is no folder '{adapter}': pass a hub id or a folder with {CONFIG_NAME}"
+    return f"'{folder}' is a file: pass the folder that it is in" if folder.is_file() else None
+
+
+def read_adapter_config(adapter: str | Path, revision: str | None = None) -> PeftConfig:
+    """The configuration of an adapter on the hub or in a folder, its values checked.
+
+    Raises:
+        ValueError: If there is none, it cannot be read, or says something that no adapter needs.
+    """
+    if (why := _why_no_adapter(adapter)) is not None:
+        raise ValueError(without_secrets(f"The adapter could not be read: {why}."))
+    try:
+        with secrets_removed():
+            file = find_file(adapter, CONFIG_NAME, revision)
+            values = read_json(file)
+            check_adapter_values(values)
+            return PeftConfig.from_pretrained(str(file.parent))
+    except MemoryError:
+        raise
+    except Exception as error:  # PEFT's configurations raise whatever their values lead to
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        why = f"it has no {CONFIG_NAME}, so it is no adapter." if absent else one_line(error)
+        raise ValueError(
+            f"The adapter '{without_secrets(adapter)}' could not be read: {why} Pass a hub id or a folder with "
+            f"{CONFIG_NAME}."
+        ) from error
+
+
+def check_adapter_values(values: Mapping[str, Any]) -> None:
+    """Check what `adapter_config.json` says, by the types that PEFT gives its settings.
+
+    Raises:
+        ValueError: Naming the first field that is wrong.
+    """
+    kind = values.get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"`peft_type` must be one of PEFT's, got {shown(kind)}: update PEFT, or correct the file.")
+    if odd := {"self", "cls"} & values.keys():
+        raise ValueError(f"'{odd.pop()}' is no setting: delete it.")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    check_fields(config_class, values)
+    for name in _IMPORTS:
+        if values.get(name):
+            raise ValueError(f"`{name}` makes PEFT import a module that the file names: set it to null.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if name in values and values[name] is None and config_class is LoraConfig:
+            raise ValueError(f"`{name}` must be an object, got null.")
+
+
+def read_weights_header(adapter: str | Path, revision: str | None = None) -> dict[str, TensorInfo]:
+    """Names, types and shapes of the tensors in an adapter's file.
+
+    Raises:
+        ValueError: If it has no safetensors file, or a broken one.
+    """
+    named = f"'{without_secrets(adapter)}'"
+    try:
+        with secrets_removed():
+            return read_header(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"The weights of the adapter {named} could not be reached: {error}") from error
+    except EntryNotFoundError as error:
+        raise ValueError(
+            f"The adapter {named} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled weights (adapter_model.bin) are not "
+            "read, because they can run code: convert them to safetensors first."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The weights of the adapter {named} could not be read ({one_line(error)}): the file is corrupt, get it "
+            "again."
+        ) from error
+
+
+def check_weights(
+    adapter: str | Path, config: PeftConfig, revision: str | None = None, model: nn.Module | None = None
+) -> dict[str, TensorInfo]:
+    """Check an adapter's file before PEFT loads it: its header against the configuration, and every number in it.
+
+    Args:
+        adapter: Folder or hub id.
+        config: Its configuration, see `read_adapter_config`.
+        revision: Its hub revision.
+        model: The model it shall be loaded on, for which PEFT makes the adapter's tensors before it reads the file.
+
+    Returns:
+        The header.
+
+    Raises:
+        ValueError: Naming what is wrong.
+    """
+    header = read_weights_header(adapter, revision)
+    try:
+        if isinstance(config, CastConfig):
+            config.check_weights(header)
+        elif isinstance(config, LoraConfig):
+            _check_lora(config, header, model)
+        with safe_open(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision), framework="pt") as tensors:
+            for name in header:
+                check_finite(name, tensors.get_tensor(name))
+    except ValueError as error:
+        raise ValueError(f"The adapter '{without_secrets(adapter)}' cannot be used. {error}") from None
+    return header
+
+
+def _check_lora(config: LoraConfig, header: Mapping[str, TensorInfo], model: nn.Module | None) -> None:
+    for name, info in header.items():
+        if ".lora_" in name and info.dtype not in FLOATS:
+            raise ValueError(
+                f"The tensor {shown(name)} is of type {info.dtype}, which holds no weights: get it again."
+            )
+    if model is None or isinstance(config, AdaLoraConfig):
+        return
+    if config.layer_replication:
+        depth = sum(stop - start for start, stop in config.layer_replication)
+        if any(not 0 <= a < b <= MAX_LAYERS for a, b in config.layer_replication) or depth > MAX_LAYERS:
+            raise ValueError(f"`layer_replication` must be made of ranges of layers, {MAX_LAYERS} in all.")
+    promised, held = _promised(config, model), sum(torch.Size(info.shape).numel() for info in header.values())
+    if promised > 2 * held + 2**20:
+        raise ValueError(
+            f"Its configuration speaks of {promised:,} numbers, its file has {held:,}: the two do not belong "
+            "together, download both again."
+        )
+
+
+def _promised(config: LoraConfig, model: nn.Module) -> int:
+    """How many numbers PEFT would allocate for a LoRA on a model, about."""
+    everything = config.target_modules == "all-linear" or (not config.target_modules and not config.target_parameters)
+    parameters = tuple(config.target_parameters or ())
+    total = 0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        size = linear_size(module) or (
+            tuple(weight.shape) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
+        )
+        if size is None:
+            continue
+        hit = everything or f"{name}.weight".endswith(parameters or "\0") or check_target_module_exists(config, name)
+        if hit:
+            total += config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r) * sum(size)
+    return total
+
+
+def check_model_config(values: Mapping[str, Any], where: str) -> None:
+    """Check a model's configuration from a file, of which a model without weights shall be built.
+
+    Raises:
+        ValueError: If it needs code of its own, or has more layers than any model, which would take forever to build.
+    """
+    if not is_name(values.get("model_type")):
+        raise ValueError(f"{where} has no `model_type`, so it is no model's: get it again.")
+    for name, value in _numbers(values):
+        if _COUNTS.fullmatch(name) and not 0 <= value <= MAX_LAYERS:
+            raise ValueError(f"`{name}` in {where} is {shown(value)}, at most {MAX_LAYERS} are built: correct it.")
+        if abs(value) >= 2**40:
+            raise ValueError(f"`{name}` in {where} is {shown(value)}, which is no size of any model: correct it.")
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Mapping):
+                yield from _numbers(item)
+            elif isinstance(item, (int, float)):
+                yield name, item
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of a message that says something. Errors from the depths (`AttributeError`) say nothing to a
+    user; they stay the cause.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    # PEFT lists every mismatched tensor below a heading; one is enough.
+    line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
+    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not line:
+        line = f"its settings do not make sense together, {type(error).__name__}"
+    return line if line.endswith((".", "!", "?")) else f"{line}."
