@@ -1,4 +1,4 @@
-"""What the tests of PEFT's behaviours share: adapters that do something, on models of several architectures."""
+"""What the tests of PEFT's behaviors share: adapters that do something, on models of several architectures."""
 
 import torch
 from conftest import tiny_model
@@ -20,8 +20,8 @@ NONLINEAR = {"mlp": {"projection_type": "mlp"}, "bias": {"projection_bias": True
 Q_PROJ, DOWN_PROJ = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"
 KERNELS = {
     Q_PROJ: [
-        {"r": 4, "in_features": 24, "out_features": 20, "scaling": 2.0, "source_module": "h.0.q"},
-        {"r": 2, "in_features": 24, "out_features": 20, "scaling": 0.5, "source_module": "h.1.q"},
+        {"r": 4, "in_features": 24, "out_features": 20, "scaling": 2.0, "source_place": "h.0.q"},
+        {"r": 2, "in_features": 24, "out_features": 20, "scaling": 0.5, "source_place": "h.1.q"},
     ],
     DOWN_PROJ: [{"r": 3, "in_features": 60, "out_features": 24}],
 }

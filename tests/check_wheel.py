@@ -1,7 +1,8 @@
-"""Check what was built: `python tests/check_wheel.py VENV DIST`, with the wheel alone installed in the environment VENV.
+"""Check what was built: `python tests/check_wheel.py VENV DIST`, with the wheel alone installed in the environment
+VENV.
 
-Its modules must be there, compile and be all that this interpreter imports (it lends its packages, and only those); so must
-the files that are no code.
+Its modules must be there, compile and be all that this interpreter imports (it lends its packages, and only those); so
+must the files that are no code.
 """
 
 from __future__ import annotations

@@ -69,9 +69,13 @@ RENAMED = {
     "OPTConfig": {**NO_GROUPS, "intermediate_size": None},
     "FalconConfig": {"num_key_value_heads": "num_kv_heads", "head_dim": None, "intermediate_size": "ffn_hidden_size"},
     "BloomConfig": {
-        **NO_GROUPS, **N_NAMES, "hidden_size": "hidden_size", "intermediate_size": None, "max_position_embeddings": None
+        **NO_GROUPS,
+        **N_NAMES,
+        "hidden_size": "hidden_size",
+        "intermediate_size": None,
+        "max_position_embeddings": None,
     },
-}  # fmt: skip
+}
 
 
 def pytest_collection_modifyitems(items):
@@ -220,7 +224,7 @@ def hub(monkeypatch, tmp_path):
 @pytest.fixture(autouse=True)
 def float32_everywhere(monkeypatch):
     # Tests compare to many digits; a machine that is fast at bfloat16 would load models in it.
-    monkeypatch.setattr("peft_cast.models.default_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("peft_cast.models.loading.default_dtype", lambda device: torch.float32)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,6 @@
-"""A small Hugging Face Hub on loopback, for the real client: repositories with commits, branches, access tokens and LFS."""
+"""A small Hugging Face Hub on loopback, for the real client: repositories with commits, branches, access tokens and
+LFS.
+"""
 
 import base64
 import hashlib
@@ -39,7 +41,8 @@ class Repo:
 class HubServer(ThreadingHTTPServer):
     """Serves on a free port from the moment it is made.
 
-    `dies_at`: once a request's path contains this, no request is answered any more. `requests`: method and path of all.
+    `dies_at`: once a request's path contains this, no request is answered any more. `requests`: method and path of
+    all.
     """
 
     daemon_threads = True
@@ -207,14 +210,19 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(404, "EntryNotFound")
             return [
                 {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                for path, content in files.items() if path.startswith(folder)
-            ]  # fmt: skip
+                for path, content in files.items()
+                if path.startswith(folder)
+            ]
         metadata = re.match(r"---\n(.*?)\n---\n", files.get("README.md", b"").decode(), flags=re.DOTALL)
         return {
-            "id": repo_id, "modelId": repo_id, "sha": oid, "private": repo.private, "tags": [],
+            "id": repo_id,
+            "modelId": repo_id,
+            "sha": oid,
+            "private": repo.private,
+            "tags": [],
             "siblings": [{"rfilename": path} for path in files],
             "cardData": yaml.safe_load(metadata[1]) if metadata else None,
-        }  # fmt: skip
+        }
 
     def resolve(self, repo: Repo, revision: str, path: str):
         oid = self.commit_of(repo, revision)

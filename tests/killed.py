@@ -3,8 +3,8 @@
     python tests/killed.py FOLDER --kills 20 --seed 0
 
 A moment is a call of a module, or something done to a file of the output folder (while models are loaded, to their
-files); they are numbered within each phase, so that short ones are hit as often as long ones. The phase "writing" is every
-writing of tensors, stopped with half of the file on the disk. One line of JSON for each kill.
+files); they are numbered within each phase, so that short ones are hit as often as long ones. The phase "writing" is
+every writing of tensors, stopped with half of the file on the disk. One line of JSON for each kill.
 """
 
 import argparse
@@ -21,9 +21,10 @@ import conftest
 import torch
 
 import peft_cast
-from peft_cast.fit import CastTrainer, last_checkpoint, read_state
-from peft_cast.phases import Phases
-from peft_cast.run import Run
+from peft_cast.refine.checkpoints import last_checkpoint, read_state
+from peft_cast.refine.run import RunFolder
+from peft_cast.refine.trainer import CastTrainer
+from peft_cast.utils.phases import Phases
 
 
 PHASES = ("refine", "checkpoint", "writing", "save", "text", "closed_form", "evaluate", "load")
@@ -80,10 +81,10 @@ class Moments:
 
         sys.addaudithook(on_event)
         torch.save = self.halfway(torch.save, 1)
-        peft_cast.files.save_file = self.halfway(peft_cast.files.save_file, 1)
+        peft_cast.utils.files.save_file = self.halfway(peft_cast.utils.files.save_file, 1)
         sys.modules["peft.peft_model"].safe_save_file = self.halfway(sys.modules["peft.peft_model"].safe_save_file, 1)
         CastTrainer._save_checkpoint = self.within("checkpoint", CastTrainer._save_checkpoint)
-        Run.save = self.within("save", Run.save)
+        RunFolder.save = self.within("save", RunFolder.save)
         measure = Phases.measure
 
         class Measured:
@@ -102,18 +103,31 @@ class Moments:
 
 
 def make_models(folder: Path) -> dict:
-    """The arguments of a small translation that uses what is hard to resume: written text, dropout, random directions."""
+    """The arguments of a small translation that uses what is hard to resume: written text, dropout, random
+    directions.
+    """
     byte, piece = conftest.byte_level_tokenizer(), conftest.sentencepiece_tokenizer()
     source = conftest.save_model(conftest.tiny_model("llama", len(byte)), byte, folder / "source")
     target = conftest.save_model(conftest.tiny_model("opt", len(piece), seed=5), piece, folder / "target")
     lora = conftest.make_lora(conftest.tiny_model("llama", len(byte)), folder / "lora")
     text = peft_cast.SelfWritten(prompts=["Say: one thing", "Say: another"], max_new_tokens=12, batch_size=16)
     return {
-        "source": source, "adapter": lora, "target": target, "text": text, "fit_text": conftest.c4_texts(30),
-        "fit_samples": 12, "eval_samples": 4, "steps": 10, "batch_size": 4, "max_length": 48, "projection_size": 6,
-        "adapter_name": "carried", "dtype": torch.float32, "progress": False,
+        "source": source,
+        "adapter": lora,
+        "target": target,
+        "text": text,
+        "fit_text": conftest.c4_texts(30),
+        "fit_samples": 12,
+        "eval_samples": 4,
+        "steps": 10,
+        "batch_size": 4,
+        "max_length": 48,
+        "projection_size": 6,
+        "adapter_name": "carried",
+        "dtype": torch.float32,
+        "progress": False,
         "training_args": {"gradient_accumulation_steps": 2, "save_steps": 3},
-    }  # fmt: skip
+    }
 
 
 def run(folder: Path, at: tuple[str, int] | None, arguments: dict, resume: bool) -> int:
@@ -165,12 +179,15 @@ def main() -> None:
         step = read_state(last).global_step if last else 0
         resumed = run(folder, None, arguments, resume=True)
         line = {
-            "phase": phase, "moment": f"{moment} of {counts[phase]}", "killed": killed == signal.SIGKILL,
+            "phase": phase,
+            "moment": f"{moment} of {counts[phase]}",
+            "killed": killed == signal.SIGKILL,
             "left": "nothing" if left is None else "the result" if left == expected else "something broken",
             "from step": step,
-            "resumed": resumed == 0, "identical": outcome(folder) == expected,
+            "resumed": resumed == 0,
+            "identical": outcome(folder) == expected,
             "half-written left": len([path for path in folder.rglob(".partial-*") if path.is_file()]),
-        }  # fmt: skip
+        }
         print(json.dumps(line), flush=True)
 
 

@@ -5,7 +5,11 @@ import torch
 from conftest import ALL_LINEAR, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizer
 
-from peft_cast.align import align_texts, linear_cka, map_layers, map_modules, monotone_map, shared_vocabulary
+from peft_cast.align.depth import map_layers
+from peft_cast.align.modules import map_modules
+from peft_cast.align.similarity import linear_cka, monotone_map
+from peft_cast.align.tokens import align_texts
+from peft_cast.align.vocab import shared_vocabulary
 
 
 def ends(tokenizer, ids, positions):
@@ -60,9 +64,14 @@ def test_first_positions_are_skipped_in_both_models(byte_tokenizer, piece_tokeni
 
 def test_prompts_differ_and_are_not_aligned(byte_tokenizer, piece_tokenizer):
     (pair,) = align_texts(
-        ["the answer"], byte_tokenizer, piece_tokenizer,
-        source_prompts=["<s>user: hi\n"], target_prompts=["<bos>[a rather longer prompt] hi\n"], rendered=[True], skip=0,
-    )  # fmt: skip
+        ["the answer"],
+        byte_tokenizer,
+        piece_tokenizer,
+        source_prompts=["<s>user: hi\n"],
+        target_prompts=["<bos>[a rather longer prompt] hi\n"],
+        rendered=[True],
+        skip=0,
+    )
     assert pair.source_ids.count(byte_tokenizer.bos_token_id) == 1  # from the prompt alone
     assert pair.target_ids.count(piece_tokenizer.bos_token_id) == 1
     source = ends(byte_tokenizer, pair.source_ids, pair.source_positions)

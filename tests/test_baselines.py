@@ -6,7 +6,8 @@ from conftest import c4_texts, make_lora, tiny_model
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from peft_cast.baselines import cross_lora, direct_copy, distill_lora, lora_from_factors
+from peft_cast.evaluation.baselines import cross_lora, direct_copy, lora_from_factors
+from peft_cast.refine.distill import distill_lora
 
 
 IDS = torch.arange(5, 25)[None]
@@ -100,9 +101,19 @@ def test_lora_of_several_ranks():
 def test_distilled_lora_moves_the_target_towards_the_teacher(source_folder, lora_folder, target_folder, tmp_path):
     texts = c4_texts(70)
     result = distill_lora(
-        source_folder, lora_folder, target_folder, text=texts[:40], fit_text=texts[40:], fit_samples=10, steps=40,
-        max_length=64, learning_rate=2.0, gamma=0.1, progress=False, output_dir=tmp_path,
-    )  # fmt: skip
+        source_folder,
+        lora_folder,
+        target_folder,
+        text=texts[:40],
+        fit_text=texts[40:],
+        fit_samples=10,
+        steps=40,
+        max_length=64,
+        learning_rate=2.0,
+        gamma=0.1,
+        progress=False,
+        output_dir=tmp_path,
+    )
     kl = result.metrics["kl"]
     assert kl["translated"] < 0.8 * kl["target"] and "closed_form" not in result.metrics
     assert result.metrics["text"]["anchors"] == 7 and "kl_anchor" in result.history[0]
@@ -116,7 +127,7 @@ def test_distilled_lora_moves_the_target_towards_the_teacher(source_folder, lora
 def test_a_failed_distillation_gives_the_target_back(source_folder, lora_folder, target_folder, monkeypatch):
     target = AutoModelForCausalLM.from_pretrained(target_folder)
     types = [type(m) for m in target.modules()]
-    monkeypatch.setattr("peft_cast.fit.teacher.kl_divergence", lambda *args: 1 / 0)
+    monkeypatch.setattr("peft_cast.refine.teacher.kl_divergence", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         distill_lora(source_folder, lora_folder, target, text=c4_texts(9), steps=1, progress=False)
     assert [type(m) for m in target.modules()] == types

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import peft_cast
-from peft_cast.fit import CastTrainer
-from peft_cast.text import TextSample
+from peft_cast.refine.trainer import CastTrainer
+from peft_cast.text.samples import TextSample
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

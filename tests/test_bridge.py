@@ -1,4 +1,6 @@
-"""Bridges: the maps of a pair, fitted once, carry any adapter over, from file to file or as a start for the refinement."""
+"""Bridges: the maps of a pair, fitted once, carry any adapter over, from file to file or as a start for the
+refinement.
+"""
 
 import copy
 import json
@@ -12,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import Bridge, fit_bridge
-from peft_cast.fit.losses import kl_divergence
-from peft_cast.sharing import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
+from peft_cast.refine.losses import kl_divergence
+from peft_cast.results.artifacts import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
 
 
 INPUTS = torch.randint(3, 300, (4, 30), generator=torch.Generator().manual_seed(0))
@@ -54,7 +56,7 @@ def test_from_file_to_file_without_either_models_weights(same, tmp_path, monkeyp
     lora = make_lora(copy.deepcopy(model), tmp_path / "lora", size=0.5)
     expected = bridge.cast(lora, copy.deepcopy(model))
     with monkeypatch.context() as patch:
-        patch.setattr("peft_cast.bridge.load_model", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr("peft_cast.fit.bridge.load_model", lambda *_: pytest.fail("a model was loaded"))
         patch.setattr("peft_cast.source.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
         bridge.cast_file(lora, tmp_path / "cast")
     bridge.cast_file(lora, tmp_path / "half", dtype=torch.bfloat16)
@@ -77,8 +79,8 @@ def test_saved_bridges_are_the_same(same, tmp_path):
     with torch.no_grad():
         assert torch.equal(first(INPUTS).logits, second(INPUTS).logits)
     # q, k and v read the same: their map is kept once
-    attention = again.maps.kernels["model.layers.0.self_attn.q_proj"][0].A_P_in
-    assert attention is again.maps.kernels["model.layers.0.self_attn.v_proj"][0].A_P_in
+    attention = again.maps.kernels["model.layers.0.self_attn.q_proj"][0].P_in
+    assert attention is again.maps.kernels["model.layers.0.self_attn.v_proj"][0].P_in
     assert (tmp_path / "bridge" / BRIDGE_WEIGHTS_NAME).exists() and (tmp_path / "bridge" / "README.md").exists()
 
 

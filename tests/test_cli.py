@@ -50,7 +50,7 @@ def translated(source_folder, lora_folder, target_folder, tmp_path_factory, quic
     folder = tmp_path_factory.mktemp("translated")
     result = call(
         "translate", source_folder, lora_folder, target_folder, "-o", folder, "--config", quick, "--steps", 3, "--json"
-    )  # fmt: skip
+    )
     return folder, result
 
 
@@ -118,7 +118,18 @@ def test_folds(translated, tmp_path, target_folder):
 
 
 def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_folder, tmp_path, corpus):
-    call("bridge", source_folder, target_folder, "-o", tmp_path / "bridge", "--text", corpus, "--samples", 8, "-q")
+    call(
+        "bridge",
+        source_folder,
+        target_folder,
+        "-o",
+        tmp_path / "bridge",
+        "--fit-text",
+        corpus,
+        "--fit-samples",
+        8,
+        "-q",
+    )
     assert "bridge for" in call("inspect", tmp_path / "bridge").stdout
     call("cast", tmp_path / "bridge", lora_folder, "-o", tmp_path / "cast")
     assert json.loads(call("inspect", tmp_path / "cast", "--json").stdout)["kind"] == "CAST adapter"
@@ -200,7 +211,7 @@ def test_what_was_confused_with_what_is_one_sentence(command, source_folder, lor
         ((target_folder, lora_folder, source_folder), "does not fit the source model"),
     ):
         error = call(command, source, adapter, target, *out, code=1).stderr
-        assert message in error and error.startswith("Error") and "None" not in error
+        assert message in error and "\nError" in f"\n{error}" and "None" not in error
 
 
 def test_nothing_is_written_over_what_is_read_or_of_another_kind(

@@ -1,4 +1,6 @@
-"""Several processes, as `accelerate launch` and `torchrun` start them: the same translation, shared. On the CPU, with gloo."""
+"""Several processes, as `accelerate launch` and `torchrun` start them: the same translation, shared. On the CPU, with
+gloo.
+"""
 
 import json
 import os
@@ -18,17 +20,26 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peft_cast
-from peft_cast import ranks, shards
-from peft_cast.fit import last_checkpoint, within_memory
-from peft_cast.pair import open_pair
+from peft_cast.models import sharding
+from peft_cast.refine.checkpoints import last_checkpoint
+from peft_cast.source.pair import open_pair
+from peft_cast.utils import distributed
+from peft_cast.utils.out_of_memory import within_memory
 
 
 TEXTS = c4_texts(80)
 STEPS = 6
 OPTIONS = {
-    "text": TEXTS[:40], "fit_text": TEXTS[40:], "steps": STEPS, "batch_size": 4, "fit_samples": 21, "eval_samples": 5,
-    "max_length": 48, "report_samples": 1, "training_args": {"save_steps": 2},
-}  # fmt: skip
+    "text": TEXTS[:40],
+    "fit_text": TEXTS[40:],
+    "steps": STEPS,
+    "batch_size": 4,
+    "fit_samples": 21,
+    "eval_samples": 5,
+    "max_length": 48,
+    "report_samples": 1,
+    "training_args": {"save_steps": 2},
+}
 # What `accelerate launch --use_fsdp` tells its processes.
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 # What `accelerate launch --use_deepspeed --zero_stage 3` does.
@@ -38,9 +49,14 @@ PROMPTS = {"prompts": ["Say: one thing", "Say: another thing"], "max_new_tokens"
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = (
-    "accelerate.commands.launch", "--config_file", ROOT / "examples" / "accelerate_fsdp_8_gpus.yaml", "--num_processes", "2",
-    "--main_process_port", "0",
-)  # fmt: skip
+    "accelerate.commands.launch",
+    "--config_file",
+    ROOT / "examples" / "accelerate_fsdp_8_gpus.yaml",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+    "0",
+)
 
 
 def two_processes(launcher, *command):
@@ -113,7 +129,9 @@ def alone(models):
 
 @pytest.fixture(scope="module")
 def killed(models, tmp_path_factory):
-    """A run of which one process was killed in the last step but one: its folder, exit code, and seconds until all had ended."""
+    """A run of which one process was killed in the last step but one: its folder, exit code, and seconds until all had
+    ended.
+    """
     folder = tmp_path_factory.mktemp("killed")
     job = {**models, **OPTIONS, "name": "run", "output_dir": str(folder / "run"), "fail_at": [1, 5, "kill"]}
     done = launch(folder, [job])
@@ -133,15 +151,24 @@ def together(models, other, killed, tmp_path_factory):
         {"name": "spread", "environment": FSDP},
         {"name": "resumed", "output_dir": str(folder / "resumed"), "resume_from_checkpoint": True},
         {"name": "nan", "fail_at": [1, 4, "nan"]},
-        {"name": "written", "text": PROMPTS, "steps": 4, "training_args": {"fsdp": True}},  # few texts, read several times
+        {
+            "name": "written",
+            "text": PROMPTS,
+            "steps": 4,
+            "training_args": {"fsdp": True},
+        },  # few texts, read several times
         {"name": "own words", "text": {**PROMPTS, "samples": 8}, "steps": 2, "on_policy_steps": 3},
         {
-            "name": "other losses", "steps": 2, "beta": 0.1, "teacher": 0.5, "depth_map": "similarity",
+            "name": "other losses",
+            "steps": 2,
+            "beta": 0.1,
+            "teacher": 0.5,
+            "depth_map": "similarity",
             "training_args": {"fsdp": True, "gradient_accumulation_steps": 2},
         },
         {"name": "odd", "batch_size": 3},
         {"name": "no text", "text": ["x"]},
-    ]  # fmt: skip
+    ]
     jobs = [{**base, **job} for job in jobs]
     jobs += [{"name": name, "verb": verb, **given} for name, (verb, given) in other_verbs(models, other).items()]
     done = launch(folder, jobs)
@@ -178,7 +205,8 @@ def test_bridges_distillation_and_several_adapters_share_their_work(name, togeth
     assert kls[0] == kls[1]
     in_first, in_second = weights(together, name)
     assert all(torch.equal(in_first[n], in_second[n]) for n in in_first)
-    # A bridge keeps its maps in bfloat16; Adam's first steps make as much of a gradient's last digits as of its first ones.
+    # A bridge keeps its maps in bfloat16; Adam's first steps make as much of a gradient's last digits as of its first
+    # ones.
     close(in_first, weights_of(result), 2**-7 if name == "bridge" else 1e-3)
 
 
@@ -207,7 +235,7 @@ def test_one_process_writes_the_files(together, alone):
     assert json.loads((folder / "run.json").read_text())["finished"]
     assert not list(folder.rglob(".partial-*"))
     names = {path.name for path in (folder / "checkpoints" / "checkpoint-6").iterdir()}
-    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "watch.safetensors"} <= names
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "monitor.safetensors"} <= names
 
 
 def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(killed):
@@ -275,16 +303,16 @@ def test_memory_that_runs_out_in_one_process_ends_the_run(monkeypatch):
         sizes.append(size)
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(ranks, "count", lambda: 4)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
     with pytest.raises(torch.OutOfMemoryError, match="process 0 with 2 texts at a time: begin anew with a smaller"):
         within_memory(attempt, 8)
     assert sizes == [8]
 
 
-def test_fsdp_spreads_no_quantised_models():
-    quantised = SimpleNamespace(is_quantized=True, name_or_path="some/model-4bit")
-    with pytest.raises(ValueError, match="'some/model-4bit' is quantised, which FSDP cannot spread"):
-        shards._spread(quantised, set(), torch.device("cpu"), None)
+def test_fsdp_spreads_no_quantized_models():
+    quantized = SimpleNamespace(is_quantized=True, name_or_path="some/model-4bit")
+    with pytest.raises(ValueError, match="'some/model-4bit' is quantized, which FSDP cannot spread"):
+        sharding._shard(quantized, set(), torch.device("cpu"), None)
 
 
 def test_what_does_not_go_together_is_one_clear_error(models, monkeypatch):
@@ -292,48 +320,52 @@ def test_what_does_not_go_together_is_one_clear_error(models, monkeypatch):
         with pytest.raises(ValueError, match=message):
             peft_cast.translate(**{**models, **OPTIONS, **options})
 
-    refused("FSDP and ZeRO-3 spread the models over several processes and there is one", training_args={"fsdp": True})
+    refused("FSDP and ZeRO-3 shard the models over several processes and there is one", training_args={"fsdp": True})
     refused("FSDP and ZeRO-3", training_args={"deepspeed": {"zero_optimization": {"stage": 3}}})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refused("there is one: start with `accelerate launch --num_processes`")
-    monkeypatch.setattr(ranks, "launched", lambda: 2)
-    assert shards.asked(None)
+    monkeypatch.setattr(distributed, "launched_processes", lambda: 2)
+    assert sharding.is_requested(None)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="take none that are loaded"):
-        with open_pair(models["source"], models["adapter"], torch.nn.Linear(1, 1), spread=True):
+        with open_pair(models["source"], models["adapter"], torch.nn.Linear(1, 1), shard=True):
             pass
 
 
 def test_what_deepspeed_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(ranks, "launched", lambda: 2)
+    monkeypatch.setattr(distributed, "launched_processes", lambda: 2)
     for stage, spread in ((1, False), (2, False), (3, True)):
         config = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}}}
         file = tmp_path / f"{stage}.json"
         file.write_text(json.dumps(config))
-        assert shards.asked({"deepspeed": config}) == shards.asked({"deepspeed": str(file)}) == spread
+        assert (
+            sharding.is_requested({"deepspeed": config}) == sharding.is_requested({"deepspeed": str(file)}) == spread
+        )
         with monkeypatch.context() as launched:
             launched.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-            assert not shards.asked(None)  # stage 2, as in accelerate
+            assert not sharding.is_requested(None)  # stage 2, as in accelerate
             launched.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-            assert shards.asked(None) == spread
+            assert sharding.is_requested(None) == spread
             launched.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
             launched.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
-            assert shards.asked(None) == spread
+            assert sharding.is_requested(None) == spread
             launched.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
             with pytest.raises(ValueError, match="leave `offload_param` out of DeepSpeed's configuration"):
-                shards.asked(None)
-    assert not shards.asked({"deepspeed": {}}) and not shards.asked({"deepspeed": {"zero_optimization": {}}})
+                sharding.is_requested(None)
+    assert not sharding.is_requested({"deepspeed": {}}) and not sharding.is_requested(
+        {"deepspeed": {"zero_optimization": {}}}
+    )
     (tmp_path / "broken.json").write_text("{")
     for file in ("broken.json", "missing.json"):
         with pytest.raises(ValueError, match=f"{file}' cannot be read .*: pass a JSON file"):
-            shards.asked({"deepspeed": str(tmp_path / file)})
+            sharding.is_requested({"deepspeed": str(tmp_path / file)})
     with pytest.raises(ValueError, match="'True' cannot be read"):
-        shards.asked({"deepspeed": True})
+        sharding.is_requested({"deepspeed": True})
 
 
 def test_accelerate_that_began_with_deepspeed_is_refused(monkeypatch):
-    monkeypatch.setattr(ranks, "launched", lambda: 2)
+    monkeypatch.setattr(distributed, "launched_processes", lambda: 2)
     state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED)
-    monkeypatch.setattr(ranks, "PartialState", lambda **options: state)
+    monkeypatch.setattr(distributed, "PartialState", lambda **options: state)
     with pytest.raises(ValueError, match="before you make an `Accelerator` or a `PartialState`"):
-        ranks.begin("cpu")
+        distributed.init("cpu")

@@ -13,12 +13,17 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import AnswerLikelihood, CastConfig, Classification, Evaluation, Generation, HarnessTask
-from peft_cast.evaluation import Measurement, Scores, drift
+from peft_cast.evaluation.drift import drift
 from peft_cast.evaluation.likelihood import answer_nats, choice_nats
+from peft_cast.evaluation.tasks import Scores
+from peft_cast.results.rows import Measurement
 
 
-ROWS = [{"question": f"How many are {a} and {b}?", "answer": f"They are {a + b}", "label": "ab"[a % 2]}
-        for a in range(2, 9) for b in (3, 11)]  # fmt: skip
+ROWS = [
+    {"question": f"How many are {a} and {b}?", "answer": f"They are {a + b}", "label": "ab"[a % 2]}
+    for a in range(2, 9)
+    for b in (3, 11)
+]
 LIKELIHOOD = AnswerLikelihood("sums", ROWS, "Question: {question}\nAnswer:", " {answer}", batch_size=4)
 LABELS = (" yes", " no, not at all", " maybe so")
 
@@ -152,9 +157,13 @@ def loras(source_folder, tmp_path):
 
 def test_evaluate_compares_with_base_and_retrained(source_folder, loras, tmp_path):
     found = peft_cast.evaluate(
-        source_folder, {"several": [loras["a"], loras["b"]], "best": loras["c"]}, [Counted(higher_is_better=False), LIKELIHOOD],
-        retrained="best", drift_text=c4_texts(4), progress=False,
-    )  # fmt: skip
+        source_folder,
+        {"several": [loras["a"], loras["b"]], "best": loras["c"]},
+        [Counted(higher_is_better=False), LIKELIHOOD],
+        retrained="best",
+        drift_text=c4_texts(4),
+        progress=False,
+    )
     (base,), (top,) = (found.row(name, "counted").scores for name in ("base", "best"))
     several = found.row("several", "counted")
     assert top < base and len(several.scores) == 2
@@ -235,7 +244,7 @@ def test_trained_heads_and_biases_do_not_stay_in_the_target(source_folder, tmp_p
     with torch.no_grad():
         trained.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
     trained.save_pretrained(tmp_path / "head")
-    options = {"tokenizer": source_folder, "progress": False}
+    options = {"target_tokenizer": source_folder, "progress": False}
     found = peft_cast.evaluate(model, {"head": str(tmp_path / "head")}, [Counted()], **options)
     assert found.row("head", "counted").scores[0] == pytest.approx(2 * found.row("base", "counted").scores[0], rel=0.1)
     again = peft_cast.evaluate(model, {}, [Counted()], **options)
@@ -251,9 +260,13 @@ def test_evaluate_gives_models_back(source_folder, loras):
     types = [type(m) for m in model.modules()]
     peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), loras["b"])
     peft_cast.evaluate(
-        model, {"file": loras["a"], "memory": peft_model}, [LIKELIHOOD], drift_text=c4_texts(2),
-        tokenizer=source_folder, progress=False,
-    )  # fmt: skip
+        model,
+        {"file": loras["a"], "memory": peft_model},
+        [LIKELIHOOD],
+        drift_text=c4_texts(2),
+        target_tokenizer=source_folder,
+        progress=False,
+    )
     assert [type(m) for m in model.modules()] == types and model.training
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
@@ -290,8 +303,10 @@ def test_bad_files_are_one_clear_error(source_folder, tmp_path):
 
 def test_harness_tasks_give_the_same_choice_as_ours(source_folder, loras, tmp_path):
     pytest.importorskip("lm_eval")
-    rows = [{"question": r["question"], "choices": ["yes", "no, not at all", "maybe so"], "gold": i % 3}
-            for i, r in enumerate(ROWS)]  # fmt: skip
+    rows = [
+        {"question": r["question"], "choices": ["yes", "no, not at all", "maybe so"], "gold": i % 3}
+        for i, r in enumerate(ROWS)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = {
         "task": "local_choice",
@@ -304,8 +319,8 @@ def test_harness_tasks_give_the_same_choice_as_ours(source_folder, loras, tmp_pa
         "doc_to_target": "gold",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    labelled = [{**row, "label": row["choices"][row["gold"]]} for row in rows]
-    ours = Classification("ours", labelled, "{question} Is it?", tuple(rows[0]["choices"]))
+    labeled = [{**row, "label": row["choices"][row["gold"]]} for row in rows]
+    ours = Classification("ours", labeled, "{question} Is it?", tuple(rows[0]["choices"]))
     found = peft_cast.evaluate(
         source_folder, {"a": loras["a"]}, [HarnessTask(config, num_fewshot=0), ours], progress=False
     )

@@ -1,6 +1,7 @@
 """The code of README, docs and examples runs: on tiny models behind the hub ids it names, with few steps and texts.
 
-What cannot run here stands under `<!-- not run: reason -->` and is checked by name: modules, attributes, arguments, options.
+What cannot run here stands under `<!-- not run: reason -->` and is checked by name: modules, attributes, arguments,
+options.
 """
 
 import ast
@@ -32,6 +33,7 @@ from typer.testing import CliRunner
 import peft_cast
 from peft_cast.cli.app import app
 from peft_cast.cli.settings import arguments_for, tasks_of
+from peft_cast.options import names_taken
 
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,9 +48,15 @@ SOURCE, LORA, TARGET = SOURCES[0], f"you/{LORAS[0]}", TARGETS[0]
 # The words that stand for the reader's own things.
 WORDS = {"SOURCE": SOURCE, "ADAPTER": LORA, "TARGET": TARGET}
 MOST = {
-    "steps": 2, "batch_size": 4, "fit_samples": 8, "eval_samples": 4, "samples": 8, "max_length": 96, "report_samples": 0,
+    "steps": 2,
+    "batch_size": 4,
+    "fit_samples": 8,
+    "eval_samples": 4,
+    "samples": 8,
+    "max_length": 96,
+    "report_samples": 0,
     "progress": False,
-}  # fmt: skip
+}
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^\n]+) -->\n\n?)?^```(?P<language>[^\n]*)\n(?P<code>.*?)^```$", re.M | re.S
 )
@@ -97,8 +105,9 @@ def shortened(function):
     def call(*args, **options):
         given = signature.bind(*((SOURCE, LORA, TARGET) if args == (...,) else args), **options)
         given.apply_defaults()
-        for name in MOST.keys() & given.arguments.keys():
-            given.arguments[name] = min(given.arguments[name], MOST[name])
+        for name, field in names_taken(function).items():
+            if name in MOST:
+                given.arguments["options"][name] = min(given.arguments["options"].get(name, field.default), MOST[name])
         return function(*given.args, **given.kwargs)
 
     return call
@@ -120,11 +129,15 @@ def local_harness(run):
     rows = [{"question": text[:40], "choices": ["yes", "no, not at all"], "gold": 0} for text in c4_texts(2)]
     Path("harness.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     config = {
-        "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": os.path.abspath("harness.jsonl")}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "choices",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": os.path.abspath("harness.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
         "doc_to_target": "gold",
         "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
-    }  # fmt: skip
+    }
     # Without the tasks of the package, which take seconds to list for every model.
     options = {"task_manager": tasks.TaskManager(include_defaults=False)}
     return lambda task, *args: run(
@@ -157,12 +170,20 @@ def shelves(tmp_path_factory, source_folder, target_folder, lora_folder):
 @pytest.fixture(scope="module")
 def before(tmp_path_factory, source_folder, lora_folder, target_folder):
     """What pages take for granted: a translation that was saved, and a bridge."""
-    folder, quick = tmp_path_factory.mktemp("before"), {"text": c4_texts(12), "progress": False, "max_length": 32}
+    folder, quick = tmp_path_factory.mktemp("before"), {"progress": False, "max_length": 32}
     result = peft_cast.translate(
-        source_folder, lora_folder, target_folder, steps=1, fit_samples=8, eval_samples=2, batch_size=2, **quick
+        source_folder,
+        lora_folder,
+        target_folder,
+        text=c4_texts(12),
+        steps=1,
+        fit_samples=8,
+        eval_samples=2,
+        batch_size=2,
+        **quick,
     )
     result.save_pretrained(folder)
-    return folder, peft_cast.fit_bridge(source_folder, target_folder, samples=8, **quick)
+    return folder, peft_cast.fit_bridge(source_folder, target_folder, text=c4_texts(12), samples=8, **quick)
 
 
 @pytest.fixture
@@ -204,11 +225,18 @@ def test_python_blocks_of_a_page_run_in_order(page, reader, before, tmp_path):
     folder, bridge = before
     shutil.copytree(folder, tmp_path / "my-translated-lora")
     names = {
-        "peft_cast": peft_cast, "PeftModel": PeftModel, "source": SOURCE, "lora": LORA, "adapter": LORA, "target": TARGET,
-        "retrained": "you/other-lora", "text": c4_texts(20), "bridge": bridge,
+        "peft_cast": peft_cast,
+        "PeftModel": PeftModel,
+        "source": SOURCE,
+        "lora": LORA,
+        "adapter": LORA,
+        "target": TARGET,
+        "retrained": "you/other-lora",
+        "text": c4_texts(20),
+        "bridge": bridge,
         "tasks": [peft_cast.AnswerLikelihood("GSM8K", "test.jsonl", "{question}", " {answer}")],
         "model": AutoModelForCausalLM.from_pretrained(TARGET),
-    }  # fmt: skip
+    }
     run_python([b for b in blocks_of(page) if b.language == "python" and not b.reason], names)
 
 
@@ -305,9 +333,11 @@ def check_names(code: str, where: str) -> int:
             found = getattr(found, part)
         looked_at += 1
         if isinstance(node, ast.Call) and getattr(found, "__module__", "").startswith("peft_cast"):
-            known = inspect.signature(found).parameters
+            known = dict(inspect.signature(found).parameters)
             given = {keyword.arg for keyword in node.keywords if keyword.arg}
             anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+            if known.pop("options", None):
+                known, anything = known | names_taken(found), False
             assert anything or given <= set(known), f"{where}: {first} has no argument {sorted(given - set(known))}"
     return looked_at
 
@@ -343,10 +373,26 @@ def run_script(monkeypatch, name: str, *words: str) -> None:
 
 def test_the_script_translates_compares_and_pushes(reader, monkeypatch, capsys):
     run_script(
-        monkeypatch, "translate_your_own.py", SOURCE, LORA, TARGET, "--prompts", "prompts.txt", "--output", "mine",
-        "--test", "test.jsonl", "--prompt", "Question: {question}\\nAnswer:", "--answer", " {answer}",
-        "--retrained", "you/other-lora", "--push", "you/mine",
-    )  # fmt: skip
+        monkeypatch,
+        "translate_your_own.py",
+        SOURCE,
+        LORA,
+        TARGET,
+        "--prompts",
+        "prompts.txt",
+        "--output",
+        "mine",
+        "--test",
+        "test.jsonl",
+        "--prompt",
+        "Question: {question}\\nAnswer:",
+        "--answer",
+        " {answer}",
+        "--retrained",
+        "you/other-lora",
+        "--push",
+        "you/mine",
+    )
     assert "adapter_model.safetensors" in reader.repos["you/mine"].files()
     table = capsys.readouterr().out
     assert "translated" in table and "(1.00)" in table  # the retrained LoRA's own lift
@@ -374,9 +420,18 @@ def test_the_notebook_runs_and_shows_nothing_that_was_not_run(reader):
 
 def test_the_script_of_the_harness_compares_adapters(reader, before, monkeypatch, capsys):
     run_script(
-        monkeypatch, "evaluate_with_lm_eval.py", TARGET, f"translated={before[0]}", "retrained=you/other-lora",
-        "--tasks", "arc_easy", "--retrained", "retrained", "--output", "rows.json",
-    )  # fmt: skip
+        monkeypatch,
+        "evaluate_with_lm_eval.py",
+        TARGET,
+        f"translated={before[0]}",
+        "retrained=you/other-lora",
+        "--tasks",
+        "arc_easy",
+        "--retrained",
+        "retrained",
+        "--output",
+        "rows.json",
+    )
     assert {row.adapter for row in peft_cast.Evaluation.load("rows.json").rows} >= {"translated", "retrained"}
     assert "arc_easy" in capsys.readouterr().out
 

@@ -12,15 +12,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import peft_cast
-from peft_cast.fit import CastTrainer, Teacher, TeacherSettings, TrainingTexts, fit_closed_form
-from peft_cast.fit.batches import ByLength, collate_items, collate_pairs
-from peft_cast.fit.capture import capture, next_token_loss
-from peft_cast.fit.closed_form import layer_groups, moments_size, texts_per_pass
-from peft_cast.fit.losses import MixedLogits, Predictions, kl_divergence, mix_logits, normalised_mse, whole
+from peft_cast.align.batches import collate_pairs
+from peft_cast.fit.closed_form import fit_closed_form, layer_groups, moments_size, texts_per_pass
 from peft_cast.fit.moments import Moments
-from peft_cast.fit.refine import SIZE_OF_B
-from peft_cast.models import ends_in_head, in_eval_mode, logits_at, shared_head, states_at, untouched
-from peft_cast.pair import open_pair, read_texts
+from peft_cast.models.capture import capture, next_token_loss
+from peft_cast.models.heads import ends_in_head, logits_at, shared_head, states_at
+from peft_cast.models.restoring import in_eval_mode, untouched
+from peft_cast.options import Fit, Training
+from peft_cast.refine.batches import ByLength, TrainingTexts, collate_items
+from peft_cast.refine.losses import MixedLogits, Predictions, kl_divergence, mix_logits, normalized_mse, whole
+from peft_cast.refine.teacher import Teacher
+from peft_cast.refine.trainer import SIZE_OF_B, CastTrainer
+from peft_cast.source.pair import open_pair
+from peft_cast.text.reading import read_texts
 
 
 def test_moments_give_the_ridge_solution(monkeypatch):
@@ -48,7 +52,7 @@ def test_moments_of_bfloat16_numbers_are_exact_and_leave_the_precision_as_it_was
     upper = torch.triu_indices(300, 300)
     torch.testing.assert_close(
         moments.xx[tuple(upper)], (x.double().T @ x.double())[tuple(upper)].float(), rtol=1e-5, atol=1e-3
-    )  # fmt: skip
+    )
     torch.testing.assert_close(moments.yx, (y.double().T @ x.double()).float(), rtol=1e-5, atol=1e-3)
 
 
@@ -85,7 +89,7 @@ def test_ridge_strength_follows_the_noise():
     assert chosen[0] < 1e-2 < chosen[1]
 
 
-def test_chosen_strength_is_no_worse_than_its_neighbours():
+def test_chosen_strength_is_no_worse_than_its_neighbors():
     torch.manual_seed(1)
     moments = Moments(30, 1, torch.device("cpu"))
     for held_out in (False, True):
@@ -122,7 +126,7 @@ def test_only_so_many_held_out_positions_are_kept(monkeypatch):
 
 def test_layers_are_fitted_in_groups_where_memory_is_short(source_folder, lora_folder, target_folder):
     with open_pair(source_folder, lora_folder, target_folder) as pair, pair.adapted.disable_adapter():
-        texts = read_texts(pair, c4_texts(20), train=8, held_out=2, fit=12).fit
+        texts = read_texts(pair, c4_texts(20), Fit(fit_samples=12), Training(steps=1, eval_samples=2)).fit
         models = pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules
         seen: list[int] = []
         whole = fit_closed_form(*models, batch_size=4)
@@ -167,7 +171,7 @@ def test_a_pass_is_forgotten_before_the_next_begins(source_folder, lora_folder, 
     monkeypatch.setattr(closed_form, "capture", watched)
     monkeypatch.setattr(closed_form, "_pass", noting)
     with open_pair(source_folder, lora_folder, target_folder) as pair, pair.adapted.disable_adapter():
-        texts = read_texts(pair, c4_texts(20), train=8, held_out=2, fit=12).fit
+        texts = read_texts(pair, c4_texts(20), Fit(fit_samples=12), Training(steps=1, eval_samples=2)).fit
         fit_closed_form(pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules, batch_size=4)
     source_alone = sizes[1][0]
     assert sizes == [[0, 0], [source_alone, 0]] * 3 and source_alone > 0
@@ -255,10 +259,10 @@ def test_mixed_logits_are_those_of_their_blocks():
     torch.testing.assert_close(kl_divergence(mixed, wanted), torch.zeros(700), atol=1e-5, rtol=0)
 
 
-def test_normalised_mse_is_one_for_the_mean():
+def test_normalized_mse_is_one_for_the_mean():
     goal = 100 * torch.randn(50, 6) + 3
-    torch.testing.assert_close(normalised_mse(goal.mean(0).expand(50, 6), goal), torch.tensor(1.0))
-    assert normalised_mse(goal, goal) == 0
+    torch.testing.assert_close(normalized_mse(goal.mean(0).expand(50, 6), goal), torch.tensor(1.0))
+    assert normalized_mse(goal, goal) == 0
 
 
 def test_collated_positions_point_at_their_own_rows(byte_tokenizer, piece_tokenizer):
@@ -286,7 +290,7 @@ def test_anchors_are_rows_of_the_target_alone(byte_tokenizer, piece_tokenizer):
 
 def test_steps_are_relative_to_the_sizes_of_factors(source_folder, lora_folder, byte_tokenizer):
     source, target = (AutoModelForCausalLM.from_pretrained(source_folder) for _ in range(2))
-    teacher = Teacher(PeftModel.from_pretrained(source, lora_folder).eval(), TeacherSettings())
+    teacher = Teacher(PeftModel.from_pretrained(source, lora_folder).eval(), Training(gamma=0.0))
     student = get_peft_model(target, LoraConfig(r=2, target_modules=["q_proj"]))
     pairs = peft_cast.align.align_texts(c4_texts(2), byte_tokenizer, byte_tokenizer, max_length=40)
     arguments = TrainingArguments("unused", use_cpu=True, report_to=[], learning_rate=0.5)
@@ -302,7 +306,7 @@ def test_steps_are_relative_to_the_sizes_of_factors(source_folder, lora_folder, 
 
 def test_every_anchor_counts_alike_however_batches_fall(source_folder, lora_folder, byte_tokenizer):
     source, target = (AutoModelForCausalLM.from_pretrained(source_folder) for _ in range(2))
-    teacher = Teacher(PeftModel.from_pretrained(source, lora_folder).eval(), TeacherSettings(alpha=0.0, gamma=1.0))
+    teacher = Teacher(PeftModel.from_pretrained(source, lora_folder).eval(), Training(alpha=0.0))
     config = peft_cast.CastConfig(target_modules=["q_proj"], init_weights=False)
     student = get_peft_model(target, config).eval()
     pairs = peft_cast.align.align_texts(c4_texts(8), byte_tokenizer, byte_tokenizer, max_length=40)
@@ -334,12 +338,12 @@ def test_short_texts_and_long_anchors_are_read_apart_to_the_same_end(
     anchor = peft_cast.align.align_texts(c4_texts(1), byte_tokenizer, byte_tokenizer, max_length=60)
     batch = collate_pairs(short, anchor)
     maps = {"model.layers.0": ("model.layers.1", torch.zeros(1))}
-    teacher, sizes, found = Teacher(adapted, TeacherSettings(gamma=1.0, beta=beta), maps), [], []
+    teacher, sizes, found = Teacher(adapted, Training(beta=beta), maps), [], []
     student.get_base_model().model.embed_tokens.register_forward_hook(
         lambda m, given, out: sizes.append(given[0].numel())
     )
     for apart in (0.0, 0.75):
-        monkeypatch.setattr("peft_cast.fit.teacher.APART", apart)
+        monkeypatch.setattr("peft_cast.refine.teacher.APART", apart)
         logits, states = teacher.student(student, student, batch)
         logits = whole(logits)
         student.zero_grad()
@@ -359,7 +363,7 @@ def test_the_untouched_target_is_the_anchors_teacher(share, source_folder, lora_
     student = get_peft_model(target, peft_cast.CastConfig(target_modules=names, init_weights=False)).eval()
     text, anchor = peft_cast.align.align_texts(c4_texts(2), byte_tokenizer, byte_tokenizer, max_length=40)
     batch = collate_pairs([text], [anchor])
-    teacher = Teacher(adapted, TeacherSettings(gamma=1.0, target_share=share))
+    teacher = Teacher(adapted, Training(teacher=share))
     goal, _ = teacher.goals(student, batch)
     found = whole(teacher.student(student, student, batch)[0])
     m = len(text.target_positions)
@@ -413,8 +417,8 @@ def test_logits_in_blocks_train_the_same(source_folder, lora_folder, target_fold
     used, results = [], []
     for allowed in (True, False):
         with monkeypatch.context() as patch:
-            patch.setattr("peft_cast.fit.teacher.ends_in_head", lambda model: allowed and ends_in_head(model))
-            patch.setattr("peft_cast.fit.teacher.states_at", lambda *args: used.append(allowed) or states_at(*args))
+            patch.setattr("peft_cast.refine.teacher.ends_in_head", lambda model: allowed and ends_in_head(model))
+            patch.setattr("peft_cast.refine.teacher.states_at", lambda *args: used.append(allowed) or states_at(*args))
             results.append(
                 peft_cast.translate(source_folder, lora_folder, target_folder, **options, dtype=torch.float32)
             )
@@ -429,7 +433,7 @@ def test_excitement_is_zero_without_a_lora_and_positive_with_one(source_folder, 
     source = AutoModelForCausalLM.from_pretrained(source_folder)
     batch = collate_pairs(peft_cast.align.align_texts(c4_texts(2), byte_tokenizer, byte_tokenizer, max_length=40))
     adapted = PeftModel.from_pretrained(source, lora_folder).eval()
-    teacher = Teacher(adapted, TeacherSettings())
+    teacher = Teacher(adapted, Training(gamma=0.0))
     excited = teacher.excitement(batch)
     assert excited.shape == batch["rows"].shape and excited.mean() > 0.01
     with adapted.disable_adapter():
@@ -438,9 +442,18 @@ def test_excitement_is_zero_without_a_lora_and_positive_with_one(source_folder, 
 
 def closed_form(source, lora, target, tokenizer, **options):
     return peft_cast.translate(
-        source, lora, target, text=c4_texts(60), fit_samples=40, steps=0, max_length=128,
-        source_tokenizer=tokenizer, target_tokenizer=tokenizer, progress=False, **options,
-    )  # fmt: skip
+        source,
+        lora,
+        target,
+        text=c4_texts(60),
+        fit_samples=40,
+        steps=0,
+        max_length=128,
+        source_tokenizer=tokenizer,
+        target_tokenizer=tokenizer,
+        progress=False,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3", "opt"])
@@ -454,7 +467,9 @@ def test_same_model_recovers_the_adapter_from_the_closed_form_alone(architecture
 
 
 def rotated(model):
-    """The same function in another basis of the hidden states: llama's norms without weights commute with rotations."""
+    """The same function in another basis of the hidden states: llama's norms without weights commute with
+    rotations.
+    """
     turned = copy.deepcopy(model)
     Q = torch.linalg.qr(torch.randn(32, 32)).Q
     with torch.no_grad():

@@ -49,9 +49,13 @@ def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_
     lora, cast = tmp_path / "lora", tmp_path / "cast"
     corpus = Path(__file__).parent.parent / "examples" / "data" / "c4_en_400.jsonl"
     result = peft_cast.translate(
-        source_folder, lora_folder, target_folder, steps=0, progress=False,
+        source_folder,
+        lora_folder,
+        target_folder,
+        steps=0,
+        progress=False,
         text=[f"text number {i} that is long enough for the reader to take it" for i in range(4)],
-    )  # fmt: skip
+    )
     result.save_pretrained(cast)
     for folder, original, base in ((lora, Path(lora_folder), "user/source"), (cast, cast, "user/target")):
         folder.mkdir(exist_ok=True)
@@ -69,9 +73,13 @@ def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_
     bridge.target = dataclasses.replace(bridge.target, name="user/target")
     bridge.save_pretrained(tmp_path / "bridge")
     for name, folder in (
-        ("bridge", tmp_path / "bridge"), ("pickled", pickled), ("source", source_folder), ("target", target_folder),
-        ("lora", lora), ("cast", cast),
-    ):  # fmt: skip
+        ("bridge", tmp_path / "bridge"),
+        ("pickled", pickled),
+        ("source", source_folder),
+        ("target", target_folder),
+        ("lora", lora),
+        ("cast", cast),
+    ):
         hub.add(f"user/{name}", folder)
     environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}

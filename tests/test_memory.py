@@ -7,14 +7,17 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import peft_cast
-from peft_cast.fit import Teacher, TeacherMemory, TeacherSettings, collate_pairs, fingerprint
-from peft_cast.fit.losses import Predictions, kl_divergence, whole
-from peft_cast.fit.memory import Likeliest
+from peft_cast.align.batches import collate_pairs
+from peft_cast.models.loading import fingerprint
+from peft_cast.options import Training
+from peft_cast.refine.cache import TeacherCache, TopKLogProbs
+from peft_cast.refine.losses import Predictions, kl_divergence, whole
+from peft_cast.refine.teacher import Teacher
 
 
 def test_kl_of_the_likeliest_tokens_is_that_of_all_with_the_others_as_one():
     teacher, student = 3 * torch.randn(20, 50), 3 * torch.randn(20, 50)
-    found = Likeliest.of(teacher, 8).kl_divergence(student)
+    found = TopKLogProbs.of(teacher, 8).kl_divergence(student)
     p, q = teacher.softmax(-1), student.softmax(-1)
     top = p.topk(8).indices
     p, q = (torch.cat([x.gather(-1, top), 1 - x.gather(-1, top).sum(-1, keepdim=True)], -1) for x in (p, q))
@@ -25,21 +28,21 @@ def test_kl_of_the_likeliest_tokens_is_that_of_all_with_the_others_as_one():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_kl_of_all_tokens_is_the_ordinary_one(temperature):
     teacher, student = 3 * torch.randn(20, 50), 3 * torch.randn(20, 50)
-    found = Likeliest.of(teacher, 128, temperature).kl_divergence(student, temperature)
+    found = TopKLogProbs.of(teacher, 128, temperature).kl_divergence(student, temperature)
     torch.testing.assert_close(found, kl_divergence(teacher, student, temperature), rtol=5e-3, atol=5e-3)
 
 
 def test_gradients_are_finite_where_the_teacher_is_certain():
     teacher = torch.tensor([[80.0, 0.0, 0.0, 0.0]])
     student = torch.tensor([[60.0, 0.0, 1.0, 0.0]], requires_grad=True)
-    Likeliest.of(teacher, 2).kl_divergence(student).sum().backward()
+    TopKLogProbs.of(teacher, 2).kl_divergence(student).sum().backward()
     assert torch.isfinite(student.grad).all()
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(8, 1.0), (8, 2.0), (50, 1.0)])
 def test_its_gradient_is_that_of_its_value(k, temperature, monkeypatch):
-    monkeypatch.setattr("peft_cast.fit.losses.rows_at_once", lambda _: 3)  # blocks, the last of them smaller
-    goal = Likeliest.of(3 * torch.randn(7, 50), k, temperature)
+    monkeypatch.setattr("peft_cast.refine.losses.rows_at_once", lambda _: 3)  # blocks, the last of them smaller
+    goal = TopKLogProbs.of(3 * torch.randn(7, 50), k, temperature)
     tokens = goal.tokens.long()
     p = goal.log_p[:, : 9 if k == 8 else 50].double().exp()
     student = (3 * torch.randn(7, 50)).double().requires_grad_(True)
@@ -58,11 +61,11 @@ def test_its_gradient_is_that_of_its_value(k, temperature, monkeypatch):
 
 @pytest.mark.parametrize("k", [8, 50])
 def test_from_the_states_that_a_head_reads_value_and_gradient_are_the_same(k, monkeypatch):
-    monkeypatch.setattr("peft_cast.fit.losses.rows_at_once", lambda _: 3)
-    monkeypatch.setattr("peft_cast.fit.losses.positions_together", lambda *_: 6)
+    monkeypatch.setattr("peft_cast.refine.losses.rows_at_once", lambda _: 3)
+    monkeypatch.setattr("peft_cast.refine.losses.positions_together", lambda *_: 6)
     head, states, goal = torch.nn.Linear(16, 50).requires_grad_(False), torch.randn(20, 16), 3 * torch.randn(20, 50)
     weights, first, second = torch.rand(20), states.clone().requires_grad_(True), states.clone().requires_grad_(True)
-    kept = Likeliest.of(goal, k)
+    kept = TopKLogProbs.of(goal, k)
     expected, found = kept.kl_divergence(head(first)), kept.kl_divergence(Predictions(second, head))
     torch.testing.assert_close(found, expected)
     (expected * weights).sum().backward()
@@ -86,12 +89,12 @@ def test_every_text_is_made_once_and_told_apart(byte_tokenizer):
         calls.append(absent)
         return torch.cat([torch.full((2, 10), float(texts.index(text))) + torch.arange(10.0) for text in absent])
 
-    memory = TeacherMemory(k=4)
-    first = memory.recall("teacher", texts[:2], [2, 2], make)
-    second = memory.recall("teacher", [texts[2], texts[1], texts[2]], [2, 2, 2], make)
+    memory = TeacherCache(k=4)
+    first = memory.get_or_make("teacher", texts[:2], [2, 2], make)
+    second = memory.get_or_make("teacher", [texts[2], texts[1], texts[2]], [2, 2, 2], make)
     assert [len(c) for c in calls] == [2, 1] and first.tokens.shape == (4, 4) and second.tokens.shape == (6, 4)
     torch.testing.assert_close(second.log_p[2:4], first.log_p[2:])
-    memory.recall("target", texts[:1], [2], make)
+    memory.get_or_make("target", texts[:1], [2], make)
     assert len(calls) == 3  # another role
 
 
@@ -102,23 +105,23 @@ def test_what_does_not_fit_is_made_again(byte_tokenizer):
         calls.append(absent)
         return torch.randn(2, 10)
 
-    memory = TeacherMemory(k=4, limit=10)
+    memory = TeacherCache(k=4, limit=10)
     for _ in range(2):
-        memory.recall("teacher", texts, [2], make)
+        memory.get_or_make("teacher", texts, [2], make)
     assert len(calls) == 2 and memory.bytes == 0
 
 
 def test_a_folder_serves_the_next_run_and_survives_a_broken_file(byte_tokenizer, tmp_path):
     texts = pair_of_texts(byte_tokenizer, 2)
     logits = torch.randn(4, 10)
-    made = TeacherMemory(4, folder=tmp_path, identity="a").recall("teacher", texts, [2, 2], lambda _: logits)
-    again = TeacherMemory(4, folder=tmp_path, identity="a").recall("teacher", texts, [2, 2], lambda _: 1 / 0)
+    made = TeacherCache(4, folder=tmp_path, identity="a").get_or_make("teacher", texts, [2, 2], lambda _: logits)
+    again = TeacherCache(4, folder=tmp_path, identity="a").get_or_make("teacher", texts, [2, 2], lambda _: 1 / 0)
     assert torch.equal(made.tokens, again.tokens) and torch.equal(made.log_p, again.log_p)
     with pytest.raises(ZeroDivisionError):
-        TeacherMemory(4, folder=tmp_path, identity="b").recall("teacher", texts, [2, 2], lambda _: 1 / 0)
+        TeacherCache(4, folder=tmp_path, identity="b").get_or_make("teacher", texts, [2, 2], lambda _: 1 / 0)
     for file in tmp_path.iterdir():
         file.write_bytes(b"broken")
-    mended = TeacherMemory(4, folder=tmp_path, identity="a").recall("teacher", texts, [2, 2], lambda _: logits)
+    mended = TeacherCache(4, folder=tmp_path, identity="a").get_or_make("teacher", texts, [2, 2], lambda _: logits)
     assert torch.equal(made.tokens, mended.tokens)
 
 
@@ -138,10 +141,10 @@ def test_remembered_goals_are_the_teachers(share, source_folder, lora_folder, by
     adapted = PeftModel.from_pretrained(source, lora_folder).eval()
     student = get_peft_model(target, peft_cast.CastConfig(target_modules=["q_proj"], init_weights=False)).eval()
     first, second, anchor = pair_of_texts(byte_tokenizer)
-    teacher = Teacher(adapted, TeacherSettings(gamma=1.0, target_share=share, top_k=10**6))
+    teacher = Teacher(adapted, Training(teacher=share, teacher_top_k=10**6))
     goal, _ = teacher.goals(student, collate_pairs([first, second], [anchor]))
-    teacher.remembered(student, [second], [])  # the other text and the anchor are new in the second call
-    kept = teacher.remembered(student, [first, second], [anchor])
+    teacher.cached_goals(student, [second], [])  # the other text and the anchor are new in the second call
+    kept = teacher.cached_goals(student, [first, second], [anchor])
     goal = whole(goal)
     logits = torch.randn_like(goal)
     torch.testing.assert_close(kept.kl_divergence(logits), kl_divergence(goal, logits), rtol=1e-2, atol=1e-2)
@@ -153,8 +156,8 @@ def test_translations_share_a_cache(source_folder, lora_folder, target_folder, t
     alone = peft_cast.translate(*folders, **options, progress=False)
     peft_cast.translate(*folders, **options, cache_dir=tmp_path, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(TeacherMemory, "_write", lambda *_: pytest.fail("a text was made again"))
-        patch.setattr("peft_cast.pair.fit_closed_form", lambda *_, **__: pytest.fail("fitted again"))
+        patch.setattr(TeacherCache, "_write", lambda *_: pytest.fail("a text was made again"))
+        patch.setattr("peft_cast.fit.initial.fit_closed_form", lambda *_, **__: pytest.fail("fitted again"))
         cached = peft_cast.translate(*folders, **options, cache_dir=tmp_path, progress=False)
     assert cached.metrics["kl"]["translated"] == pytest.approx(alone.metrics["kl"]["translated"], rel=1e-4)
     assert cached.metrics["closed_form"] == alone.metrics["closed_form"]
@@ -165,8 +168,8 @@ def test_translations_share_a_cache(source_folder, lora_folder, target_folder, t
 
 
 def test_the_heap_is_given_back_as_a_refinement_goes_on(source_folder, lora_folder, target_folder, monkeypatch):
-    given, give_back = [], peft_cast.phases.give_back_memory
-    monkeypatch.setattr("peft_cast.fit.refine.give_back_memory", lambda: given.append(give_back()))
+    given, give_back = [], peft_cast.utils.phases.give_back_memory
+    monkeypatch.setattr("peft_cast.refine.trainer.give_back_memory", lambda: given.append(give_back()))
     options = {"text": c4_texts(12), "batch_size": 2, "fit_samples": 4, "max_length": 32, "progress": False}
     peft_cast.translate(source_folder, lora_folder, target_folder, **options, steps=3)
     assert len(given) == 3

@@ -8,16 +8,26 @@ from conftest import c4_texts
 
 import peft_cast
 from peft_cast import Mixture, SelfWritten
-from peft_cast.text import TextSample
+from peft_cast.refine.trainer import CastTrainer
+from peft_cast.text.samples import TextSample
 
 
 PROMPTS = ("Say: one thing", "Say: another thing", "Say: a third")
 TEXTS = c4_texts(30)
 TEXT = SelfWritten(prompts=PROMPTS, more_prompts=0, max_new_tokens=12)
 OPTIONS = {
-    "text": TEXT, "fit_text": TEXTS, "batch_size": 4, "fit_samples": 8, "eval_samples": 4, "max_length": 48, "steps": 4,
-    "on_policy_steps": 6, "dtype": torch.float32, "progress": False, "training_args": {"save_steps": 2},
-}  # fmt: skip
+    "text": TEXT,
+    "fit_text": TEXTS,
+    "batch_size": 4,
+    "fit_samples": 8,
+    "eval_samples": 4,
+    "max_length": 48,
+    "steps": 4,
+    "on_policy_steps": 6,
+    "dtype": torch.float32,
+    "progress": False,
+    "training_args": {"save_steps": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +68,10 @@ def test_the_translated_model_answers_the_same_prompts_and_learns_from_it(models
 
 
 def test_its_rate_is_half(whole):
-    peaks = [max(entry["learning_rate"] for entry in log if "learning_rate" in entry)
-             for log in (whole.history, whole.metrics["on_policy"]["history"])]  # fmt: skip
+    peaks = [
+        max(entry["learning_rate"] for entry in log if "learning_rate" in entry)
+        for log in (whole.history, whole.metrics["on_policy"]["history"])
+    ]
     assert 0 < peaks[1] < 0.75 * peaks[0]
 
 
@@ -73,7 +85,7 @@ def test_result_report_and_card_tell_of_it(whole, tmp_path):
 
 @pytest.mark.parametrize("place", ["first", "writing", "second"])
 def test_a_stopped_run_goes_on_to_the_same_result(models, whole, tmp_path, monkeypatch, place):
-    step, sample, calls = peft_cast.fit.CastTrainer.compute_loss, peft_cast.text.written._sample, []
+    step, sample, calls = CastTrainer.compute_loss, peft_cast.text.written._sample, []
 
     def stop_step(self, *args, **more):
         calls.append(None)
@@ -87,7 +99,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(models, whole, tmp_path, monke
         return sample(model, tokenizer, texts, *args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft_cast.fit.CastTrainer, "compute_loss", stop_step)
+        patch.setattr(CastTrainer, "compute_loss", stop_step)
         patch.setattr("peft_cast.text.written._sample", stop_writing)
         with pytest.raises(KeyboardInterrupt) as stopped:
             peft_cast.translate(*models, **OPTIONS, output_dir=tmp_path)
@@ -96,9 +108,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(models, whole, tmp_path, monke
         monkeypatch.setattr("peft_cast.text.written._sample", lambda *_, **__: 1 / 0)
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(
-            peft_cast.fit.CastTrainer, "compute_loss", lambda *a, **m: (calls.append(None), step(*a, **m))[1]
-        )
+        patch.setattr(CastTrainer, "compute_loss", lambda *a, **m: (calls.append(None), step(*a, **m))[1])
         resumed = peft_cast.translate(*models, **OPTIONS, output_dir=tmp_path, resume_from_checkpoint=True)
     assert len(calls) == {"first": 7, "writing": 6, "second": 3}[place]
     assert resumed.metrics["kl"] == whole.metrics["kl"]
@@ -126,6 +136,6 @@ def test_what_has_no_prompts_is_refused_before_anything_is_loaded(models, monkey
         peft_cast.translate(*models, **{**OPTIONS, "text": [TextSample(text) for text in TEXTS]})
     with pytest.raises(ValueError, match="`on_policy_steps` must be at least 0"):
         peft_cast.translate(*models, **{**OPTIONS, "on_policy_steps": -1})
-    monkeypatch.setattr("peft_cast.shards.asked", lambda training_args: True)
+    monkeypatch.setattr("peft_cast.models.sharding.is_requested", lambda training_args: True)
     with pytest.raises(ValueError, match="`on_policy_steps` goes with no FSDP or ZeRO-3"):
         peft_cast.translate(*models, **OPTIONS)

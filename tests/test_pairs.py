@@ -17,9 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 import peft_cast
 from peft_cast import fit_bridge
-from peft_cast.align import find_places, layer_paths, map_modules, split_place
-from peft_cast.baselines import cross_lora, direct_copy, distill_lora
-from peft_cast.models import layer_count, logits_at, shared_head
+from peft_cast.align.modules import map_modules
+from peft_cast.align.places import find_places, layer_count, layer_paths, split_place
+from peft_cast.evaluation.baselines import cross_lora, direct_copy
+from peft_cast.models.heads import logits_at, shared_head
+from peft_cast.refine.distill import distill_lora
 
 
 # PEFT turns a LoRA on an MLP of these into one on the parameters of the experts, which no kernel holds.
@@ -27,7 +29,10 @@ EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 # Layouts that are checked (rows, roles) without being paired with all others.
 FURTHER = {
     "codegen": ("CodeGenConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
-    "falcon_40b_heads": ("FalconConfig", {"num_attention_heads": 8, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon_40b_heads": (
+        "FalconConfig",
+        {"num_attention_heads": 8, "num_kv_heads": 2, "new_decoder_architecture": True},
+    ),
     "glm4": ("Glm4Config", {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}),
     "gpt_bigcode": ("GPTBigCodeConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
     "gpt_bigcode_mha": ("GPTBigCodeConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "multi_query": False}),
@@ -36,9 +41,18 @@ FURTHER = {
     "olmo2": ("Olmo2Config", {"num_attention_heads": 4}),
     "persimmon": ("PersimmonConfig", {"num_attention_heads": 4}),
     "phi": ("PhiConfig", {"num_attention_heads": 4}),
-    "qwen2_moe": ("Qwen2MoeConfig", {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_experts": 4,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+        },
+    ),
     "starcoder2": ("Starcoder2Config", {"num_attention_heads": 4, "num_key_value_heads": 2}),
-}  # fmt: skip
+}
 IDS = torch.arange(5, 25)[None]
 SMALL = {"num_hidden_layers": 2}
 OTHER = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6, "seed": 3}
@@ -86,9 +100,15 @@ def lora_of(byte_tokenizer, tmp_path_factory):
 def translated(source, lora, target, tokenizers, *, steps: int = 0, texts: int = 8, **options):
     settings = {"fit_samples": 4 * texts // 6, "eval_samples": 2, "batch_size": 4, "max_length": 48, "progress": False}
     return peft_cast.translate(
-        source, lora, target, text=c4_texts(texts), steps=steps,
-        source_tokenizer=tokenizers[0], target_tokenizer=tokenizers[1], **{**settings, **options},
-    )  # fmt: skip
+        source,
+        lora,
+        target,
+        text=c4_texts(texts),
+        steps=steps,
+        source_tokenizer=tokenizers[0],
+        target_tokenizer=tokenizers[1],
+        **{**settings, **options},
+    )
 
 
 def assert_saves_loads_and_folds(result, plain, folder):
@@ -160,9 +180,15 @@ def test_the_training_pairs_span_all_architectures():
 def recovered(source, lora, target, tokenizer):
     """The closed form on a copy of `target`, which must be the adapter."""
     result = translated(
-        source, lora, copy.deepcopy(target), (tokenizer, tokenizer),
-        texts=60, fit_samples=40, eval_samples=8, max_length=96,
-    )  # fmt: skip
+        source,
+        lora,
+        copy.deepcopy(target),
+        (tokenizer, tokenizer),
+        texts=60,
+        fit_samples=40,
+        eval_samples=8,
+        max_length=96,
+    )
     kl = result.metrics["kl"]
     assert kl["target"] > 0.05 and 1 - kl["closed_form"] / kl["target"] >= 0.99
     return result
@@ -188,7 +214,9 @@ def test_head_and_layers_are_found(architecture):
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *FURTHER])
 def test_rows_do_what_their_role_says(architecture):
-    """By cause and effect: the attention's output depends on its own query, on all keys, and linearly on the values."""
+    """By cause and effect: the attention's output depends on its own query, on all keys, and linearly on the
+    values.
+    """
     model = further_model(architecture) if architecture in FURTHER else tiny_model(architecture)
     places = {place.role: place for place in find_places(model).values() if place.layer == 1}
     assert {"q", "k", "v", "o"} <= set(places)
@@ -239,34 +267,83 @@ TWINS = {
     "gpt_neox": (
         ("PhiConfig", {**SIZES, "hidden_act": "gelu", "rope_parameters": HALF}),
         ("GPTNeoXConfig", {**SIZES, "rope_parameters": HALF}),
-        {r"gpt_neox\.embed_in": "model.embed_tokens", r"gpt_neox\.final_layer_norm": "model.final_layernorm",
-         r"gpt_neox\.layers\.(\d)\.(input|post_attention)_layernorm": r"model.layers.\1.input_layernorm"},
+        {
+            r"gpt_neox\.embed_in": "model.embed_tokens",
+            r"gpt_neox\.final_layer_norm": "model.final_layernorm",
+            r"gpt_neox\.layers\.(\d)\.(input|post_attention)_layernorm": r"model.layers.\1.input_layernorm",
+        },
     ),
     "falcon": (
         ("PhiConfig", {**SIZES, "num_key_value_heads": 2, "hidden_act": "gelu", "rope_parameters": ROPE}),
-        ("FalconConfig", {"hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-                          "num_kv_heads": 2, "new_decoder_architecture": True, "rope_parameters": ROPE}),
-        {r"transformer\.word_embeddings": "model.embed_tokens", r"transformer\.ln_f": "model.final_layernorm",
-         r"transformer\.h\.(\d)\.ln_(attn|mlp)": r"model.layers.\1.input_layernorm"},
+        (
+            "FalconConfig",
+            {
+                "hidden_size": 32,
+                "ffn_hidden_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_kv_heads": 2,
+                "new_decoder_architecture": True,
+                "rope_parameters": ROPE,
+            },
+        ),
+        {
+            r"transformer\.word_embeddings": "model.embed_tokens",
+            r"transformer\.ln_f": "model.final_layernorm",
+            r"transformer\.h\.(\d)\.ln_(attn|mlp)": r"model.layers.\1.input_layernorm",
+        },
     ),
     "falcon_mq": (
         ("PhiConfig", {**SIZES, "num_key_value_heads": 1, "hidden_act": "gelu", "rope_parameters": ROPE}),
-        ("FalconConfig", {"hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-                          "multi_query": True, "rope_parameters": ROPE}),
-        {r"transformer\.word_embeddings": "model.embed_tokens", r"transformer\.ln_f": "model.final_layernorm",
-         r"transformer\.h\.(\d)\.input_layernorm": r"model.layers.\1.input_layernorm"},
+        (
+            "FalconConfig",
+            {
+                "hidden_size": 32,
+                "ffn_hidden_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "multi_query": True,
+                "rope_parameters": ROPE,
+            },
+        ),
+        {
+            r"transformer\.word_embeddings": "model.embed_tokens",
+            r"transformer\.ln_f": "model.final_layernorm",
+            r"transformer\.h\.(\d)\.input_layernorm": r"model.layers.\1.input_layernorm",
+        },
     ),
     "gpt2": (
-        ("OPTConfig", {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-                       "max_position_embeddings": 256, "word_embed_proj_dim": 32}),
-        ("GPT2Config", {"n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4, "n_positions": 256,
-                        "activation_function": "relu"}),
-        {r"transformer\.wte": "model.decoder.embed_tokens", r"transformer\.wpe": "model.decoder.embed_positions",
-         r"transformer\.ln_f": "model.decoder.final_layer_norm",
-         r"transformer\.h\.(\d)\.ln_1": r"model.decoder.layers.\1.self_attn_layer_norm",
-         r"transformer\.h\.(\d)\.ln_2": r"model.decoder.layers.\1.final_layer_norm"},
+        (
+            "OPTConfig",
+            {
+                "hidden_size": 32,
+                "ffn_dim": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 256,
+                "word_embed_proj_dim": 32,
+            },
+        ),
+        (
+            "GPT2Config",
+            {
+                "n_embd": 32,
+                "n_inner": 48,
+                "n_layer": 2,
+                "n_head": 4,
+                "n_positions": 256,
+                "activation_function": "relu",
+            },
+        ),
+        {
+            r"transformer\.wte": "model.decoder.embed_tokens",
+            r"transformer\.wpe": "model.decoder.embed_positions",
+            r"transformer\.ln_f": "model.decoder.final_layer_norm",
+            r"transformer\.h\.(\d)\.ln_1": r"model.decoder.layers.\1.self_attn_layer_norm",
+            r"transformer\.h\.(\d)\.ln_2": r"model.decoder.layers.\1.final_layer_norm",
+        },
     ),
-}  # fmt: skip
+}
 
 
 def twins(name: str, vocab_size: int):
@@ -354,9 +431,18 @@ def test_cross_lora_and_distillation_reach_fused_modules(lora_of, byte_tokenizer
     delta = layer.get_delta_weight("default").unflatten(0, (2, -1, 8))  # groups of three queries, a key and a value
     assert delta.shape[1] == 5 and (delta.flatten(2).norm(dim=2) > 0).all()
     result = distill_lora(
-        *lora_of("llama"), copy.deepcopy(target), text=c4_texts(12), fit_samples=4, eval_samples=2, steps=2, batch_size=4,
-        max_length=48, progress=False, source_tokenizer=byte_tokenizer, target_tokenizer=piece_tokenizer,
-    )  # fmt: skip
+        *lora_of("llama"),
+        copy.deepcopy(target),
+        text=c4_texts(12),
+        fit_samples=4,
+        eval_samples=2,
+        steps=2,
+        batch_size=4,
+        max_length=48,
+        progress=False,
+        source_tokenizer=byte_tokenizer,
+        target_tokenizer=piece_tokenizer,
+    )
     assert result.metrics["settings"]["rank"] == 12
 
 
@@ -384,9 +470,12 @@ def test_the_map_is_reported_in_a_line_per_role(lora_of, byte_tokenizer, piece_t
     routes = {route["role"]: route for route in result.metrics["alignment"]["routes"]}
     assert set(routes) == {"q", "k", "v", "o", "up", "down"}
     assert routes["k"] == {
-        "role": "k", "source": "self_attn.qkv_proj[32:48]", "target": "attention.query_key_value[8:16/24]",
-        "found": "name", "kernels": 2,
-    }  # fmt: skip
+        "role": "k",
+        "source": "self_attn.qkv_proj[32:48]",
+        "target": "attention.query_key_value[8:16/24]",
+        "found": "name",
+        "kernels": 2,
+    }
     assert "k    self_attn.qkv_proj[32:48] → attention.query_key_value[8:16/24]  × 2" in result.summary()
     assert "the target's layer has no place for 'gate' (model.layers.0.mlp.gate_up_proj[0:48] and 1 more)" in str(
         result
@@ -406,10 +495,22 @@ def renamed(model, names: dict[str, str]):
 
 
 STRANGE = {
-    "layers": "tower", "self_attn": "mixer", "mlp": "net", "q_proj": "alpha", "k_proj": "beta", "v_proj": "gamma",
-    "o_proj": "delta", "gate_proj": "one", "up_proj": "two", "down_proj": "three", "qkv_proj": "alphabet",
-    "gate_up_proj": "both", "fc1": "first", "fc2": "second", "out_proj": "omega",
-}  # fmt: skip
+    "layers": "tower",
+    "self_attn": "mixer",
+    "mlp": "net",
+    "q_proj": "alpha",
+    "k_proj": "beta",
+    "v_proj": "gamma",
+    "o_proj": "delta",
+    "gate_proj": "one",
+    "up_proj": "two",
+    "down_proj": "three",
+    "qkv_proj": "alphabet",
+    "gate_up_proj": "both",
+    "fc1": "first",
+    "fc2": "second",
+    "out_proj": "omega",
+}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi3", "opt", "phi"])
@@ -455,8 +556,14 @@ def test_unknown_names_translate_and_a_given_map_wins(lora_of, byte_tokenizer, p
         *lora_of("llama"), renamed(tiny_model("gemma3", len(piece_tokenizer), **OTHER), STRANGE), tokenizers
     )
     assert {r["target"] for r in back.metrics["alignment"]["routes"]} == {
-        "mixer.alpha", "mixer.beta", "mixer.gamma", "mixer.delta", "net.one", "net.two", "net.three"
-    }  # fmt: skip
+        "mixer.alpha",
+        "mixer.beta",
+        "mixer.gamma",
+        "mixer.delta",
+        "net.one",
+        "net.two",
+        "net.three",
+    }
 
 
 def test_a_map_to_nothing_is_one_clear_error():
@@ -472,8 +579,11 @@ def test_other_lists_of_modules_are_no_decoder_layers():
     config = transformers.Gemma3Config(
         text_config={**SIZES, "vocab_size": 300, "head_dim": 8, "num_key_value_heads": 2},
         vision_config={**SIZES, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8},
-        mm_tokens_per_image=4, image_token_index=299, boi_token_index=298, eoi_token_index=297,
-    )  # fmt: skip
+        mm_tokens_per_image=4,
+        image_token_index=299,
+        boi_token_index=298,
+        eoi_token_index=297,
+    )
     model = transformers.Gemma3ForConditionalGeneration(config)
     assert any("vision" in n and n.endswith("layers.1.self_attn.q_proj") for n, _ in model.named_modules())
     assert layer_paths(model) == ["model.language_model.layers.0", "model.language_model.layers.1"]

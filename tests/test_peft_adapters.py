@@ -1,4 +1,6 @@
-"""Several adapters on a model and the choice of modules, as PEFT offers them for LoRA. docs/peft.md lists the promises."""
+"""Several adapters on a model and the choice of modules, as PEFT offers them for LoRA. docs/peft.md lists the
+promises.
+"""
 
 import pytest
 import torch

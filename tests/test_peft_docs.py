@@ -27,8 +27,8 @@ def named(cell):
 def test_every_promise_names_tests_that_exist():
     existing = set(functions_of("test_peft_*.py"))
     assert len(ROWS) > 50
-    for behaviour, result, tests in ROWS:
-        assert named(tests) or result.startswith(UNTESTED), f"no test for: {behaviour}"
+    for behavior, result, tests in ROWS:
+        assert named(tests) or result.startswith(UNTESTED), f"no test for: {behavior}"
         assert set(named(tests)) <= existing, f"no such test: {tests}"
 
 
@@ -39,6 +39,6 @@ def test_every_test_is_a_promise():
 
 
 def test_every_promise_says_how_it_ends():
-    for behaviour, result, _ in ROWS:
+    for behavior, result, _ in ROWS:
         known = ("works", "refused", "as LoRA", "chooses LoRA's", "`ValueError`", "by PEFT's dispatch", *UNTESTED)
-        assert result.startswith(known), f"{behaviour}: {result}"
+        assert result.startswith(known), f"{behavior}: {result}"

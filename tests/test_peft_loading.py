@@ -193,9 +193,17 @@ def test_trainer_steps_and_checkpoints(tmp_path):
     frozen = {name: buffer.clone() for name, buffer in kernels(model).items()}
     data = [{"input_ids": row, "labels": row} for row in INPUTS.repeat(4, 1)]
     arguments = transformers.TrainingArguments(
-        tmp_path, max_steps=6, learning_rate=1e-2, per_device_train_batch_size=3, report_to=[], save_steps=6,
-        logging_steps=1, use_cpu=True, gradient_checkpointing=True, disable_tqdm=True,
-    )  # fmt: skip
+        tmp_path,
+        max_steps=6,
+        learning_rate=1e-2,
+        per_device_train_batch_size=3,
+        report_to=[],
+        save_steps=6,
+        logging_steps=1,
+        use_cpu=True,
+        gradient_checkpointing=True,
+        disable_tqdm=True,
+    )
     trainer = transformers.Trainer(model, arguments, train_dataset=data)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

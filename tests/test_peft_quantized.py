@@ -1,4 +1,4 @@
-"""Quantised target models, as for LoRA. The packages are optional: bitsandbytes, torchao, hqq. docs/peft.md."""
+"""Quantized target models, as for LoRA. The packages are optional: bitsandbytes, torchao, hqq. docs/peft.md."""
 
 import warnings
 
@@ -42,7 +42,7 @@ def torchao_int8(model, folder):
 
 
 def hqq_8bit(model, folder):
-    """transformers 5.23 cannot quantise with hqq, so the layers are replaced by hand."""
+    """transformers 5.23 cannot quantize with hqq, so the layers are replaced by hand."""
     pytest.importorskip("hqq")
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -134,7 +134,7 @@ def test_dynamic_activations_pass_no_gradient(tmp_path):
         assert trained["0"] is None and trained["1"] is not None
 
 
-def test_merging_quantises_anew(target, backend):
+def test_merging_quantizes_anew(target, backend):
     tolerance = BACKENDS[backend]
     model = get_peft_model(target(), cast_config(kernels=KERNELS)).eval()
     before = [weight(layer) for layer in layers(model)]
@@ -179,12 +179,18 @@ def test_nonlinear_adapters_do_not_merge_but_work(target):
     same(logits(model), before)
 
 
-def test_translation_onto_a_quantised_target(backend, source_folder, lora_folder, piece_tokenizer, tmp_path):
+def test_translation_onto_a_quantized_target(backend, source_folder, lora_folder, piece_tokenizer, tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_hidden_layers": 2}
     options = {
-        "text": c4_texts(24), "fit_samples": 16, "eval_samples": 4, "batch_size": 4, "max_length": 64, "steps": 2,
-        "progress": False, "target_tokenizer": piece_tokenizer,
-    }  # fmt: skip
+        "text": c4_texts(24),
+        "fit_samples": 16,
+        "eval_samples": 4,
+        "batch_size": 4,
+        "max_length": 64,
+        "steps": 2,
+        "progress": False,
+        "target_tokenizer": piece_tokenizer,
+    }
 
     def target():
         return tiny_model("gemma3", len(piece_tokenizer), seed=5, **sizes)
@@ -211,13 +217,13 @@ def test_torchao_weights_without_a_recipe_work_but_do_not_merge():
     model = get_peft_model(base, cast_config(target_modules=["q_proj"], r=4)).eval()
     assert differs(logits(model), without_adapter(model))
     with pytest.raises(
-        ValueError, match="cannot be merged into torchao layers, whose weights PEFT cannot quantise again"
+        ValueError, match="cannot be merged into torchao layers, whose weights PEFT cannot quantize again"
     ):
         model.merge_adapter()
 
 
 class Packed(nn.Module):
-    """A quantised linear layer of a package that is not here (GPTQ, AWQ, AQLM, EETQ, ...): no nn.Linear, no weight."""
+    """A quantized linear layer of a package that is not here (GPTQ, AWQ, AQLM, EETQ, ...): no nn.Linear, no weight."""
 
     def __init__(self, linear):
         super().__init__()

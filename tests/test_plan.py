@@ -10,17 +10,17 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import plan, to_lora
-from peft_cast.fit.losses import Predictions, whole
-from peft_cast.fit.memory import Likeliest
-from peft_cast.planning import DEVICES, Device, this_machine
+from peft_cast.planning.devices import DEVICES, Device, this_machine
 from peft_cast.planning.fake import counted
+from peft_cast.refine.cache import TopKLogProbs
+from peft_cast.refine.losses import Predictions, whole
 
 
 SLOW = Device("slow", flops=1e9, flops32=1e9, memory=2**40, runtime=0, start=0.0)
 
 
 def test_sizes_are_those_of_the_translation(source_folder, lora_folder, target_folder, tmp_path):
-    planned = plan(source_folder, lora_folder, target_folder, device=SLOW, dtype=torch.float32)
+    planned = plan(source_folder, lora_folder, target_folder, on=SLOW, dtype=torch.float32)
     result = peft_cast.translate(
         source_folder, lora_folder, target_folder, text=c4_texts(12), steps=0, max_length=32, progress=False
     )
@@ -68,7 +68,7 @@ def test_counts_products_that_are_added_in_place():
 
 def test_second_moments_take_time(source_folder, lora_folder, target_folder):
     slow = Device("slow in float32", flops=1e30, flops32=1.0, memory=2**60, runtime=0, start=0.0)
-    options = {"device": slow, "batch_size": 4, "max_length": 64, "dtype": torch.float32}
+    options = {"on": slow, "batch_size": 4, "max_length": 64, "dtype": torch.float32}
     # Of five batches one is held out, of ten two.
     few, many = (
         plan(source_folder, lora_folder, target_folder, **options, fit_samples=n).phases["closed_form"].seconds
@@ -84,7 +84,7 @@ def test_second_moments_take_time(source_folder, lora_folder, target_folder):
 
 
 def test_a_step_costs_the_passes_it_cannot_avoid(source_folder, lora_folder, target_folder):
-    options = {"device": SLOW, "steps": 10, "batch_size": 4, "max_length": 64, "gamma": 0.0}
+    options = {"on": SLOW, "steps": 10, "batch_size": 4, "max_length": 64, "gamma": 0.0}
     planned, mixed = (
         plan(source_folder, lora_folder, target_folder, teacher=teacher, **options) for teacher in ("source", 0.2)
     )
@@ -98,7 +98,7 @@ def test_a_step_costs_the_passes_it_cannot_avoid(source_folder, lora_folder, tar
 
 def test_anchors_are_as_long_as_they_may_be_however_short_the_texts(source_folder, lora_folder, target_folder):
     short, long = (
-        plan(source_folder, lora_folder, target_folder, device=SLOW, tokens=8, max_length=most).phases["refine"].flops
+        plan(source_folder, lora_folder, target_folder, on=SLOW, tokens=8, max_length=most).phases["refine"].flops
         for most in (64, 128)
     )
     assert long > 1.2 * short
@@ -106,7 +106,7 @@ def test_anchors_are_as_long_as_they_may_be_however_short_the_texts(source_folde
 
 @pytest.mark.parametrize("change", [{"batch_size": 16}, {"max_length": 128}])
 def test_larger_batches_take_more_memory_and_time(source_folder, lora_folder, target_folder, change):
-    small = {"batch_size": 4, "max_length": 64, "device": SLOW, "fit_samples": 32}
+    small = {"batch_size": 4, "max_length": 64, "on": SLOW, "fit_samples": 32}
     before, after = (plan(source_folder, lora_folder, target_folder, **o) for o in (small, {**small, **change}))
     for phase in ("closed_form", "refine"):
         assert after.phases[phase].above_weights > 1.5 * before.phases[phase].above_weights
@@ -114,7 +114,7 @@ def test_larger_batches_take_more_memory_and_time(source_folder, lora_folder, ta
 
 
 def test_held_out_positions_of_the_closed_form_take_memory(source_folder, lora_folder, target_folder):
-    options = {"device": SLOW, "batch_size": 4, "max_length": 64, "dtype": torch.float32}
+    options = {"on": SLOW, "batch_size": 4, "max_length": 64, "dtype": torch.float32}
     # Of five batches one is held out, of ten two.
     one, two = (
         plan(source_folder, lora_folder, target_folder, **options, fit_samples=n).phases["closed_form"]
@@ -131,13 +131,13 @@ def test_held_out_positions_of_the_closed_form_take_memory(source_folder, lora_f
 
 @pytest.mark.parametrize("given", ["bridge", "start"])
 def test_what_is_begun_from_needs_no_closed_form(source_folder, lora_folder, target_folder, given):
-    models, options = (source_folder, lora_folder, target_folder), {"device": SLOW, "batch_size": 4, "max_length": 64}
+    models, options = (source_folder, lora_folder, target_folder), {"on": SLOW, "batch_size": 4, "max_length": 64}
     with_fit, without = (plan(*models, **options, **more) for more in ({}, {given: "a folder"}))
     assert set(with_fit.phases) - set(without.phases) == {"closed_form"} and without.seconds < with_fit.seconds
 
 
 def test_steps_on_own_words_are_counted(source_folder, lora_folder, target_folder):
-    options = {"device": SLOW, "batch_size": 4, "max_length": 64, "steps": 10}
+    options = {"on": SLOW, "batch_size": 4, "max_length": 64, "steps": 10}
     before, after = (
         plan(source_folder, lora_folder, target_folder, **options, **o) for o in ({}, {"on_policy_steps": 5})
     )
@@ -149,7 +149,7 @@ def test_a_device_waits_for_python_where_products_are_small(source_folder, lora_
     seconds = []
     for start in (0.0, 1.0):
         fast = Device("fast", flops=1e30, flops32=1e30, memory=2**40, runtime=0, start=start)
-        planned = plan(source_folder, lora_folder, target_folder, device=fast, steps=1, gamma=0.0, dtype=torch.float32)
+        planned = plan(source_folder, lora_folder, target_folder, on=fast, steps=1, gamma=0.0, dtype=torch.float32)
         seconds.append(planned.phases["refine"].seconds)
     models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (source_folder, target_folder)]
     source, target = (sum(isinstance(m, torch.nn.Linear) for m in model.modules()) for model in models)
@@ -158,9 +158,11 @@ def test_a_device_waits_for_python_where_products_are_small(source_folder, lora_
 
 
 def test_gradient_checkpointing_takes_another_forward_pass(source_folder, lora_folder, target_folder):
-    options = {"device": SLOW, "steps": 4, "max_length": 128}
+    options = {"on": SLOW, "steps": 4, "max_length": 128}
     plain, saving = (
-        plan(source_folder, lora_folder, target_folder, gradient_checkpointing=on, **options).phases["refine"]
+        plan(
+            source_folder, lora_folder, target_folder, training_args={"gradient_checkpointing": on}, **options
+        ).phases["refine"]
         for on in (False, True)
     )
     assert saving.flops > 1.1 * plain.flops
@@ -184,7 +186,7 @@ def test_logits_are_never_there_all_at_once():
     n, vocabulary, peaks = 4000, 50_000, []
     with FakeTensorMode(allow_non_fake_inputs=True):
         head = torch.nn.Linear(64, vocabulary, bias=False).requires_grad_(False)
-        kept = Likeliest(torch.zeros(n, 8, dtype=torch.int32), torch.zeros(n, 9, dtype=torch.float16))
+        kept = TopKLogProbs(torch.zeros(n, 8, dtype=torch.int32), torch.zeros(n, 9, dtype=torch.float16))
         for in_blocks in (True, False):
             states = torch.zeros(n, 64, requires_grad=True)
             with counted() as cost:
@@ -194,29 +196,43 @@ def test_logits_are_never_there_all_at_once():
     assert peaks[1] > 2 * n * vocabulary * 4 > 10 * peaks[0]
 
 
-def test_quantised_weights_take_their_bits(source_folder, lora_folder, target_folder):
-    whole, quantised = (
-        plan(source_folder, lora_folder, target_folder, device=SLOW, dtype=torch.float32, weight_bits=bits)
+def test_quantized_weights_take_their_bits(source_folder, lora_folder, target_folder):
+    whole, quantized = (
+        plan(source_folder, lora_folder, target_folder, on=SLOW, dtype=torch.float32, weight_bits=bits)
         for bits in (None, 4)
     )
     target = AutoModelForCausalLM.from_pretrained(target_folder)
     layers = sum(p.numel() for name, p in target.named_parameters() if ".layers." in name and p.ndim == 2)
-    saved = whole.weights["target"] - quantised.weights["target"]
+    saved = whole.weights["target"] - quantized.weights["target"]
     assert saved == pytest.approx(layers * (4 - 4.5 / 8), abs=2)
-    assert whole.memory - quantised.memory == saved + whole.weights["source"] - quantised.weights["source"]
+    assert whole.memory - quantized.memory == saved + whole.weights["source"] - quantized.weights["source"]
 
 
-def test_quantised_weights_are_not_planned_spread(source_folder, lora_folder, target_folder):
-    with pytest.raises(ValueError, match="FSDP spreads no quantised models"):
-        plan(source_folder, lora_folder, target_folder, device=SLOW, fsdp=True, processes=2, weight_bits=4)
+def test_quantized_weights_are_not_planned_spread(source_folder, lora_folder, target_folder):
+    with pytest.raises(ValueError, match="FSDP shards no quantized models"):
+        plan(
+            source_folder,
+            lora_folder,
+            target_folder,
+            on=SLOW,
+            training_args={"fsdp": True},
+            processes=2,
+            weight_bits=4,
+        )
 
 
 def test_a_70b_model_is_planned_in_seconds_without_its_weights(tmp_path, lora_folder, source_folder):
     llama = tiny_config(
-        "llama", 128_256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
-    planned = plan(source_folder, lora_folder, llama, device="h100", batch_size=1, max_length=128)
+        "llama",
+        128_256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+    planned = plan(source_folder, lora_folder, llama, on="h100", batch_size=1, max_length=128)
     assert 139e9 < planned.weights["target"] < 143e9
     assert not planned.fits and "It does not fit" in str(planned)
     # Of 80 GiB for 131 GiB of weights alone
@@ -224,10 +240,10 @@ def test_a_70b_model_is_planned_in_seconds_without_its_weights(tmp_path, lora_fo
 
 
 def test_several_devices_share_texts_and_with_fsdp_the_weights(source_folder, lora_folder, target_folder):
-    options = {"device": SLOW, "batch_size": 8, "max_length": 64, "fit_samples": 32, "steps": 4}
+    options = {"on": SLOW, "batch_size": 8, "max_length": 64, "fit_samples": 32, "steps": 4}
     one, shared, spread = (
         plan(source_folder, lora_folder, target_folder, **options, **more)
-        for more in ({}, {"processes": 4}, {"processes": 4, "fsdp": True})
+        for more in ({}, {"processes": 4}, {"processes": 4, "training_args": {"fsdp": True}})
     )
     for phase in ("closed_form", "refine"):
         assert 3 * shared.phases[phase].flops < one.phases[phase].flops * 1.2
@@ -256,7 +272,7 @@ def test_several_devices_share_texts_and_with_fsdp_the_weights(source_folder, lo
 
 
 def test_is_json_ready_and_readable(source_folder, lora_folder, target_folder):
-    planned = plan(None, lora_folder, target_folder, device="a100", steps=7)
+    planned = plan(None, lora_folder, target_folder, on="a100", steps=7)
     account = json.loads(json.dumps(planned.as_dict()))
     assert account["assumed"]["steps"] == 7 and account["device"]["name"] == "a100" and account["fits"]
     assert account["seconds"] == pytest.approx(sum(phase["seconds"] for phase in account["phases"].values()))
@@ -271,9 +287,9 @@ def test_this_machine_is_measured():
 
 def test_what_cannot_be_planned_is_one_clear_error(source_folder, lora_folder, target_folder, tmp_path):
     with pytest.raises(ValueError, match="no device 'abacus': choose from"):
-        plan(source_folder, lora_folder, target_folder, device="abacus")
+        plan(source_folder, lora_folder, target_folder, on="abacus")
     with pytest.raises(ValueError, match="configuration of the target model could not be read: there is no folder"):
-        plan(source_folder, lora_folder, tmp_path / "nothing", device="h100")
+        plan(source_folder, lora_folder, tmp_path / "nothing", on="h100")
     foreign = make_lora(tiny_model("llama", 300, hidden_size=64), tmp_path / "foreign")
     with pytest.raises(ValueError, match="does not fit|shape"):
-        plan(source_folder, foreign, target_folder, device="h100")
+        plan(source_folder, foreign, target_folder, on="h100")

@@ -10,7 +10,7 @@ from test_tuner import logits, random_cast
 
 import peft_cast
 from peft_cast import CastConfig
-from peft_cast.tuner import CastLayer
+from peft_cast.tuner.layer import CastLayer
 
 
 OPTIONS = {
@@ -146,9 +146,18 @@ def test_shared_thin_projections_need_a_size():
 @pytest.mark.parametrize("name", [*OPTIONS, *SHARED])
 def test_translations_train_them(name, source_folder, lora_folder, target_folder):
     result = peft_cast.translate(
-        source_folder, lora_folder, target_folder, text=c4_texts(24), steps=12, batch_size=4, fit_samples=8,
-        max_length=48, learning_rate=0.05, progress=False, **{**OPTIONS, **SHARED}[name],
-    )  # fmt: skip
+        source_folder,
+        lora_folder,
+        target_folder,
+        text=c4_texts(24),
+        steps=12,
+        batch_size=4,
+        fit_samples=8,
+        max_length=48,
+        learning_rate=0.05,
+        progress=False,
+        **{**OPTIONS, **SHARED}[name],
+    )
     kl = result.metrics["kl"]
     assert kl["translated"] < min(kl["closed_form"], kl["target"])
     if name in OPTIONS:

@@ -10,7 +10,8 @@ from conftest import ROOT, c4_texts
 from transformers import AutoTokenizer
 
 import peft_cast
-from peft_cast.align import align_texts, shared_vocabulary
+from peft_cast.align.tokens import align_texts
+from peft_cast.align.vocab import shared_vocabulary
 
 
 LORA = ROOT / "examples" / "adapters" / "smollm2-135m-gsm8k"
@@ -55,10 +56,18 @@ def test_token_alignment_of_the_real_tokenizers_on_c4(tokenizers):
 
 def test_translation_between_the_real_models(tmp_path):
     result = peft_cast.translate(
-        models.smollm2(), LORA, models.gemma3(),
+        models.smollm2(),
+        LORA,
+        models.gemma3(),
         text=peft_cast.SelfWritten(prefix="Question:", max_new_tokens=56, batch_size=32, samples=32),
-        fit_text=c4_texts(10), fit_samples=10, eval_samples=8, steps=12, batch_size=4, max_length=64, progress=False,
-    )  # fmt: skip
+        fit_text=c4_texts(10),
+        fit_samples=10,
+        eval_samples=8,
+        steps=12,
+        batch_size=4,
+        max_length=64,
+        progress=False,
+    )
     kl = result.metrics["kl"]
     assert kl["translated"] < 0.85 * kl["target"]
     assert kl["translated"] < kl["closed_form"]

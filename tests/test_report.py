@@ -12,22 +12,33 @@ from conftest import ROOT, c4_texts
 from transformers import AutoModelForCausalLM
 
 import peft_cast
-from peft_cast.align import align_texts
-from peft_cast.evaluation import Evaluation, Measurement
-from peft_cast.report.contents import contents, verdict
-from peft_cast.report.figures import colour, curve, heat_map, ticks_up_to
-from peft_cast.report.gather import _prompt_end, describe, quote
-from peft_cast.report.markdown import to_markdown
-from peft_cast.report.page import to_html
-from peft_cast.report.redact import redact
-from peft_cast.text import SelfWritten, TextSample
+from peft_cast.align.tokens import align_texts
+from peft_cast.evaluation.gather import _prompt_end, describe, quote
+from peft_cast.results.report.contents import contents, verdict
+from peft_cast.results.report.figures import color, curve, heat_map, ticks_up_to
+from peft_cast.results.report.markdown import to_markdown
+from peft_cast.results.report.page import to_html
+from peft_cast.results.report.redact import redact
+from peft_cast.results.rows import Evaluation, Measurement
+from peft_cast.text.samples import TextSample
+from peft_cast.text.written import SelfWritten
 
 
 RUN = ROOT / "docs" / "figures" / "run_smollm2-gemma3_gsm8k_all_CAST_seed0.json"
 VOID = {"meta", "link", "br"}  # figures close all of theirs
 SECTIONS = {
-    "advice", "tasks", "kl", "samples", "excitement", "curves", "similarity", "fit", "landing", "costs", "settings"
-}  # fmt: skip
+    "advice",
+    "tasks",
+    "kl",
+    "samples",
+    "excitement",
+    "curves",
+    "similarity",
+    "fit",
+    "landing",
+    "costs",
+    "settings",
+}
 TOKEN = "hf_" + "aB3dE5gH7jK9mN1pQ2rS4tU6vW8xY0zC1e"
 HOSTILE = f'<script>alert("x")</script> ](javascript:alert) {{{{ 123457 * 8 }}}} `` ``` | {TOKEN} & \x00 \ud800 </svg>'
 
@@ -65,11 +76,20 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def result(source_folder, lora_folder, target_folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_cast.models.default_dtype", lambda device: torch.float32)
+        patch.setattr("peft_cast.models.loading.default_dtype", lambda device: torch.float32)
         return peft_cast.translate(
-            source_folder, lora_folder, target_folder, text=c4_texts(60), fit_text=c4_texts(90)[60:], steps=10, beta=0.1,
-            fit_samples=12, eval_samples=6, max_length=64, progress=False,
-        )  # fmt: skip
+            source_folder,
+            lora_folder,
+            target_folder,
+            text=c4_texts(60),
+            fit_text=c4_texts(90)[60:],
+            steps=10,
+            beta=0.1,
+            fit_samples=12,
+            eval_samples=6,
+            max_length=64,
+            progress=False,
+        )
 
 
 @pytest.fixture
@@ -169,8 +189,47 @@ def test_curves_need_a_history(metrics, result):
     assert "curves" not in sections(metrics, []) and "curves" in sections(metrics, result.history)
     report = contents(metrics, result.history)
     assert [name for name, *_ in report.curves] == [
-        "KL on the training text", "KL on the anchors", "MSE of hidden states"
-    ]  # fmt: skip
+        "KL on the training text",
+        "KL on the anchors",
+        "MSE of hidden states",
+    ]
+
+
+def test_the_summary_says_in_plain_text_what_the_report_does(result, metrics):
+    metrics["alignment"]["unmapped"] = [{"module": f"m.{i}", "what": "no place for 'gate'"} for i in range(3)]
+    metrics["source"] |= {"not_carried": [{"module": "m", "what": "trained bias"}], "converted": {"m": 0.25}}
+    metrics["on_policy"] = {"texts": 4, "kl": {"before": 0.5, "after": 0.25}}
+    told = dataclasses.replace(result, metrics=metrics)
+    summary, kl = told.summary(), metrics["kl"]
+    for words in (
+        f"untouched target {kl['target']:>27.4f}",
+        f"way covered {1 - kl['translated'] / kl['target']:>32.0%}",
+        f"trained parameters {metrics['parameters']['trained']:>25,}",
+        "own answers to 4 prompts 0.5000, then 0.2500",
+        f"Source adapter LORA, kernels of rank {metrics['source']['rank']}; 1 weight changes approximated",
+        "mean relative error 0.25; not carried over: trained bias (m)",
+        "Closed form, held-out R²",
+        "q    self_attn.q_proj → self_attn.q_proj  × 3",
+        "Found no place on the target: no place for 'gate' (m.0 and 2 more)",
+        *(f"Note  {note}" for note in told.diagnosis()),
+    ):
+        assert words in summary
+    assert re.search(r"Time  load \d+ s, ", summary) and "\\" not in summary
+    assert len(dataclasses.replace(result, metrics={"kl": kl}).summary().splitlines()) > len(kl)  # next to nothing
+
+
+def test_options_are_listed_once(metrics, result):
+    assert [title for title, _ in contents(metrics).settings] == ["Options", "Text", "Machine and versions"]
+    assert dict(contents(metrics).settings[0][1])["output_dir"] == "not given"
+    del metrics["report"]["arguments"]
+    assert dict(contents(metrics).settings[0][1])["rank"] == str(metrics["settings"]["rank"])
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 2.0}, {"loss": {"temperature": 2.0}}])  # of now, and of earlier
+def test_a_log_at_another_temperature_is_not_compared_with_held_out_text(settings, metrics, result):
+    assert contents(metrics, result.history).curves[0][2]
+    metrics["settings"] = {"steps": 10, **settings}
+    assert not contents(metrics, result.history).curves[0][2]
 
 
 def test_metrics_of_an_older_version_still_make_a_report(tmp_path):
@@ -308,15 +367,15 @@ def test_figures_bear_what_is_not_a_number():
     assert len(labels) < 80  # those of both axes together, thinned out
 
 
-def test_colours_grow_lighter_and_ticks_reach_the_top():
-    lightness = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in (colour(i / 20) for i in range(21))]
+def test_colors_grow_lighter_and_ticks_reach_the_top():
+    lightness = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in (color(i / 20) for i in range(21))]
     assert lightness == sorted(lightness)
     for highest in (0.0007, 0.04, 1.0, 1.14, 37.0):
         ticks = ticks_up_to(highest)
         assert ticks[0] == 0 and ticks[-1] >= 0.999 * highest and 3 <= len(ticks) <= 6
 
 
-def test_every_number_in_a_cell_is_in_contrast_to_its_colour(metrics):
+def test_every_number_in_a_cell_is_in_contrast_to_its_color(metrics):
     def luminance(value: str) -> float:
         digits = value[1:] if len(value) == 7 else "".join(2 * digit for digit in value[1:])
         channels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
@@ -419,8 +478,8 @@ def test_a_report_that_fails_costs_no_translation(source_folder, lora_folder, ta
     def fails(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("peft_cast.report.gather._greedy", fails)
-    monkeypatch.setattr("peft_cast.report.gather.layer_similarity", fails)
+    monkeypatch.setattr("peft_cast.evaluation.gather.continuations", fails)
+    monkeypatch.setattr("peft_cast.evaluation.gather.layer_similarity", fails)
     with pytest.warns(UserWarning, match="The report goes without its (samples|layer similarity): out of memory"):
         result = peft_cast.translate(source_folder, lora_folder, target_folder, text=c4_texts(12), **SMALL)
     result.save_pretrained(tmp_path)

@@ -1,4 +1,6 @@
-"""A translation never loses work: what stops it (a kill, Ctrl-C, a full disk or memory, a NaN) costs some steps at most."""
+"""A translation never loses work: what stops it (a kill, Ctrl-C, a full disk or memory, a NaN) costs some steps at
+most.
+"""
 
 import errno
 import json
@@ -19,18 +21,28 @@ from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 import peft_cast
 from peft_cast import SelfWritten
-from peft_cast.files import complete_folder, remove_partial, write_json, write_tensors
-from peft_cast.fit import CastTrainer, TeacherMemory, last_checkpoint, read_state, within_memory
-from peft_cast.fit.watch import Watch
+from peft_cast.refine.cache import TeacherCache
+from peft_cast.refine.checkpoints import last_checkpoint, read_state
+from peft_cast.refine.monitor import DivergenceMonitor
+from peft_cast.refine.trainer import CastTrainer
 from peft_cast.text import written
+from peft_cast.utils.files import complete_folder, remove_partial, write_json, write_tensors
+from peft_cast.utils.out_of_memory import within_memory
 
 
 TRANSLATE = sys.modules["peft_cast.translate"]  # the name in the package is the function
 STEPS = 8
 OPTIONS = {
-    "text": c4_texts(24), "steps": STEPS, "batch_size": 4, "fit_samples": 8, "eval_samples": 4, "max_length": 40,
-    "dtype": torch.float32, "progress": False, "training_args": {"save_steps": 3},
-}  # fmt: skip
+    "text": c4_texts(24),
+    "steps": STEPS,
+    "batch_size": 4,
+    "fit_samples": 8,
+    "eval_samples": 4,
+    "max_length": 40,
+    "dtype": torch.float32,
+    "progress": False,
+    "training_args": {"save_steps": 3},
+}
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -109,7 +121,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(options, translate, 
     assert "up to step 5" in message and str(tmp_path / "stopped") in message and "resume_from_checkpoint" in message
     torch.manual_seed(99)
     with monkeypatch.context() as patch:
-        patch.setattr("peft_cast.pair.fit_closed_form", lambda *_, **__: pytest.fail("fitted again"))
+        patch.setattr("peft_cast.fit.initial.fit_closed_form", lambda *_, **__: pytest.fail("fitted again"))
         patch.setattr(TRANSLATE, "read_texts", lambda *_, **__: pytest.fail("read again"))
         begun = at_step(patch, None, None)
         resumed = translate(tmp_path / "stopped", resume_from_checkpoint=True, **options)
@@ -147,7 +159,7 @@ def test_a_broken_checkpoint_is_skipped(translate, tmp_path, monkeypatch):
     stop(monkeypatch, translate, tmp_path, 7)
     newest = last_checkpoint(tmp_path / "checkpoints")
     assert newest.name == "checkpoint-7"
-    for name in ("optimizer.pt", "adapter_model.safetensors", "watch.safetensors", "trainer_state.json"):
+    for name in ("optimizer.pt", "adapter_model.safetensors", "monitor.safetensors", "trainer_state.json"):
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(whole[: len(whole) // 2])
         assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-6"
@@ -173,7 +185,7 @@ def test_another_run_is_neither_resumed_nor_overwritten(
     ):
         with pytest.raises(ValueError, match=re.escape(what)), monkeypatch.context() as patch:
             if "dtype" in options:  # also the source, which the fixture keeps in float32
-                patch.setattr("peft_cast.models.default_dtype", lambda _: torch.bfloat16)
+                patch.setattr("peft_cast.models.loading.default_dtype", lambda _: torch.bfloat16)
             translate(tmp_path, resume_from_checkpoint=True, **options)
     assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
     translate(tmp_path, resume_from_checkpoint=True, training_args={"save_steps": 1, "logging_steps": 2})
@@ -204,9 +216,10 @@ def test_killed_runs_resume_to_the_identical_result(tmp_path):
     kills = int(os.environ.get("PEFT_CAST_KILLS", 4))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", ROOT / "tests" / "killed.py", tmp_path, "--kills", str(kills)],
-        capture_output=True, text=True,
+        capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == kills, done.stderr[-2000:]
     for line in lines:
@@ -258,8 +271,8 @@ def full_disk(patch, where):
 
         return write
 
-    patch.setattr("peft_cast.files.save_file", check(peft_cast.files.save_file, 1))
-    patch.setattr("pathlib.Path.write_text", check(peft_cast.files.Path.write_text, 0))
+    patch.setattr("peft_cast.utils.files.save_file", check(peft_cast.utils.files.save_file, 1))
+    patch.setattr("pathlib.Path.write_text", check(peft_cast.utils.files.Path.write_text, 0))
     patch.setattr("peft.peft_model.safe_save_file", check(sys.modules["peft.peft_model"].safe_save_file, 1))
 
 
@@ -318,7 +331,7 @@ def test_a_nan_in_the_first_step_is_an_error(translate, monkeypatch):
 
 def watched(losses, model=None):
     """A watch that saw one loss for each step; it stops at the end, or when it wants to."""
-    watch, control = Watch(), TrainerControl()
+    watch, control = DivergenceMonitor(), TrainerControl()
     model = model or torch.nn.Linear(2, 2)
     for step, loss in enumerate(losses, start=1):
         watch.see(loss)
@@ -350,11 +363,16 @@ def test_a_run_that_diverges_is_stopped_with_the_best_projections_so_far(transla
     options = {"steps": 30, "training_args": {"save_steps": 1, "save_total_limit": 40}}
     calm = translate(**options)
     assert calm.metrics["refinement"] == {
-        "steps": 30, "stopped": None, "batch_size": 4, "gradient_accumulation_steps": 1
-    }  # fmt: skip
-    seen, see = [], Watch.see
+        "steps": 30,
+        "stopped": None,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+    }
+    seen, see = [], DivergenceMonitor.see
     # Tiny random models have no certainties to get wrong: their loss is raised by hand.
-    monkeypatch.setattr(Watch, "see", lambda self, loss: seen.append(loss) or see(self, loss + 9 * (len(seen) > 12)))
+    monkeypatch.setattr(
+        DivergenceMonitor, "see", lambda self, loss: seen.append(loss) or see(self, loss + 9 * (len(seen) > 12))
+    )
     with pytest.warns(UserWarning, match="The loss diverged: .* at step 22"):
         wild = translate(tmp_path, **options)
     assert wild.metrics["refinement"]["steps"] == 22 and "diverged" in wild.diagnosis()[0]
@@ -406,11 +424,13 @@ def test_memory_that_does_not_suffice_for_one_text_is_one_clear_error():
 
 def test_a_batch_of_predictions_is_kept_whole_or_not_at_all(byte_tokenizer, tmp_path):
     texts = peft_cast.align.align_texts(c4_texts(5), byte_tokenizer, byte_tokenizer, max_length=40)
-    memory = TeacherMemory(4, folder=tmp_path)
-    memory.recall("teacher", texts[:3], [2] * 3, lambda absent: torch.randn(2 * len(absent), 10))
+    memory = TeacherCache(4, folder=tmp_path)
+    memory.get_or_make("teacher", texts[:3], [2] * 3, lambda absent: torch.randn(2 * len(absent), 10))
     assert len(list(tmp_path.iterdir())) == 1
-    again, made = TeacherMemory(4, folder=tmp_path), []
-    again.recall("teacher", texts, [2] * 5, lambda absent: made.extend(absent) or torch.randn(2 * len(absent), 10))
+    again, made = TeacherCache(4, folder=tmp_path), []
+    again.get_or_make(
+        "teacher", texts, [2] * 5, lambda absent: made.extend(absent) or torch.randn(2 * len(absent), 10)
+    )
     assert made == texts[3:]
 
 
@@ -449,9 +469,9 @@ def test_written_text_is_kept(translate, tmp_path, monkeypatch):
     text = SelfWritten(prompts=["Say: one thing", "Say: another"], max_new_tokens=8, batch_size=16)
     options = {"text": text, "fit_text": c4_texts(20), "steps": 3}
     with monkeypatch.context() as patch:
-        patch.setattr(TRANSLATE, "fitted", raising(KeyboardInterrupt()))
+        patch.setattr(TRANSLATE, "initial_maps", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt, match="what was done is kept"):
             translate(tmp_path, **options)
-    monkeypatch.setattr("peft_cast.pair.write_texts", lambda *_, **__: pytest.fail("written again"))
+    monkeypatch.setattr("peft_cast.text.reading.write_texts", lambda *_, **__: pytest.fail("written again"))
     result = translate(tmp_path, resume_from_checkpoint=True, **options)
     assert result.metrics["text"]["train"] > 0

@@ -1,4 +1,6 @@
-"""Files from strangers: whatever they hold, they work or end in one clear error, and do nothing else. See SECURITY.md."""
+"""Files from strangers: whatever they hold, they work or end in one clear error, and do nothing else. See
+SECURITY.md.
+"""
 
 import copy
 import dataclasses
@@ -25,16 +27,20 @@ from safetensors.torch import load_file, save_file
 
 import peft_cast
 from peft_cast import Bridge, CastConfig, KernelSpec, TranslationResult
-from peft_cast.align import linear_layers, map_layers, map_modules, split_place
-from peft_cast.bridge_config import Side
+from peft_cast.align.depth import map_layers
+from peft_cast.align.modules import map_modules
+from peft_cast.align.places import linear_layers, split_place
 from peft_cast.evaluation.tasks import Scores
-from peft_cast.fit import ClosedForm, KernelFit, TeacherMemory
-from peft_cast.models import unload_adapters, untouched
-from peft_cast.report.redact import redact, redact_pieces
-from peft_cast.safety import without_secrets
-from peft_cast.source import adapted_source
+from peft_cast.fit.bridge_config import Side
+from peft_cast.fit.maps import ClosedForm, PlaceMaps
+from peft_cast.models.adapters import unload_adapters
+from peft_cast.models.restoring import untouched
+from peft_cast.refine.cache import TeacherCache
+from peft_cast.results.report.redact import redact, redact_pieces
+from peft_cast.source.loading import adapted_source
 from peft_cast.tuner.patterns import check_patterns
 from peft_cast.tuner.quantized import linear_size
+from peft_cast.utils.safety import without_secrets
 
 
 resource = pytest.importorskip("resource")  # not on Windows
@@ -59,7 +65,7 @@ def map_all(source, target) -> Bridge:
     maps = {}
     for place, (name,) in modules.kernels.items():
         (in_S, out_S), (in_T, out_T) = sizes[0][name], sizes[1][split_place(place)[0]]
-        maps[place] = [KernelFit(name, torch.randn(in_S, in_T), torch.randn(out_T, out_S), 0.5, 0.5)]
+        maps[place] = [PlaceMaps(name, torch.randn(in_S, in_T), torch.randn(out_T, out_S), 0.5, 0.5)]
     sides = Side.of(source, None), Side.of(target, None)
     return Bridge(ClosedForm(maps, {}, {}, 64), modules, *sides, {"texts": 4})
 
@@ -106,7 +112,8 @@ def read_lora(folder, valid, rng):
 
 def read_cast(folder, valid, rng):
     """As PEFT loads it, or as it is folded into a LoRA."""
-    # PEFT itself reads pickles, by torch's loader that runs nothing in them; and what it takes for another kind is not ours.
+    # PEFT itself reads pickles, by torch's loader that runs nothing in them; and what it takes for another kind is not
+    # ours.
     theirs = (folder / "adapter_model.bin").exists() or '"peft_type": "CAST"' not in (
         folder / "adapter_config.json"
     ).read_text()
@@ -246,7 +253,7 @@ def test_pickles_are_refused_with_the_remedy(valid, tmp_path):
         with pytest.raises(ValueError, match="Pickled weights .* are not read.*convert them to safetensors"):
             read(folder)
         with pytest.raises(ValueError, match="Pickled weights"):
-            peft_cast.evaluate(valid[2], {"x": folder}, [TASK], tokenizer=object(), progress=False)
+            peft_cast.evaluate(valid[2], {"x": folder}, [TASK], target_tokenizer=object(), progress=False)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -270,13 +277,17 @@ def test_tensors_with_nan_or_infinity_are_named(number, valid, tmp_path):
 
 
 REGEXES_PEOPLE_WRITE = [
-    "q_proj", r".*\.(0|2)\.self_attn\.(q|v)_proj", r".*layers\.1.*", r"^(?!.*vision).*(?:q_proj|v_proj|down_proj)$",
-    r"model\.layers\.\d+\.mlp\.experts\.\d+\.(w1|w2)", r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
+    "q_proj",
+    r".*\.(0|2)\.self_attn\.(q|v)_proj",
+    r".*layers\.1.*",
+    r"^(?!.*vision).*(?:q_proj|v_proj|down_proj)$",
+    r"model\.layers\.\d+\.mlp\.experts\.\d+\.(w1|w2)",
+    r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
     r"^(?!.*patch_embed)(?!.*vision_tower).*(?:gate_proj|k_proj|fc2|o_proj|v_proj|up_proj|q_proj|fc1|qkv|down_proj).*",
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?(?:k_proj|v_proj|q_proj|out_proj"
     r"|fc1|fc2|gate_proj|up_proj|down_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn"
     r"|dense)\.(?:(?:k_proj|v_proj|q_proj|gate_proj|up_proj|down_proj)))",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("pattern", REGEXES_PEOPLE_WRITE)
@@ -363,8 +374,9 @@ def test_code_in_a_model_repository_is_not_run(needs_code, valid, tmp_path):
     config = json.loads((folder / "bridge_config.json").read_text())
     for model_type in ("stranger", "llama"):  # of a known type transformers has code of its own, and takes that
         config["target"]["config"] |= {
-            "auto_map": {"AutoModelForCausalLM": f"{needs_code}--code.Thing"}, "model_type": model_type,
-        }  # fmt: skip
+            "auto_map": {"AutoModelForCausalLM": f"{needs_code}--code.Thing"},
+            "model_type": model_type,
+        }
         (folder / "bridge_config.json").write_text(json.dumps(config))
         if model_type == "stranger":
             with pytest.raises(ValueError, match="cannot be built from its configuration"):
@@ -406,7 +418,7 @@ def test_a_poisoned_cache_is_made_anew(tmp_path):
         return torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
 
     def recall():
-        return TeacherMemory(5, folder=tmp_path, vocabulary=40).recall("source", ["a text"], [3], make)
+        return TeacherCache(5, folder=tmp_path, vocabulary=40).get_or_make("source", ["a text"], [3], make)
 
     good = recall()
     assert len(made) == 1 and torch.equal(recall().log_p, good.log_p) and len(made) == 1
@@ -414,10 +426,14 @@ def test_a_poisoned_cache_is_made_anew(tmp_path):
     key = next(iter(load_file(file))).partition(".")[0]
     whole = {"tokens": good.tokens, "log_p": good.log_p}
     bad = [
-        {"tokens": good.tokens}, {**whole, "tokens": good.tokens[:2].clone()}, {**whole, "tokens": good.tokens.long()},
-        {**whole, "tokens": -good.tokens - 1}, {**whole, "tokens": good.tokens + 40}, {**whole, "log_p": good.log_p * float("nan")},
+        {"tokens": good.tokens},
+        {**whole, "tokens": good.tokens[:2].clone()},
+        {**whole, "tokens": good.tokens.long()},
+        {**whole, "tokens": -good.tokens - 1},
+        {**whole, "tokens": good.tokens + 40},
+        {**whole, "log_p": good.log_p * float("nan")},
         {"tokens": torch.zeros(3, 30).int(), "log_p": torch.zeros(3, 31).half()},
-    ]  # fmt: skip
+    ]
     for number, tensors in enumerate(bad, 2):
         save_file({f"{key}.{name}": value for name, value in tensors.items()}, file)
         assert torch.equal(recall().tokens, good.tokens) and len(made) == number
@@ -463,8 +479,8 @@ def test_no_error_shows_a_token(valid, monkeypatch):
         lambda: peft_cast.translate(valid[1], lora, valid[2], bridge=bad, **tokenizers),
         lambda: peft_cast.to_lora(bad),
         lambda: peft_cast.evaluate(bad, {}, []),
-        lambda: peft_cast.evaluate(valid[2], {"x": bad}, [TASK], tokenizer=object(), progress=False),
-        lambda: peft_cast.evaluate(valid[2], {}, [], tokenizer=object(), drift_text=bad, progress=False),
+        lambda: peft_cast.evaluate(valid[2], {"x": bad}, [TASK], target_tokenizer=object(), progress=False),
+        lambda: peft_cast.evaluate(valid[2], {}, [], target_tokenizer=object(), drift_text=bad, progress=False),
         lambda: Bridge.from_pretrained(bad),
     ]
     for number, call in enumerate(calls):
@@ -489,7 +505,7 @@ def test_no_saved_file_holds_a_token(valid, tmp_path, monkeypatch):
     TranslationResult(loaded, metrics, [], bridge.modules).save_pretrained(tmp_path / "result")
     model.name_or_path = bridge.source.name
     rows = tmp_path / "rows.json"
-    peft_cast.evaluate(model, {"x": lora}, [TASK], tokenizer=object(), output=rows, progress=False).save(
+    peft_cast.evaluate(model, {"x": lora}, [TASK], target_tokenizer=object(), output=rows, progress=False).save(
         tmp_path / "saved"
     )
     files = [file for file in tmp_path.rglob("*") if file.is_file() and secret not in file.parents]

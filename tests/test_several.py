@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peft_cast
-from peft_cast.fit import CastTrainer
+from peft_cast.refine.trainer import CastTrainer
 
 
 INPUTS = torch.arange(5, 25)[None]
@@ -34,8 +34,8 @@ def logits(model, name):
 
 def test_all_adapters_on_one_model(source_folder, target_folder, loras, tmp_path, monkeypatch):
     fits = []
-    fit = peft_cast.pair.fit_closed_form
-    monkeypatch.setattr("peft_cast.pair.fit_closed_form", lambda *a, **o: fits.append(1) or fit(*a, **o))
+    fit = peft_cast.fit.initial.fit_closed_form
+    monkeypatch.setattr("peft_cast.fit.initial.fit_closed_form", lambda *a, **o: fits.append(1) or fit(*a, **o))
     first, second = peft_cast.translate(source_folder, loras, target_folder, text=c4_texts(40), **OPTIONS)
     assert len(fits) == 1 and first.model is second.model
     assert [first.adapter_name, second.adapter_name] == ["first", "second"] == list(first.model.peft_config)
@@ -96,14 +96,16 @@ def test_a_stopped_run_of_several_ends_where_an_uninterrupted_one_does(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match="what was done.*is kept in"):
         patch.setattr(CastTrainer, "compute_loss", stopping)
         if step is None:
-            patch.setattr("peft_cast.pair.fit_closed_form", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt()))
+            patch.setattr(
+                "peft_cast.fit.initial.fit_closed_form", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt())
+            )
         run(tmp_path / "stopped")
     with pytest.raises(ValueError, match="holds a run that was stopped: pass `resume_from_checkpoint=True`"):
         run(tmp_path / "stopped")
     with pytest.raises(ValueError, match="`seed` was 0 and is 1"):
         run(tmp_path / "stopped", resume_from_checkpoint=True, seed=1)
     if step is not None:
-        monkeypatch.setattr("peft_cast.pair.fit_closed_form", lambda *a, **o: pytest.fail("fitted again"))
+        monkeypatch.setattr("peft_cast.fit.initial.fit_closed_form", lambda *a, **o: pytest.fail("fitted again"))
     torch.manual_seed(99)
     resumed = run(tmp_path / "stopped", resume_from_checkpoint=True)
     for before, after, name in zip(whole, resumed, ("first", "second")):

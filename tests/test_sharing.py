@@ -1,9 +1,10 @@
-"""Publishing: what is uploaded, what the card says, which licences it names, and how failures end; the real client."""
+"""Publishing: what is uploaded, what the card says, which licenses it names, and how failures end; the real client."""
 
 import json
 import re
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from peft import PeftModel, get_peft_model
 
 import peft_cast
 from peft_cast import Bridge, Evaluation, TranslationResult, to_lora
-from peft_cast.evaluation import Measurement
-from peft_cast.sharing import Licence, Licences, read_artifact, read_licences
+from peft_cast.options import Options
+from peft_cast.results.artifacts import read_artifact
+from peft_cast.results.licenses import License, Licenses, read_licenses
+from peft_cast.results.rows import Measurement
 
 
 NAMES = {
@@ -30,7 +33,7 @@ METRICS = {
     "source": {"not_carried": [{"what": "trained bias", "module": "a.b"}]},
 }
 CAST_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "cast_metrics.json"}
-pytestmark = pytest.mark.filterwarnings("ignore:No licence is inherited")
+pytestmark = pytest.mark.filterwarnings("ignore:No license is inherited")
 
 
 def logits(model):
@@ -59,7 +62,7 @@ def bridge(source_folder, target_folder):
     )
 
 
-def write_licence(folder, metadata: str) -> str:
+def write_license(folder, metadata: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n")
     return str(folder)
@@ -160,9 +163,17 @@ def test_bridges_are_also_published_by_the_mixins_own_argument(hub, bridge, tmp_
 def test_only_what_belongs_to_the_adapter_leaves_the_folder(hub, folder):
     (folder / "checkpoint-5").mkdir()
     for name in (
-        "optimizer.pt", "training_args.bin", "trainer_state.json", ".env", "token", "credentials.json", "adapter_model.bin",
-        "checkpoint-5/adapter_model.safetensors", "checkpoint-5/README.md", "checkpoint-5/plot.png",
-    ):  # fmt: skip
+        "optimizer.pt",
+        "training_args.bin",
+        "trainer_state.json",
+        ".env",
+        "token",
+        "credentials.json",
+        "adapter_model.bin",
+        "checkpoint-5/adapter_model.safetensors",
+        "checkpoint-5/README.md",
+        "checkpoint-5/plot.png",
+    ):
         (folder / name).write_text("secret")
     for name in ("lift.png", "tokenizer.json", "LICENSE"):
         (folder / name).write_text("public")
@@ -236,7 +247,7 @@ def test_refusals_end_in_one_sentence_that_says_what_to_do(hub, folder, repo_id,
 
 
 def test_metadata_that_the_hub_refuses_is_named(hub, folder):
-    write_licence(folder, "base_model: /a/folder/here")
+    write_license(folder, "base_model: /a/folder/here")
     with pytest.raises(OSError, match=r"refused \(400\).*/a/folder/here.*not valid.*check .* README.md"):
         peft_cast.push(folder, "user/cast")
 
@@ -301,6 +312,27 @@ def test_cards_name_target_source_and_adapter_in_metadata_and_text(folder):
 def test_the_example_loads_the_revision_of_the_target(tmp_path):
     made(revision="v2").save_pretrained(tmp_path)
     assert '.from_pretrained("org/target", revision="v2")' in (tmp_path / "README.md").read_text()
+
+
+def test_options_that_differ_from_their_defaults_are_on_the_card_and_no_others(tmp_path):
+    own = str(tmp_path / "secret-place" / "my.jsonl")
+    settings = Options.of({"steps": 7, "module_map": {"fc1": "up|proj"}, "fit_text": own, "seed": 0}).settings()
+    for name, of_run, shown in (
+        ("new", {**settings, "projection_type": "compact", "rank": 8}, "`steps` `module_map` `fit_text`"),
+        (
+            "earlier",
+            {"steps": 100, "loss": {"gamma": 0.5, "top_k": 128}, "projection_type": "mlp"},
+            "`gamma` `projection_type`",
+        ),
+        ("default", {**Options().settings(), "projection_type": "compact", "rank": 8}, ""),
+    ):
+        replace(made(), metrics={**METRICS, "settings": of_run}).save_pretrained(tmp_path / name)
+        text = (tmp_path / name / "README.md").read_text()
+        table = text.split("## How it was made")[1].split("##")[0] if shown else ""
+        assert ("## How it was made" in text) == bool(shown) and set(re.findall("`.+?`", table)) == set(shown.split())
+        if name == "new":
+            assert "| `steps` | 7 |" in table and r"fc1: up\|proj" in table
+            assert "| my.jsonl |" in table and "secret-place" not in text
 
 
 def test_saving_again_writes_the_card_again_and_once(folder):
@@ -380,12 +412,12 @@ def test_which_adapter_was_evaluated_must_be_clear(folder):
     assert lifts == [0.05]
 
 
-# Licences
+# Licenses
 
 
-def licences(*of: str) -> Licences:
-    named = {"other:Own": Licence("other", "Own"), "unknown": Licence()}
-    return Licences(dict(zip(("source", "adapter", "target"), (named.get(i, Licence(i)) for i in of))))
+def licenses(*of: str) -> Licenses:
+    named = {"other:Own": License("other", "Own"), "unknown": License()}
+    return Licenses(dict(zip(("source", "adapter", "target"), (named.get(i, License(i)) for i in of))))
 
 
 @pytest.mark.parametrize(
@@ -397,8 +429,8 @@ def licences(*of: str) -> Licences:
         (("mit", "mit"), "mit"),
     ],
 )
-def test_one_licence_of_all_is_inherited(of, inherited):
-    assert str(licences(*of).inherited) == inherited and licences(*of).warning is None
+def test_one_license_of_all_is_inherited(of, inherited):
+    assert str(licenses(*of).inherited) == inherited and licenses(*of).warning is None
 
 
 @pytest.mark.parametrize(
@@ -415,63 +447,65 @@ def test_one_licence_of_all_is_inherited(of, inherited):
         (("unknown", "unknown"), ["none is known"]),
     ],
 )
-def test_licences_that_differ_or_are_unknown_are_told_in_one_sentence(of, said):
-    warning = licences(*of).warning
-    assert not licences(*of).inherited.known and "\n" not in warning and warning.count(". ") == 0
+def test_licenses_that_differ_or_are_unknown_are_told_in_one_sentence(of, said):
+    warning = licenses(*of).warning
+    assert not licenses(*of).inherited.known and "\n" not in warning and warning.count(". ") == 0
     for part in [*said, "state yours as `license:`"]:
         assert part in warning
 
 
-def test_licences_are_read_from_folders(tmp_path):
+def test_licenses_are_read_from_folders(tmp_path):
     names = {
-        "source_model_name_or_path": write_licence(tmp_path / "source", "license: gemma"),
-        "source_adapter_name_or_path": write_licence(tmp_path / "adapter", "license: [mit"),  # broken YAML
-        "base_model_name_or_path": write_licence(tmp_path / "target", "license: other\nlicense_name: own-terms"),
+        "source_model_name_or_path": write_license(tmp_path / "source", "license: gemma"),
+        "source_adapter_name_or_path": write_license(tmp_path / "adapter", "license: [mit"),  # broken YAML
+        "base_model_name_or_path": write_license(tmp_path / "target", "license: other\nlicense_name: own-terms"),
     }
     made(**names).save_pretrained(tmp_path / "saved")
     text = (tmp_path / "saved" / "README.md").read_text()
     assert [line.rsplit("| ", 1)[1] for line in text.splitlines() if line.startswith(("| source", "| target m"))] == [
-        "gemma |", "unknown |", "own-terms |",
-    ]  # fmt: skip
+        "gemma |",
+        "unknown |",
+        "own-terms |",
+    ]
     assert "that of the source adapter is unknown" in text and "license" not in metadata_load(
         tmp_path / "saved" / "README.md"
     )
 
 
-def test_licences_are_read_from_the_hub_and_inherited(hub, folder, tmp_path, monkeypatch):
+def test_licenses_are_read_from_the_hub_and_inherited(hub, folder, tmp_path, monkeypatch):
     for name in ("source", "lora", "target"):
-        write_licence(tmp_path / name, "license: apache-2.0")
+        write_license(tmp_path / name, "license: apache-2.0")
         refs = hub.add(f"org/{name}", tmp_path / name).refs
         refs["v1"] = refs["main"]
     with warnings.catch_warnings(record=True) as caught:
         peft_cast.push(folder, "user/cast")
-    assert not [w for w in caught if "licence" in str(w.message)]
+    assert not [w for w in caught if "license" in str(w.message)]
     assert HfApi().model_info("user/cast").card_data.license == "apache-2.0"
-    write_licence(tmp_path / "target", "license: gemma")
+    write_license(tmp_path / "target", "license: gemma")
     hub.add("org/target", tmp_path / "target")
-    with pytest.warns(UserWarning, match="No licence is inherited .* they differ"):
+    with pytest.warns(UserWarning, match="No license is inherited .* they differ"):
         peft_cast.push(folder, "user/cast")
     assert HfApi().model_info("user/cast").card_data.license is None
 
     HfApi().hf_hub_download("org/target", "README.md")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    found = read_licences(read_artifact(folder)).by_role
+    found = read_licenses(read_artifact(folder)).by_role
     assert (
-        found["target"] == Licence("gemma") and not found["source"].known
+        found["target"] == License("gemma") and not found["source"].known
     )  # the one in the cache, and one that is not
 
 
-def test_a_licence_that_the_publisher_states_stays_and_ends_the_warning(hub, folder):
-    with pytest.warns(UserWarning, match="No licence is inherited .* none is known"):
+def test_a_license_that_the_publisher_states_stays_and_ends_the_warning(hub, folder):
+    with pytest.warns(UserWarning, match="No license is inherited .* none is known"):
         peft_cast.push(folder, "user/cast")
     file = folder / "README.md"
     file.write_text(file.read_text().replace("---\n", "---\nlicense: gemma\n", 1))
     for _ in range(2):
         with warnings.catch_warnings(record=True) as caught:
             peft_cast.push(folder, "user/cast")
-        assert not [w for w in caught if "licence" in str(w.message)]
+        assert not [w for w in caught if "license" in str(w.message)]
     assert HfApi().model_info("user/cast").card_data.license == "gemma"
-    assert "Licence: gemma, as its publisher states." in file.read_text()
+    assert "License: gemma, as its publisher states." in file.read_text()
 
 
 def test_adapters_that_a_bridge_carries_from_file_to_file_have_a_card(bridge, lora_folder, tmp_path):

@@ -1,7 +1,7 @@
 """Every kind of adapter that can be a source: what becomes of it, and what is said about the rest.
 
-Exact kinds are held to the outputs: on a copy of the source itself the closed form must recover the adapter. docs/sources.md
-has a row for each kind here.
+Exact kinds are held to the outputs: on a copy of the source itself the closed form must recover the adapter.
+docs/sources.md has a row for each kind here.
 """
 
 import copy
@@ -22,9 +22,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peft_cast
-from peft_cast.models import untouched
-from peft_cast.source import adapted_source
+from peft_cast.models.restoring import untouched
 from peft_cast.source.kernels import _cut, _leading
+from peft_cast.source.loading import adapted_source
 
 
 FEW = ["q_proj", "down_proj"]
@@ -71,9 +71,13 @@ def from_file(model, adapter: str) -> torch.Tensor:
 def closed_form(source, adapter, tokenizer, target=None, **options):
     settings = {"text": c4_texts(60), "fit_samples": 40, "eval_samples": 8, "max_length": 96, "progress": False}
     return peft_cast.translate(
-        source, adapter, target or copy.deepcopy(source), source_tokenizer=tokenizer, target_tokenizer=tokenizer,
+        source,
+        adapter,
+        target or copy.deepcopy(source),
+        source_tokenizer=tokenizer,
+        target_tokenizer=tokenizer,
         **{"steps": 0, **settings, **options},
-    )  # fmt: skip
+    )
 
 
 # Kinds whose weight change a kernel holds whole: configuration and the rank that the kernels must have.
@@ -127,23 +131,30 @@ REPORTED = {
     "bias='lora_only'": (lora(bias="lora_only"), "opt", {("model.decoder.layers.0.self_attn.q_proj", "trained bias")}),
     "lora_bias": (lora(lora_bias=True), "opt", {("model.decoder.layers.1.self_attn.q_proj", "trained bias")}),
     "modules_to_save (head)": (
-        lora(modules_to_save=["lm_head"]), "llama", {("lm_head", "module trained in full (modules_to_save)")}
+        lora(modules_to_save=["lm_head"]),
+        "llama",
+        {("lm_head", "module trained in full (modules_to_save)")},
     ),
     "modules_to_save (embedding)": (
-        lora(modules_to_save=["embed_tokens"]), "llama",
+        lora(modules_to_save=["embed_tokens"]),
+        "llama",
         {("model.embed_tokens", "module trained in full (modules_to_save)")},
     ),
     "modules_to_save (norm)": (
-        lora(modules_to_save=["norm"]), "llama", {("model.norm", "module trained in full (modules_to_save)")}
+        lora(modules_to_save=["norm"]),
+        "llama",
+        {("model.norm", "module trained in full (modules_to_save)")},
     ),
     "LoRA on the embedding": (
-        lora(target_modules=[*FEW, "embed_tokens"]), "llama", {("model.embed_tokens", "adapter on a Embedding")}
+        lora(target_modules=[*FEW, "embed_tokens"]),
+        "llama",
+        {("model.embed_tokens", "adapter on a Embedding")},
     ),
-    "LoRA on the head": (
-        lora(target_modules=[*FEW, "lm_head"]), "llama", {("lm_head", "adapter on the output head")}
-    ),
+    "LoRA on the head": (lora(target_modules=[*FEW, "lm_head"]), "llama", {("lm_head", "adapter on the output head")}),
     "trainable_token_indices": (
-        lora(trainable_token_indices=[7, 9]), "llama", {("model.embed_tokens", "trained tokens")}
+        lora(trainable_token_indices=[7, 9]),
+        "llama",
+        {("model.embed_tokens", "trained tokens")},
     ),
     "target_parameters (experts)": (
         lora(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], target_modules=["q_proj"]),
@@ -154,27 +165,29 @@ REPORTED = {
         },
     ),
     "aLoRA": (
-        lora(alora_invocation_tokens=[5, 6]), "llama",
+        lora(alora_invocation_tokens=[5, 6]),
+        "llama",
         {("every adapted module", "activation after the invocation tokens only (aLoRA)")},
     ),
-}  # fmt: skip
+}
 REFUSED = {
     "prompt tuning": (peft.PromptTuningConfig(num_virtual_tokens=4), "PROMPT_TUNING, which adds virtual tokens"),
     "prefix tuning": (peft.PrefixTuningConfig(num_virtual_tokens=4), "PREFIX_TUNING, which adds virtual tokens"),
     "sequence classification": (lora(task_type="SEQ_CLS"), "task type SEQ_CLS"),
-    "PiSSA by fast SVD": (lora(init_lora_weights="pissa_niter_4"), "initialisation \\(pissa_niter_4\\)"),
+    "PiSSA by fast SVD": (lora(init_lora_weights="pissa_niter_4"), "initialization \\(pissa_niter_4\\)"),
     "LoRA-GA": (lora(init_lora_weights="lora_ga"), "path_initial_model_for_weight_conversion"),
-    "CorDA": (lora(init_lora_weights="corda"), "initialisation \\(corda\\)"),
+    "CorDA": (lora(init_lora_weights="corda"), "initialization \\(corda\\)"),
     "LoftQ": (lora(init_lora_weights="loftq", loftq_config={"loftq_bits": 4}), "pass the changed model as `source`"),
     "Lily": (peft.LilyConfig(r=4, target_modules=FEW), "not linear in the module's input"),
     "X-LoRA": (peft.XLoraConfig(hidden_size=32, adapters={}), "mixes other adapters token by token"),
     "Poly": (peft.PolyConfig(r=4, target_modules=FEW), "needs task ids"),
     "LN tuning": (peft.LNTuningConfig(target_modules=["norm"]), "model.norm: adapter on a LlamaRMSNorm"),
     "trainable tokens alone": (
-        peft.TrainableTokensConfig(token_indices=[7], target_modules=["embed_tokens"]), "adapter on a Embedding"
+        peft.TrainableTokensConfig(token_indices=[7], target_modules=["embed_tokens"]),
+        "adapter on a Embedding",
     ),
     "BEFT": (peft.BeftConfig(target_modules=["v_proj"]), "v_proj: trained bias"),
-}  # fmt: skip
+}
 
 
 def kernels_alone(source, adapter, **options) -> torch.Tensor:
@@ -552,7 +565,10 @@ def test_the_docs_have_a_row_for_every_kind():
     page = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", page, flags=re.MULTILINE))
     for kinds, outcome in (
-        (EXACT, "exact"), (APPROXIMATED, "approximated"), (REPORTED, "reported"), (REFUSED, "refused")
-    ):  # fmt: skip
+        (EXACT, "exact"),
+        (APPROXIMATED, "approximated"),
+        (REPORTED, "reported"),
+        (REFUSED, "refused"),
+    ):
         listed = {kind for kind, found in rows.items() if found == outcome}
         assert listed == set(kinds), outcome

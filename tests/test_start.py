@@ -10,13 +10,20 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import SelfWritten
+from peft_cast.refine.trainer import CastTrainer
 
 
 TEXTS = c4_texts(60)
 OPTIONS = {
-    "text": TEXTS[:30], "fit_text": TEXTS[30:], "batch_size": 4, "fit_samples": 8, "eval_samples": 4, "max_length": 48,
-    "dtype": torch.float32, "progress": False,
-}  # fmt: skip
+    "text": TEXTS[:30],
+    "fit_text": TEXTS[30:],
+    "batch_size": 4,
+    "fit_samples": 8,
+    "eval_samples": 4,
+    "max_length": 48,
+    "dtype": torch.float32,
+    "progress": False,
+}
 PROMPTS = ("Say: one thing", "Say: another thing", "Say: a third")
 
 
@@ -85,7 +92,7 @@ def test_a_stopped_run_goes_on_with_the_text_it_wrote(models, first, tmp_path, m
     text = SelfWritten(prompts=PROMPTS, more_prompts=0, max_new_tokens=12, on_policy=True)
     options = {**OPTIONS, "text": text, "steps": 4, "start": first[0], "training_args": {"save_steps": 2}}
     whole = peft_cast.translate(*models, **options)
-    step = peft_cast.fit.CastTrainer.compute_loss
+    step = CastTrainer.compute_loss
 
     def stop(self, *args, **more):
         if self.state.global_step == 3:
@@ -93,7 +100,7 @@ def test_a_stopped_run_goes_on_with_the_text_it_wrote(models, first, tmp_path, m
         return step(self, *args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(peft_cast.fit.CastTrainer, "compute_loss", stop)
+        patch.setattr(CastTrainer, "compute_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             peft_cast.translate(*models, **options, output_dir=tmp_path)
     monkeypatch.setattr("peft_cast.text.written._sample", lambda *_, **__: 1 / 0)

@@ -8,18 +8,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from peft_cast.text import (
-    Corpus,
-    Mixture,
-    SelfWritten,
-    TextSample,
-    check_text,
-    read_corpus,
-    read_text,
-    write_texts,
-    written,
-)
-from peft_cast.text.written import common_affixes
+from peft_cast.text import written
+from peft_cast.text.corpus import Corpus, read_corpus
+from peft_cast.text.mixture import Mixture, check_text, read_text
+from peft_cast.text.samples import TextSample
+from peft_cast.text.written import SelfWritten, common_affixes, write_texts
 
 
 TEXTS = [f"Text number {i}, which is long enough to be read by the corpus reader." for i in range(6)]
@@ -258,7 +251,7 @@ def test_prompts_are_answered_the_given_ones_first(writer, byte_tokenizer, piece
 )
 def test_sampling_among_the_likeliest_has_the_right_distribution(temperature, top_p, k):
     scores = torch.tensor([2.0, 0.0, 1.5, -1.0, 1.0])
-    draw = written._SampleAmongLikeliest(temperature, top_p, k)
+    draw = written.SampleTopK(temperature, top_p, k)
     drawn = draw(None, scores.expand(20_000, 5)).argmax(-1)
     expected = (scores / temperature).softmax(-1)
     order = expected.sort(descending=True)

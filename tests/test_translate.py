@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import CastLayer, Mixture, SelfWritten
-from peft_cast.diagnosis import diagnose
-from peft_cast.evaluation import drift
-from peft_cast.pair import open_pair, read_texts
-from peft_cast.ranks import training_device, working_device
-from peft_cast.text import TextSample
+from peft_cast.evaluation.drift import drift
+from peft_cast.options import Fit, Training
+from peft_cast.results.diagnosis import diagnose
+from peft_cast.source.pair import open_pair
+from peft_cast.text.reading import read_texts
+from peft_cast.text.samples import TextSample
+from peft_cast.utils.distributed import resolve_device, training_device
 
 
 TEXTS = c4_texts(80)
@@ -67,15 +69,15 @@ def test_saved_in_half_precision(source_folder, lora_folder, target_folder, tmp_
 def test_a_device_that_is_not_there_or_that_trainer_would_not_take_is_refused(monkeypatch):
     for device, message in (("gpu", "another device of PyTorch"), ("meta", "finds no accelerator here")):
         with pytest.raises(ValueError, match=message):
-            working_device(device)
+            resolve_device(device)
     with monkeypatch.context() as patch:  # what PyTorch says on a machine with two GPUs
         patch.setattr(torch.accelerator, "is_available", lambda: True)
         patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
         patch.setattr(torch.accelerator, "device_count", lambda: 2)
         assert training_device(None) == training_device("cuda") == torch.device("cuda")
-        assert training_device("cuda:0").index == 0 and working_device("cuda:1").index == 1
+        assert training_device("cuda:0").index == 0 and resolve_device("cuda:1").index == 1
         with pytest.raises(ValueError, match="finds 2 of type 'cuda' here"):
-            working_device("cuda:2")
+            resolve_device("cuda:2")
         with pytest.raises(ValueError, match="'cuda:1', but Trainer works on the first .*CUDA_VISIBLE_DEVICES"):
             peft_cast.translate("a", "b", "c", device="cuda:1")
         with pytest.raises(ValueError, match="'cuda:1', but Trainer works on the first"):
@@ -130,7 +132,7 @@ def test_kernels_are_the_sources_and_stay_so(source_folder, lora_folder, target_
     for module in result.model.modules():
         if isinstance(module, CastLayer):
             for kernel in module.peft_cast_kernels["default"]:
-                prefix = f"base_model.model.{kernel.spec.source_module}.lora_"
+                prefix = f"base_model.model.{kernel.spec.source_place}.lora_"
                 assert torch.equal(kernel.A, lora[f"{prefix}A.weight"])
                 assert torch.equal(kernel.B, lora[f"{prefix}B.weight"])
                 assert kernel.spec.scaling == 2.0
@@ -157,7 +159,9 @@ def test_loaded_models_come_back_as_they_were_after_a_failure(
         monkeypatch.setattr("peft_cast.fit.closed_form.collate_pairs", lambda pairs: 1 / 0)
         error = ZeroDivisionError
     else:
-        monkeypatch.setattr("peft_cast.fit.refine.kl_divergence", lambda goal, *_: torch.full((len(goal),), torch.nan))
+        monkeypatch.setattr(
+            "peft_cast.refine.trainer.kl_divergence", lambda goal, *_: torch.full((len(goal),), torch.nan)
+        )
         error = FloatingPointError
     with pytest.raises(error):
         peft_cast.translate(source, lora_folder, target, steps=3, **FAST)
@@ -205,7 +209,8 @@ def test_settings(options, source_folder, lora_folder, target_folder):
 
 def test_similar_layers_are_found(source_folder, lora_folder, byte_tokenizer):
     source = load(source_folder)
-    # The same model with two layers that do nothing in front of its own: the target's layers 2, 3 and 4 are 0, 1 and 2.
+    # The same model with two layers that do nothing in front of its own: the target's layers 2, 3 and 4 are 0, 1 and
+    # 2.
     target = tiny_model("llama", len(byte_tokenizer), num_hidden_layers=5)
     for layer in target.model.layers[:2]:
         for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
@@ -239,9 +244,9 @@ def test_anchors_hold_the_target_in_place(source_folder, lora_folder, target_fol
 
 def test_held_out_texts_are_read_by_nothing_else(source_folder, lora_folder, target_folder):
     with open_pair(source_folder, lora_folder, target_folder) as pair:
-        counts = {"train": 20, "held_out": 6, "fit": 10, "anchored": True, "max_length": 64}
-        same = read_texts(pair, TEXTS[:40], TEXTS[:40], **counts)
-        twice = read_texts(pair, [*TEXTS[:20], *TEXTS[:20]], TEXTS[40:], **counts)
+        training = Training(steps=5, batch_size=4, eval_samples=6, max_length=64)
+        same = read_texts(pair, TEXTS[:40], Fit(fit_text=TEXTS[:40], fit_samples=10), training)
+        twice = read_texts(pair, [*TEXTS[:20], *TEXTS[:20]], Fit(fit_text=TEXTS[40:], fit_samples=10), training)
     assert len(same.held_out) == 6 and not set(same.held_out) & {*same.train, *same.fit}
     assert not set(twice.held_out) & set(twice.train) and len(twice.anchors) == -(-len(twice.train) // 4)
 
@@ -321,9 +326,14 @@ def test_pairs_of_architectures(source, target, byte_tokenizer, piece_tokenizer,
     target_model = tiny_model(target, len(piece_tokenizer), num_hidden_layers=4, hidden_size=48, num_attention_heads=6)
     lora = make_lora(source_model, tmp_path / "lora")
     result = peft_cast.translate(
-        source_model, lora, target_model, steps=40,
-        source_tokenizer=byte_tokenizer, target_tokenizer=piece_tokenizer, **FAST,
-    )  # fmt: skip
+        source_model,
+        lora,
+        target_model,
+        steps=40,
+        source_tokenizer=byte_tokenizer,
+        target_tokenizer=piece_tokenizer,
+        **FAST,
+    )
     kl = result.metrics["kl"]
     assert kl["translated"] < kl["target"]
     ids = torch.arange(5, 25)[None]
@@ -399,7 +409,7 @@ def test_without_text_a_chat_model_answers_snippets_of_c4(
         monkeypatch.setattr(f"peft_cast.{module}.C4", c4)
     with open_pair(source_folder, lora_folder, target_folder) as pair:
         pair.tokenizers[0].chat_template = template
-        texts = read_texts(pair, None, train=4, held_out=2, fit=8, anchored=True)
+        texts = read_texts(pair, None, Fit(fit_samples=8), Training(steps=1, batch_size=4, eval_samples=2))
         read = [pair.tokenizers[0].decode(text.source_ids) for text in texts.train]
     assert len(texts.fit) == 8
     if template is None:

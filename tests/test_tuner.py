@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_cast import CastConfig, CastLayer, KernelSpec
-from peft_cast.tuner import Kernel, Projection
+from peft_cast.tuner.layer import Kernel
+from peft_cast.tuner.projection import Projection
 
 
 INPUTS = torch.arange(3, 17).reshape(2, 7)
@@ -211,7 +212,8 @@ def test_save_then_load_in_a_fresh_process_gives_identical_logits(tmp_path):
 import torch, peft_cast
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(r"{tmp_path / "base"}"), r"{tmp_path / "adapter"}")
+model = AutoModelForCausalLM.from_pretrained(r"{tmp_path / "base"}")
+model = PeftModel.from_pretrained(model, r"{tmp_path / "adapter"}")
 with torch.no_grad():
     logits = model(input_ids=torch.arange(3, 17).reshape(2, 7)).logits
 assert torch.equal(logits, torch.load(r"{tmp_path / "logits.pt"}"))

@@ -1,5 +1,5 @@
-"""Source and target on different devices. There is one here, so the passes of every phase run on tensors without values, the source's
-on one device and the target's on another; PyTorch refuses whatever mixes them."""
+"""Source and target on different devices. There is one here, so the passes of every phase run on tensors without
+values, the source's on one device and the target's on another; PyTorch refuses whatever mixes them."""
 
 import pytest
 import torch
@@ -8,15 +8,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 
 import peft_cast
-from peft_cast import ranks
-from peft_cast.align import map_layers, map_modules
-from peft_cast.fit import Teacher, TeacherSettings, collate_pairs
-from peft_cast.fit.losses import normalised_mse
-from peft_cast.install import cast_config
-from peft_cast.models import LoraKernel, shared_head, skeleton
-from peft_cast.planning.fake import materialise
+from peft_cast.align.batches import collate_pairs
+from peft_cast.align.depth import map_layers
+from peft_cast.align.modules import map_modules
+from peft_cast.fit.install import cast_config
+from peft_cast.models.heads import shared_head
+from peft_cast.models.loading import skeleton
+from peft_cast.options import Training
+from peft_cast.planning.fake import materialize
 from peft_cast.planning.passes import closed_form_costs, refinement_costs, texts_of
-from peft_cast.source import adapted_source
+from peft_cast.refine.losses import normalized_mse
+from peft_cast.refine.teacher import Teacher
+from peft_cast.source.kernels import LoraKernel
+from peft_cast.source.loading import adapted_source
+from peft_cast.utils import distributed
 
 
 # Of the devices that tensors without values can be on, the one that a CPU's PyTorch can differentiate on.
@@ -34,8 +39,8 @@ def pair(source_folder, lora_folder, target_folder):
         modules = map_modules(kernels, onto, map_layers(3, 2, "proportional"), None, on)
         model = get_peft_model(onto, cast_config(kernels, modules), low_cpu_mem_usage=True)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            materialise(read.model, THERE)
-            materialise(model)
+            materialize(read.model, THERE)
+            materialize(model)
             there = {name: LoraKernel(k.A.to(THERE), k.B.to(THERE), k.scaling) for name, k in kernels.items()}
             assert read.model.device.type == THERE and model.device.type == "cpu"
             yield read.model, model, there, modules
@@ -50,11 +55,11 @@ def test_the_closed_form_keeps_them_apart(pair):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"top_k": None}, {"target_share": 0.5}, {"target_share": 0.5, "top_k": None}]
+    "settings", [{}, {"teacher_top_k": None}, {"teacher": 0.5}, {"teacher": 0.5, "teacher_top_k": None}]
 )
 def test_teacher_and_student_keep_them_apart(pair, settings):
     source, model, *_ = pair
-    costs = refinement_costs(source, model, 4, 0.9, VOCABULARY, TeacherSettings(gamma=1.0, **settings), 6, 12, 1)
+    costs = refinement_costs(source, model, 4, 0.9, VOCABULARY, Training(**settings), 6, 12, 1)
     assert all(cost.flops > 0 for cost in costs)
 
 
@@ -62,12 +67,12 @@ def test_hidden_states_and_excitement_keep_them_apart(pair):
     source, model, *_ = pair
     widths = [m.config.hidden_size for m in (model, source)]
     maps = {"model.layers.0": ("model.layers.1", torch.empty(widths[0], widths[1] + 1))}
-    teacher = Teacher(source, TeacherSettings(beta=0.1, target_share=0.5), maps)
+    teacher = Teacher(source, Training(beta=0.1, teacher=0.5, gamma=0.0), maps)
     batch, ids = collate_pairs(texts_of(2, 12, 0.9)), torch.arange(VOCABULARY)
     with shared_head(source.get_base_model(), ids), shared_head(model.get_base_model(), ids):
         _, goals = teacher.goals(model, batch)
         _, states = teacher.student(model, model, batch)
-    assert normalised_mse(states["model.layers.0"], goals["model.layers.0"]).device.type == "cpu"
+    assert normalized_mse(states["model.layers.0"], goals["model.layers.0"]).device.type == "cpu"
     assert teacher.excitement(batch).device.type == THERE
 
 
@@ -79,9 +84,9 @@ def test_what_mixes_them_is_refused_here(pair):
 
 def test_translate_and_its_like_take_it(source_folder, lora_folder, target_folder, monkeypatch):
     places = []
-    monkeypatch.setattr("peft_cast.pair.load_source", lambda *a, device, **o: places.append(device) or 1 / 0)
-    monkeypatch.setattr("peft_cast.pair.load_model", lambda *a, device, **o: places.append(device) or 1 / 0)
-    monkeypatch.setattr(ranks, "working_device", lambda asked, name="device": torch.device(asked or "cpu"))
+    monkeypatch.setattr("peft_cast.source.pair.load_source", lambda *a, device, **o: places.append(device) or 1 / 0)
+    monkeypatch.setattr("peft_cast.source.pair.load_model", lambda *a, device, **o: places.append(device) or 1 / 0)
+    monkeypatch.setattr(distributed, "resolve_device", lambda asked, name="device": torch.device(asked or "cpu"))
     for verb in (peft_cast.translate, peft_cast.baselines.distill_lora):
         with pytest.raises(ZeroDivisionError):
             verb(source_folder, lora_folder, target_folder, text=["a text"], source_device="cuda:1")
@@ -93,6 +98,6 @@ def test_translate_and_its_like_take_it(source_folder, lora_folder, target_folde
 def test_a_device_that_is_not_there_or_several_processes_are_refused(source_folder, monkeypatch):
     with pytest.raises(ValueError, match="`source_device` is 'cuda:1', but PyTorch finds no accelerator"):
         peft_cast.translate(source_folder, "nowhere", "nowhere", source_device="cuda:1")
-    monkeypatch.setattr(ranks, "launched", lambda: 2)
+    monkeypatch.setattr(distributed, "launched_processes", lambda: 2)
     with pytest.raises(ValueError, match="`source_device` is for one process"):
         peft_cast.translate(source_folder, "nowhere", "nowhere", source_device="cpu")
