@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-kill test-oldest test-quantized lint typecheck docs package bench bench-speed bench-gpu
+.PHONY: setup demo test test-kill test-oldest test-quantized lint typecheck options docs package bench bench-speed bench-gpu
 
 setup: .venv/.ready
 
@@ -48,13 +48,17 @@ test-oldest: .venv-oldest/.ready
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
 	touch $@
 
-# Quantised targets. The packages stay out of .venv, where they would slow down every import of PEFT.
+# Quantized targets. The packages stay out of .venv, where they would slow down every import of PEFT.
 test-quantized: .venv-quantized/.ready
 	PYTHONPATH=.venv-quantized $(BIN)/python -m pytest tests/test_peft_quantized.py
 
 .venv-quantized/.ready: .venv/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --target .venv-quantized bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1 termcolor
 	touch $@
+
+# The tables of docs/options.md, from peft_cast/options.py.
+options: setup
+	$(BIN)/python docs/options.py
 
 # The site, into build/site.
 docs: .venv-docs/.ready

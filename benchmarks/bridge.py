@@ -1,4 +1,5 @@
-"""What a bridge costs and is worth on the real pair: seconds to fit it and to carry an adapter over, sizes of the files.
+"""What a bridge costs and is worth on the real pair: seconds to fit it and to carry an adapter over, sizes of the
+files.
 
     .venv/bin/python benchmarks/bridge.py
 
@@ -15,8 +16,8 @@ import experiments
 import setting
 
 import peft_cast
-from peft_cast.environment import environment
-from peft_cast.phases import Phases
+from peft_cast.utils.environment import environment
+from peft_cast.utils.phases import Phases
 
 
 def megabytes(path: Path) -> float:
@@ -47,7 +48,7 @@ def main() -> None:
         target.folder(),
         {"bridge": setting.OUTPUT / "bridge-cast", "own closed form": setting.OUTPUT / "own-closed-form"},
         [experiments.TASK],
-    )  # fmt: skip
+    )
     names = {
         "source LoRA": adapter,
         "CAST adapter": setting.OUTPUT / "bridge-cast",

@@ -19,17 +19,20 @@ from matplotlib.figure import Figure
 from setting import score
 
 import peft_cast
-from peft_cast.environment import environment
+from peft_cast.utils.environment import environment
 
 
 RESULTS = setting.FIGURES / "experiments.json"
 # Development problems: those that the table never scores.
-TASK = peft_cast.AnswerLikelihood(
-    "GSM8K likelihood", score.PROBLEMS, score.PROMPT, score.ANSWER, start=100, limit=40
-)  # fmt: skip
+TASK = peft_cast.AnswerLikelihood("GSM8K likelihood", score.PROBLEMS, score.PROMPT, score.ANSWER, start=100, limit=40)
 COMMON: dict[str, Any] = {
-    "steps": 50, "learning_rate": 0.1, "projection_type": "factored", "fit_samples": 40, "seed": 0, "progress": False
-}  # fmt: skip
+    "steps": 50,
+    "learning_rate": 0.1,
+    "projection_type": "factored",
+    "fit_samples": 40,
+    "seed": 0,
+    "progress": False,
+}
 
 
 def main() -> None:
@@ -46,10 +49,7 @@ def main() -> None:
                 results["environment"] = environment()
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(name, variant, results["runs"][key]["scores"], flush=True)
-        draw(
-            name,
-            {v: results["runs"][key_of(o)] for v, o in EXPERIMENTS[name].items()},
-        )
+        draw(name, {v: results["runs"][key_of(o)] for v, o in EXPERIMENTS[name].items()})
 
 
 def key_of(options: dict[str, Any]) -> str:
@@ -64,14 +64,26 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     source, target = setting.PAIRS["smollm2-gemma3"]
     general, unseen = setting.c4_documents()
     result = peft_cast.translate(
-        source.folder(), source.adapter("gsm8k"), target.folder(), text=text, fit_text=general,
-        cache_dir=setting.OUTPUT / "cache", report_samples=0, report_similarity=False, **options,
-    )  # fmt: skip
+        source.folder(),
+        source.adapter("gsm8k"),
+        target.folder(),
+        text=text,
+        fit_text=general,
+        cache_dir=setting.OUTPUT / "cache",
+        report_samples=0,
+        report_similarity=False,
+        **options,
+    )
     retrained = target.adapter("gsm8k")
     found = peft_cast.evaluate(
-        target.folder(), {"translated": result, "retrained": retrained}, [TASK], retrained="retrained",
-        drift_text=unseen, output=setting.OUTPUT / "experiments_known.json", progress=False,
-    )  # fmt: skip
+        target.folder(),
+        {"translated": result, "retrained": retrained},
+        [TASK],
+        retrained="retrained",
+        drift_text=unseen,
+        output=setting.OUTPUT / "experiments_known.json",
+        progress=False,
+    )
     metrics = result.metrics
     scores = {
         "nats_per_character": found.row("translated", TASK.name).scores[0],
@@ -94,9 +106,9 @@ def draw(name: str, runs: dict[str, dict]) -> None:
     figure = Figure(figsize=(8, 0.9 + 0.4 * len(runs)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     labels = list(runs)[::-1]
-    for axis, key, colour in ((left, "recovered_lift", "#4477aa"), (right, "drift", "#cc6677")):
+    for axis, key, color in ((left, "recovered_lift", "#4477aa"), (right, "drift", "#cc6677")):
         values = [runs[label]["scores"][key] for label in labels]
-        axis.bar_label(axis.barh(labels, values, color=colour), [f"{v:.3f}" for v in values], padding=3, fontsize=8)
+        axis.bar_label(axis.barh(labels, values, color=color), [f"{v:.3f}" for v in values], padding=3, fontsize=8)
         axis.set_xlabel(key.replace("_", " "))
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
@@ -155,7 +167,7 @@ EXPERIMENTS: dict[str, dict[str, dict[str, Any]]] = {
         "4r": {"projection_size": 32},
         "full": {"projection_type": "full"},
     },
-    "parametrisation": {
+    "parametrization": {
         "factored, 0.1": {},
         "factored, 0.2": {"learning_rate": 0.2},
         "compact, 0.1": {"projection_type": "compact"},

@@ -3,9 +3,9 @@
     python benchmarks/gpu.py OUTPUT_FOLDER              # one GPU of 80 GB
     python benchmarks/gpu.py OUTPUT_FOLDER --tiny       # the same on whatever is here, with models of two layers
 
-Llama-2-7B to Mistral-7B by their shapes, with random weights and a tokenizer that is made here: neither speed nor memory depends
-on what the weights are. And the demo pair with its own (`--parts demo`). Writes gpu.json, anew after every part; what fails is in it
-with its traceback. benchmarks/plan.py puts the plan beside it.
+Llama-2-7B to Mistral-7B by their shapes, with random weights and a tokenizer that is made here: neither speed nor
+memory depends on what the weights are. And the demo pair with its own (`--parts demo`). Writes gpu.json, anew after
+every part; what fails is in it with its traceback. benchmarks/plan.py puts the plan beside it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ from transformers import (
 )
 
 import peft_cast
-from peft_cast.environment import environment
-from peft_cast.files import write_json
-from peft_cast.fit.refine import CastTrainer
-from peft_cast.models import load_model
-from peft_cast.planning import this_machine
-from peft_cast.planning.devices import matmul_rate
-from peft_cast.ranks import default_device
+from peft_cast.models.loading import load_model
+from peft_cast.planning.devices import matmul_rate, this_machine
+from peft_cast.refine.trainer import CastTrainer
+from peft_cast.utils.distributed import default_device
+from peft_cast.utils.environment import environment
+from peft_cast.utils.files import write_json
 
 
 STEPS = 10
@@ -57,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--tiny", action="store_true", help="models of two layers")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["whole", "quantised"])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["whole", "quantized"])
     args = parser.parse_args()
     card, rate = this_machine(), matmul_rate(default_device(), torch.bfloat16)
     file = args.output / "gpu.json"
@@ -95,7 +94,7 @@ def whole_precision(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 def four_bits(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Both models in 4 bits, on a card of which all but 24 GiB is taken."""
     length = 64 if tiny else 256
-    loaded = pair(tiny, length, quantised=True)
+    loaded = pair(tiny, length, quantized=True)
     taken = None
     if torch.cuda.is_available():
         gc.collect()
@@ -118,16 +117,16 @@ def demo_pair(tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     yield f"{batch_size} texts of {length}", run
 
 
-PARTS = {"whole": whole_precision, "quantised": four_bits, "demo": demo_pair}
+PARTS = {"whole": whole_precision, "quantized": four_bits, "demo": demo_pair}
 
 
 def pair(
-    tiny: bool, length: int, quantised: bool = False
+    tiny: bool, length: int, quantized: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedModel, list[PreTrainedTokenizerFast], list[str]]:
     """Source, target, the tokenizers of both, and texts that it cuts into `length` tokens or a few more."""
     tokenizer = made_tokenizer(setting.c4_documents()[0])
     configs = [two_layers(config) for config in CONFIGS] if tiny else CONFIGS
-    source, target = (random_model(config, quantised) for config in configs)
+    source, target = (random_model(config, quantized) for config in configs)
     return source, target, [tokenizer, tokenizer], made_texts(tokenizer, 16 * (STEPS + 1) + 100, length)
 
 
@@ -137,12 +136,12 @@ def two_layers(config: PretrainedConfig) -> PretrainedConfig:
     return type(config)(**{**config.to_dict(), **sizes, "head_dim": 16, "num_key_value_heads": 2})
 
 
-def random_model(config: PretrainedConfig, quantised: bool) -> PreTrainedModel:
+def random_model(config: PretrainedConfig, quantized: bool) -> PreTrainedModel:
     device = default_device()
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if not quantised:
+    if not quantized:
         return model.eval()
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     options = {"quantization_config": nf4, "device_map": device, "dtype": torch.bfloat16}
@@ -186,11 +185,21 @@ def one(
     with tempfile.TemporaryDirectory() as folder, clocked_steps() as starts:
         lora = lora or random_lora(source.config, Path(folder))
         result = peft_cast.translate(
-            source, lora, target, text=texts, steps=steps, batch_size=batch_size, max_length=length,
-            fit_samples=fit_samples, source_tokenizer=tokenizers[0], target_tokenizer=tokenizers[1],
-            training_args={**training_args, "logging_steps": 1}, report_samples=0, report_similarity=False,
+            source,
+            lora,
+            target,
+            text=texts,
+            steps=steps,
+            batch_size=batch_size,
+            max_length=length,
+            fit_samples=fit_samples,
+            source_tokenizer=tokenizers[0],
+            target_tokenizer=tokenizers[1],
+            training_args={**training_args, "logging_steps": 1},
+            report_samples=0,
+            report_similarity=False,
             progress=False,
-        )  # fmt: skip
+        )
         result.model.unload()
     metrics = result.metrics
     used = metrics["refinement"]
@@ -242,7 +251,9 @@ def random_lora(config: PretrainedConfig, folder: Path) -> str:
 
 
 def needed(source: PretrainedConfig, target: PretrainedConfig, tokens: int, length: int, vocabulary: int) -> float:
-    """Operations of matrix products that a step cannot avoid: the source forward, the target forward and back to activations."""
+    """Operations of matrix products that a step cannot avoid: the source forward, the target forward and back to
+    activations.
+    """
 
     def forward(config: PretrainedConfig) -> float:
         width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads

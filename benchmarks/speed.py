@@ -1,7 +1,7 @@
 """What each part costs beside the least it could cost, on the real pair: `make bench-speed`.
 
-Writes docs/figures/speed.json; with `--parts` those alone anew. Nothing else should run on the machine, and the bridge of
-benchmarks/bridge.py must be there.
+Writes docs/figures/speed.json; with `--parts` those alone anew. Nothing else should run on the machine, and the bridge
+of benchmarks/bridge.py must be there.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peft_cast
-from peft_cast.environment import environment
-from peft_cast.fit import Teacher, TeacherSettings, collate_pairs, fit_closed_form, training_precision
+from peft_cast.align.batches import collate_pairs
 from peft_cast.fit import closed_form as fitting
-from peft_cast.fit.batches import ANCHOR_EVERY
-from peft_cast.fit.capture import next_token_loss
+from peft_cast.fit.closed_form import fit_closed_form
+from peft_cast.fit.install import cast_config, install
 from peft_cast.fit.moments import Moments
-from peft_cast.install import cast_config, install
-from peft_cast.models import default_dtype, logits_at, shared_head
-from peft_cast.pair import Pair, PairTexts, open_pair, read_texts
+from peft_cast.models.capture import next_token_loss
+from peft_cast.models.heads import logits_at, shared_head
+from peft_cast.models.loading import default_dtype
+from peft_cast.options import Training
+from peft_cast.refine.teacher import Teacher
+from peft_cast.refine.trainer import training_precision
+from peft_cast.source.pair import Pair, open_pair
+from peft_cast.text.reading import ANCHOR_EVERY, PairTexts, read_texts
+from peft_cast.utils.environment import environment
 
 
 SOURCE, TARGET = setting.PAIRS["smollm2-gemma3"]
@@ -149,7 +154,7 @@ def closed_form(pair: Pair, texts: PairTexts) -> dict[str, Any]:
     def fit(read) -> Any:
         return fit_closed_form(
             pair.source, pair.target, read, pair.vocabulary, pair.kernels, pair.modules, batch_size=BATCH, hidden=False
-        )  # fmt: skip
+        )
 
     ids = pair.vocabulary.source_ids, pair.vocabulary.target_ids
     sides = ("source", pair.source, ids[0]), ("target", pair.target, ids[1])
@@ -175,8 +180,10 @@ def closed_form(pair: Pair, texts: PairTexts) -> dict[str, Any]:
 
 
 def step(pair: Pair, model: PeftModel, texts: PairTexts) -> dict[str, float]:
-    """A refinement step (predictions kept) beside the untouched target's forward and backward pass over the same batch."""
-    teacher = Teacher(pair.adapted, TeacherSettings(gamma=1.0))
+    """A refinement step (predictions kept) beside the untouched target's forward and backward pass over the same
+    batch.
+    """
+    teacher = Teacher(pair.adapted, Training())
     chunk, anchors = texts.train[:BATCH], texts.anchors[: BATCH // ANCHOR_EVERY]
     batch = collate_pairs(chunk, anchors)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -207,7 +214,9 @@ def step(pair: Pair, model: PeftModel, texts: PairTexts) -> dict[str, float]:
 
 
 def adapters(bridge: peft_cast.Bridge, folder: Path) -> dict[str, Any]:
-    """Forward passes, loading and saving beside PEFT's LoRA of the same rank; files; a bridge's cast beside reading."""
+    """Forward passes, loading and saving beside PEFT's LoRA of the same rank; files; a bridge's cast beside
+    reading.
+    """
     report: dict[str, Any] = {}
     seconds = by_turns(
         {

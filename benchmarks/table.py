@@ -19,7 +19,8 @@ import setting
 
 import peft_cast
 from peft_cast import baselines
-from peft_cast.files import write_json
+from peft_cast.utils.environment import environment
+from peft_cast.utils.files import write_json
 
 
 def main() -> None:
@@ -48,9 +49,14 @@ def main() -> None:
     file = setting.FIGURES / f"{name}.json"
     before = peft_cast.Evaluation.load(file) if file.exists() else None
     evaluation = peft_cast.evaluate(
-        target.folder(), adapters, setting.tasks(args.task), retrained="retrained",
-        drift_text=setting.c4_documents()[1], drift_samples=setting.DRIFT_DOCUMENTS, output=file,
-    )  # fmt: skip
+        target.folder(),
+        adapters,
+        setting.tasks(args.task),
+        retrained="retrained",
+        drift_text=setting.c4_documents()[1],
+        drift_samples=setting.DRIFT_DOCUMENTS,
+        output=file,
+    )
     if before is not None:
         evaluation = with_earlier(evaluation, before, args.same_code)
         known = json.loads(file.read_text(encoding="utf-8"))["known"]
@@ -61,9 +67,11 @@ def main() -> None:
         return
     # The source with its own LoRA: how good the teacher is.
     own = peft_cast.evaluate(
-        source.folder(), {"source LoRA": source.adapter(args.task, args.modules)}, setting.tasks(args.task),
+        source.folder(),
+        {"source LoRA": source.adapter(args.task, args.modules)},
+        setting.tasks(args.task),
         output=setting.FIGURES / f"{name.replace('table', 'source', 1)}.json",
-    )  # fmt: skip
+    )
     print(own)
 
 
@@ -72,7 +80,8 @@ def with_earlier(
 ) -> peft_cast.Evaluation:
     """The evaluation with the rows of `before` that were not asked for this time.
 
-    `settings["earlier"]` names those made by earlier code: all of them, or those that were it before if it is the `same_code`.
+    `settings["earlier"]` names those made by earlier code: all of them, or those that were it before if it is the
+    `same_code`.
     """
     names = {m.adapter for m in evaluation.measurements}
     kept = [m for m in before.measurements if m.adapter not in names]
@@ -115,7 +124,7 @@ def make(row: str, seed: int, source, target, args) -> Path | None:
             name: part for name, part in result.metrics.items() if name != "report"
         }  # that is a page of its own
         report = {"metrics": metrics, "history": result.history, "diagnosis": result.diagnosis()}
-        report["environment"] = peft_cast.environment.environment()
+        report["environment"] = environment()
         run = f"run_{folder.parent.name}_{folder.name}.json"
         (setting.FIGURES / run).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     del result
@@ -124,7 +133,9 @@ def make(row: str, seed: int, source, target, args) -> Path | None:
 
 
 def common(args, seed: int, times: int = 1) -> dict:
-    """What a translation and a distillation from scratch have in common; of `times` as many texts twice as many a step."""
+    """What a translation and a distillation from scratch have in common; of `times` as many texts twice as many a
+    step.
+    """
     text, refinement = setting.written(args.pair, args.task, args.modules, seed, times), dict(REFINEMENT[args.task])
     if times > 1:
         refinement["batch_size"] = 2 * refinement.get("batch_size", 8)

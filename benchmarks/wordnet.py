@@ -44,7 +44,7 @@ def read(file: Path):
     """Word, lexicographer file and definition (without examples) of each noun synset; no definition twice."""
     seen = set()
     for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith(" "):  # the licence
+        if not line.startswith(" "):  # the license
             data, _, gloss = line.partition(" | ")
             fields = data.split()
             gloss = gloss.split('; "')[0].split(";")[0].strip()

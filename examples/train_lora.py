@@ -27,8 +27,8 @@ from transformers import (
     set_seed,
 )
 
-from peft_cast.models import default_dtype
-from peft_cast.ranks import default_device
+from peft_cast.models.loading import default_dtype
+from peft_cast.utils.distributed import default_device
 
 
 HERE = Path(__file__).parent
@@ -72,8 +72,7 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(path, dtype=default_dtype(default_device()))
     model = get_peft_model(
-        model,
-        LoraConfig(r=args.r, lora_alpha=args.alpha, target_modules=args.target_modules, task_type="CAUSAL_LM"),
+        model, LoraConfig(r=args.r, lora_alpha=args.alpha, target_modules=args.target_modules, task_type="CAUSAL_LM")
     )
     model.print_trainable_parameters()
     data = load_dataset("json", data_files=args.data, split="train")

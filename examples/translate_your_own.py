@@ -1,11 +1,12 @@
 """Translate a LoRA of yours, compare it if you have test data, and publish it if you like.
 
     python examples/translate_your_own.py SOURCE ADAPTER TARGET --prompts prompts.txt --output my-translated-lora
-    ... --test test.jsonl --prompt "Question: {question}\\nAnswer:" --answer " {answer}"    # likelihood of gold answers
-    ... --push you/my-translated-lora                                                      # needs `hf auth login`
+    ... --test test.jsonl --prompt "Question: {question}\\nAnswer:" --answer " {answer}"    # likelihood of gold
+    answers ... --push you/my-translated-lora                                                      # needs `hf auth
+    login`
 
-Models and adapter are hub ids or folders. `prompts.txt` has a dozen prompts of the LoRA's kind, one per line, `\\n` for a
-line break.
+Models and adapter are hub ids or folders. `prompts.txt` has a dozen prompts of the LoRA's kind, one per line, `\\n`
+for a line break.
 """
 
 import argparse
