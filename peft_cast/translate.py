@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .align import align_texts, layer_pairs, map_modules
+from .align import layer_pairs, map_modules
 from .evaluation import gather_report
 from .fit import (
     Bridge,
@@ -28,7 +28,16 @@ from .fit import (
     projections_of,
     stacked,
 )
-from .models import freeze_adapter, load_model, seeded, sharding, unload_adapters, unloaded_on_error, with_adapter
+from .models import (
+    check_model,
+    freeze_adapter,
+    load_model,
+    seeded,
+    sharding,
+    unload_adapters,
+    unloaded_on_error,
+    with_adapter,
+)
 from .options import Fit, Options, Pairing, Projections, Run, Training
 from .refine import (
     RunFolder,
@@ -44,8 +53,8 @@ from .refine import (
     teacher_cache,
 )
 from .results import TranslationResult
-from .source import Pair, load_source, open_pair
-from .text import C4, PairTexts, check_text, is_written, read_text, read_texts
+from .source import Pair, base_of, check_adapter, load_source, open_pair
+from .text import PairTexts, check_text, is_written, read_fit_texts, read_texts
 from .utils import Phases, distributed, without_secrets
 
 
@@ -158,6 +167,13 @@ class Job:
         several = isinstance(self.adapter, (list, tuple))
         inputs = self.adapter if isinstance(self.adapter, (list, tuple)) else [self.adapter]
         check_folder(self.options.run, self.source, *inputs, self.target, self.start)
+        source, revision = self.source, pairing.source_revision
+        if source is None and isinstance(inputs[0], (str, Path)):
+            source, revision = base_of(inputs[0], pairing.adapter_revision)
+        check_model(source, "source", revision)
+        check_model(self.target, "target", pairing.target_revision)
+        for one in inputs:
+            check_adapter(one, pairing.adapter_revision)
         check_text(self.text)
         check_text(self.options.fit.fit_text)
         written = self.text is None or isinstance(self.text, Mapping) or is_written(self.text)
@@ -277,7 +293,7 @@ def _origin(job: Job, pair: Pair) -> dict[str, str | None]:
     """What a configuration says of where its kernels come from."""
     return {
         "source_model_name_or_path": without_secrets(pair.source.name_or_path),
-        "source_model_revision": job.options.pairing.source_revision,
+        "source_model_revision": pair.source_revision,
         "source_adapter_name_or_path": adapter_name_of(job.adapter),
         "source_adapter_revision": job.options.pairing.adapter_revision,
     }
@@ -340,7 +356,9 @@ def _translate_several(job: Job) -> list[TranslationResult]:
             for folder in filter(None, folders):  # of a run before, which is not this one's to go on with
                 distributed.on_main_process(partial(clear_run, Path(folder)))
         with run.advising():
-            texts = run.texts(partial(_fit_texts, pair, _text_for(job.text, names[0]), options)).fit
+            texts = run.texts(
+                partial(read_fit_texts, pair, _text_for(job.text, names[0]), options.fit, options.training)
+            ).fit
             also = str([t.flatten()[:64].tolist() for kernel in kernels.values() for t in (kernel.A, kernel.B)])
             maps, _ = initial_maps(pair, texts, options, cache=run.cache, also=also)
     results, states = [], []
@@ -378,12 +396,3 @@ def _text_for(text: Any, name: str) -> Any:
     if name not in text:
         raise ValueError(f"`text` has no text for the adapter '{name}': it has {', '.join(map(str, text))}.")
     return text[name]
-
-
-def _fit_texts(pair: Pair, text: Any, options: Options) -> PairTexts:
-    """General text for the closed form of all adapters."""
-    given = options.fit.fit_text
-    general = given if given is not None else C4 if is_written(text) else text
-    corpus = read_text(general, options.fit.fit_samples, lambda *_: [])
-    texts = align_texts([one.text for one in corpus], *pair.tokenizers, max_length=options.training.max_length)
-    return PairTexts([], [], texts, [], {"closed_form": len(texts)})

@@ -8,23 +8,36 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
-from ..utils import check_weights, one_line, read_adapter_config, without_secrets
+from ..utils import adapter_folder, check_weights, one_line, read_adapter_config, without_secrets
 
 
 def load_on_skeleton(
-    model: PreTrainedModel, adapter: str | Path, adapter_name: str, revision: str | None = None
+    model: PreTrainedModel,
+    adapter: str | Path,
+    adapter_name: str,
+    revision: str | None = None,
+    config: PeftConfig | None = None,
 ) -> PeftModel:
-    """An adapter on a model without weights; the adapter itself has its own, on the CPU."""
+    """An adapter on a model without weights; the adapter itself has its own, on the CPU.
+
+    Args:
+        model: The model, on the meta device.
+        adapter: Folder or hub id.
+        adapter_name (`str`): Its name on the model.
+        revision (`str`, *optional*): Its hub revision.
+        config ([`~peft.PeftConfig`], *optional*): Its configuration, where it is another than the folder's.
+    """
+    folder, config = str(adapter_folder(adapter, revision)), config or read_adapter_config(adapter, revision)
     with warnings.catch_warnings():
         # PEFT puts the adapter where its base is, on the meta device, and torch warns of every tensor.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
-        peft_model = PeftModel.from_pretrained(model, str(adapter), adapter_name=adapter_name, revision=revision)
-    weights = load_peft_weights(str(adapter), device="cpu", **({"revision": revision} if revision else {}))
+        peft_model = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, config=config)
+    weights = load_peft_weights(folder, device="cpu")
     # A file may mix precisions, which PEFT would bring to that of its base.
     weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
     state = type(peft_model.base_model)._remap_adapter_state_dict_for_load(
@@ -88,7 +101,7 @@ def with_adapter(model: PreTrainedModel, adapter: str | Path, revision: str | No
         )
     try:
         try:
-            adapted = PeftModel.from_pretrained(model, str(adapter), revision=revision)
+            adapted = PeftModel.from_pretrained(model, str(adapter_folder(adapter, revision)), config=config)
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # PEFT raises whatever a wrong configuration leads to

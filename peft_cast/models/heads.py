@@ -26,7 +26,9 @@ def shared_head(model: PreTrainedModel, token_ids: torch.Tensor) -> AbstractCont
     """
     head = model.get_output_embeddings()
     if isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        return _with_head(model, _InItsPlace(lambda states: head(states)[..., token_ids.to(states.device)], head))
+        return _with_head(
+            model, _InItsPlace(lambda states: head(states)[..., token_ids.to(states.device)], head, head)
+        )
     weight = head.weight.detach()[token_ids.to(head.weight.device)]
     small = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     small.weight = nn.Parameter(weight, requires_grad=False)
@@ -46,7 +48,7 @@ def states_at(
         model: The model.
         rows, positions (`torch.Tensor`): As in `logits_at`.
     """
-    return _with_head(model, _InItsPlace(lambda states: states[rows, positions]))
+    return _with_head(model, _InItsPlace(lambda states: states[rows, positions], model.get_output_embeddings()))
 
 
 @contextmanager
@@ -63,9 +65,16 @@ def _with_head(model: PreTrainedModel | PeftModel, head: nn.Module) -> Iterator[
 class _InItsPlace(nn.Module):
     """A function of the hidden states in a head's place; PEFT finds the adapter of the head in its child."""
 
-    def __init__(self, logits: Callable[[torch.Tensor], torch.Tensor], head: nn.Module | None = None) -> None:
+    def __init__(
+        self, logits: Callable[[torch.Tensor], torch.Tensor], own: nn.Module, head: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.logits, self.head = logits, head
+        self.logits, self.head, self.in_place_of = logits, head, (own,)  # in a tuple: no module of this one
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Where a model looks up its head's precision (Mamba)."""
+        return self.in_place_of[0].weight
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         return self.logits(states)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import psutil
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -20,6 +28,7 @@ from transformers import (
 )
 
 from ..utils import distributed, one_line, secrets_removed, why_no_model, without_secrets
+from ..utils.safety import find_file
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -57,23 +66,101 @@ def load_model(
         raise ValueError(f"`{which}` is a PeftModel: pass its base model, `{which}.unload()` or a model id.")
     if isinstance(model, nn.Module):
         return model
-    if model is None:
+    if not model:
         raise ValueError(f"The adapter does not say which model it was trained on: pass it as `{which}`.")
-    if (why := why_no_model(model)) is not None:
-        message = f"The {which} model could not be loaded: {why}. Pass a hub id or a folder with config.json."
-        raise OSError(without_secrets(message))
-    named, dtype = f"The {which} model '{without_secrets(model)}'", dtype or default_dtype(device)
+    check_model(model, which, revision)
+    named = f"The {which} model '{without_secrets(model)}'"
+    options = {"revision": revision, "dtype": dtype or default_dtype(device), "trust_remote_code": False}
+    kind = AutoModelForCausalLM
+    with suppress(
+        OSError
+    ):  # what stands in the way of the configuration stands in that of the model, and is said then
+        kind = auto_class(read_model_config(model, which, revision), named)
     try:
-        with secrets_removed():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                model, revision=revision, dtype=dtype, trust_remote_code=False
-            )
+        with secrets_removed(), _adapter_left_out(model, which) as folder:
+            loaded = kind.from_pretrained(folder, **options)
     except (OSError, ValueError) as error:
         check_remote_code(error, named, which)
         raise OSError(
             f"{named} could not be loaded: {one_line(error)} Pass a hub id, a folder or a loaded model."
         ) from error
+    except ImportError as error:  # of the package that quantized it
+        raise OSError(
+            f"{named} is quantized and the package that loads it is missing ({one_line(error)}): install it, or pass "
+            f"the unquantized model as `{which}`."
+        ) from error
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise OSError(
+            f"{named} is a repository that holds an adapter too, which transformers loads with the model: download "
+            f"it, remove adapter_config.json, and pass the folder as `{which}`."
+        )
+    loaded.name_or_path = loaded.config.name_or_path = str(model)
     return loaded.to(device)
+
+
+def read_model_config(model: str | Path, which: str, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a model on the hub or in a folder.
+
+    Raises:
+        ValueError: If it needs code of its own.
+        OSError: If it cannot be read; the message says what to pass.
+    """
+    named = f"The {which} model '{without_secrets(model)}'"
+    try:
+        with secrets_removed():
+            return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        check_remote_code(error, named, which)
+        raise OSError(
+            f"{named} could not be loaded: {one_line(error)} Pass a hub id or a folder with config.json."
+        ) from error
+
+
+def check_model(model: Any, which: str, revision: str | None = None) -> None:
+    """Refuse, before gigabytes are loaded, what the configuration of a model tells; one out of reach is told of later.
+
+    Raises:
+        ValueError, OSError: As `load_model`.
+    """
+    if isinstance(model, (str, Path)):
+        if (why := why_no_model(model)) is not None:
+            message = f"The {which} model could not be loaded: {why}. Pass a hub id or a folder with config.json."
+            raise OSError(without_secrets(message))
+        with suppress(OSError):
+            auto_class(read_model_config(model, which, revision), f"The {which} model '{without_secrets(model)}'")
+
+
+def auto_class(config: PretrainedConfig, named: str) -> Any:
+    """transformers' class that builds the language model of a configuration, that of a vision-language model in it.
+
+    Raises:
+        ValueError: If it is no decoder.
+    """
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    if type(config) in AutoModelForImageTextToText._model_mapping and not getattr(config, "is_encoder_decoder", False):
+        return AutoModelForImageTextToText
+    raise ValueError(
+        f"{named} is of the type '{config.model_type}', which is no decoder-only language model: only adapters "
+        "between decoders can be translated."
+    )
+
+
+@contextmanager
+def _adapter_left_out(model: str | Path, which: str) -> Iterator[str | Path]:
+    """The folder of a model, or one of links to its files where it holds an adapter too, which transformers would
+    load.
+    """
+    files = list(Path(model).glob("*")) if Path(model).is_dir() else []
+    if not any(file.name == CONFIG_NAME for file in files):
+        yield model
+        return
+    warnings.warn(f"The folder of the {which} model, '{model}', holds an adapter too: the model is used without it.")
+    with TemporaryDirectory() as links:
+        for file in files:
+            if not file.name.startswith("adapter_"):
+                (Path(links) / file.name).symlink_to(file.resolve())
+        yield links
 
 
 def check_remote_code(error: Exception, what: str, argument: str) -> None:
@@ -110,11 +197,47 @@ def load_tokenizer(
         raise ValueError(f"No tokenizer was found for the {which} model ('{shown}'): pass `{argument}=`.") from error
 
 
+def adapter_tokenizer(
+    adapter: str | Path, model: PreTrainedModel, revision: str | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in an adapter's folder, which it was trained with; `None` if there is none that the model can
+    read.
+
+    Args:
+        adapter: Folder or hub id.
+        model: The source model, whose embeddings must have a row for each token.
+        revision (`str`, *optional*): Hub revision of the adapter.
+    """
+    try:
+        folder = find_file(adapter, "tokenizer_config.json", revision).parent
+        for name in ("tokenizer.json", "chat_template.jinja", "special_tokens_map.json"):
+            with suppress(EntryNotFoundError):
+                find_file(adapter, name, revision)
+    except (EntryNotFoundError, OSError, ValueError):
+        return None
+    named = f"The tokenizer in the folder of the adapter '{without_secrets(adapter)}'"
+    try:
+        with secrets_removed():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # of a folder of strangers: the source's own is there
+        warnings.warn(f"{named} could not be loaded, the source model's own is used: {one_line(error)}")
+        return None
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (most := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        warnings.warn(
+            f"{named} has tokens up to number {most}, the source model has {rows} rows for them: the source model's "
+            "own is used. Pass the model with resized embeddings, or `source_tokenizer`."
+        )
+        return None
+    return tokenizer
+
+
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration without weights, on the meta device."""
     with torch.device("meta"):
         # Named here, because a configuration may name an attention that is downloaded code; a skeleton never attends.
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
+        kind = auto_class(config, "The model")
+        model = kind.from_config(config, trust_remote_code=False, attn_implementation="eager")
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     return model
 

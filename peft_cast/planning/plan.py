@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_mod
 from ..fit import cast_config, held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
 from ..models import check_remote_code, default_dtype, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
-from ..source import adapted_source
+from ..source import adapted_source, base_of
 from ..text import ANCHOR_EVERY, anchor_length
 from ..tuner import CastConfig
-from ..utils import one_line, read_adapter_config, secrets_removed, why_no_model, without_secrets
+from ..utils import one_line, secrets_removed, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
 from .devices import DEVICES, SHAPES_KEPT, Device, this_machine
 from .fake import Cost, materialize
@@ -185,7 +185,8 @@ def plan(
     own_rows = batch_size // processes
     dtype = pairing.dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
     if source is None:
-        source = read_adapter_config(adapter, pairing.adapter_revision).base_model_name_or_path
+        source, revision = base_of(adapter, pairing.adapter_revision)
+        pairing = replace(pairing, source_revision=pairing.source_revision or revision)
     on = _model(_config(source, "source", pairing.source_revision), dtype)
     onto = _model(_config(target, "target", pairing.target_revision), dtype)
     depth_map = "proportional" if pairing.depth_map == "similarity" else pairing.depth_map

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..models import load_model, load_on_skeleton, unload_adapters
 from ..tuner.checks import TensorInfo
-from ..utils import check_weights, one_line, read_adapter_config, without_secrets
+from ..utils import adapter_folder, check_weights, one_line, read_adapter_config, why_no_model, without_secrets
+from ..utils.safety import find_file, read_weights_header
 from .kernels import SourceAdapter, check_rank, read_adapter
 
 
+# Task types that name no head of their own and that people write on decoders.
+_MISNAMED = ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "QUESTION_ANS")
 _NAME = "peft_cast_source"
 _PREFIX = "base_model.model."
 # Methods whose effect is no fixed change of weights, and that cannot be told by trying.
@@ -44,8 +51,53 @@ def load_source(
             raise ValueError("`adapter` is a PeftModel on another model object than `source`: pass `source=None`.")
         return model
     if source is None:
-        source = read_adapter_config(adapter, adapter_revision).base_model_name_or_path
+        source, named = base_of(adapter, adapter_revision)
+        revision = revision or named
     return load_model(source, "source", device, revision, dtype)
+
+
+def base_of(adapter: str | Path, revision: str | None = None) -> tuple[str, str | None]:
+    """The model that an adapter says it was trained on, and the revision of it.
+
+    Raises:
+        ValueError: If it does not say, or names a folder that is not here.
+    """
+    config = read_adapter_config(adapter, revision)
+    name, named = config.base_model_name_or_path, f"The adapter '{without_secrets(adapter)}'"
+    if not name:
+        raise ValueError(f"{named} does not say which model it was trained on: pass it as `source`.")
+    if (why := why_no_model(name)) is not None:
+        raise ValueError(without_secrets(f"{named} names its model '{name}', but {why}: pass the model as `source`."))
+    return name, config.revision
+
+
+def check_adapter(adapter: Any, revision: str | None = None) -> None:
+    """Refuse, before gigabytes are loaded, what the adapter's own files tell.
+
+    Args:
+        adapter: Folder, hub id or PeftModel.
+        revision (`str`, *optional*): Its hub revision.
+
+    Raises:
+        ValueError: If it is no adapter, cannot be translated, or was never trained.
+    """
+    if isinstance(adapter, PeftModel):
+        return
+    if isinstance(adapter, nn.Module):
+        raise ValueError(
+            f"`adapter` is a model ({type(adapter).__name__}), not an adapter: pass the LoRA's folder or hub id, or a "
+            "PeftModel."
+        )
+    config, named = read_adapter_config(adapter, revision), f"The adapter '{without_secrets(adapter)}'"
+    _check_config(config, named)
+    header = read_weights_header(adapter, revision)
+    outputs = [name for name in header if ".lora_B." in name or name.endswith(".lora_B")]
+    if outputs and type(config) is LoraConfig and all(".lora_" in name for name in header):
+        with safe_open(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision), framework="pt") as tensors:
+            if not any(tensors.get_tensor(name).any() for name in outputs):
+                raise ValueError(
+                    f"{named} changes nothing: all of its B is zero, as before training. Pass one that was trained."
+                )
 
 
 @contextmanager
@@ -74,11 +126,18 @@ def adapted_source(
     if isinstance(adapter, PeftModel):
         _check_config(adapter.active_peft_config, "The adapter", in_memory=True)
         adapter.eval()
-        yield read_adapter(adapter, {}, source_rank)
+        with _unmerged(adapter):
+            yield read_adapter(adapter, {}, source_rank)
         return
     config = read_adapter_config(adapter, revision)
-    _check_config(config, f"The adapter '{without_secrets(adapter)}'")
+    named = f"The adapter '{without_secrets(adapter)}'"
+    _check_config(config, named)
     header = check_weights(adapter, config, revision, source)
+    if config.task_type in _MISNAMED:
+        warnings.warn(
+            f"{named} names the task type {config.task_type}, but its model is a decoder: it is read as CAUSAL_LM."
+        )
+        config.task_type = "CAUSAL_LM"
     shapes = {name.removeprefix(_PREFIX): info.shape for name, info in header.items()}
     _check_vocabulary(source, adapter, shapes)
     parameters = dict(source.named_parameters(remove_duplicate=False))
@@ -112,9 +171,10 @@ def _load(
 ) -> PeftModel:
     try:
         if source.device.type == "meta":
-            model = load_on_skeleton(source, adapter, _NAME, revision)
+            model = load_on_skeleton(source, adapter, _NAME, revision, config)
         else:
-            model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_NAME, revision=revision)
+            folder = str(adapter_folder(adapter, revision))
+            model = PeftModel.from_pretrained(source, folder, adapter_name=_NAME, config=config)
         _check_same_keys(model, own, header)
     except (torch.OutOfMemoryError, MemoryError):
         raise
@@ -149,6 +209,23 @@ def _disabling(model: PeftModel, originals: Mapping[nn.Parameter, torch.Tensor])
     return disable_adapter
 
 
+@contextmanager
+def _unmerged(model: PeftModel) -> Iterator[None]:
+    """Within the context nothing is merged into the weights; what was is merged again after."""
+    merged = [
+        (layer, list(layer.merged_adapters))
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer) and layer.merged
+    ]
+    for layer, _ in merged:
+        layer.unmerge()
+    try:
+        yield
+    finally:
+        for layer, names in merged:
+            layer.merge(adapter_names=names)
+
+
 def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList)
 
@@ -166,7 +243,7 @@ def _check_config(config: PeftConfig, name: str, in_memory: bool = False) -> Non
             f"{name} is of type {kind}, which {_NO_DELTA[kind]}, so it is no fixed change of weights and cannot be "
             "translated: translate one plain adapter at a time."
         )
-    if config.task_type not in (None, "CAUSAL_LM"):
+    if config.task_type not in (None, "CAUSAL_LM", *_MISNAMED):
         raise ValueError(
             f"{name} was trained for the task type {config.task_type}, whose head a causal language model has not: "
             "only adapters of causal language models can be translated."

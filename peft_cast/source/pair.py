@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +13,20 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..align import ModuleMap, SharedVocabulary, layer_count, linear_layers, map_layers, map_modules, shared_vocabulary
-from ..models import default_dtype, fingerprint, load_model, load_tokenizer, moved, sharding, untouched
+from ..models import (
+    adapter_tokenizer,
+    default_dtype,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    moved,
+    sharding,
+    untouched,
+)
 from ..options import Pairing
 from ..utils import distributed
 from .kernels import LoraKernel, SourceAdapter
-from .loading import adapted_source, load_source
+from .loading import adapted_source, base_of, load_source
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Pair:
         modules: Where the kernels land.
         vocabulary: Tokens that both tokenizers have.
         device: Where training happens.
+        source_revision (`str`, *optional*): Hub revision of the source, given or named by the adapter.
     """
 
     source: PreTrainedModel
@@ -41,6 +51,7 @@ class Pair:
     modules: ModuleMap
     vocabulary: SharedVocabulary
     device: torch.device
+    source_revision: str | None = None
 
     @property
     def given(self) -> SourceAdapter:
@@ -86,6 +97,10 @@ def open_pair(
     """
     chosen = pairing or Pairing()
     device = distributed.init(chosen.device)
+    if source is None and isinstance(adapter, (str, Path)):
+        base = partial(base_of, adapter, chosen.adapter_revision)
+        source, revision = distributed.on_main_process(base)
+        chosen = replace(chosen, source_revision=chosen.source_revision or revision)
     source_device = distributed.resolve_source_device(chosen.source_device, device)
     if shard and any(isinstance(model, torch.nn.Module) for model in (source, adapter, target)):
         raise ValueError(
@@ -113,8 +128,11 @@ def open_pair(
             target = load_target(device=device, dtype=chosen.dtype)
         if source is target:
             raise ValueError("`source` and `target` are the same object: load the model twice.")
+        own = None
+        if chosen.source_tokenizer is None and isinstance(adapter, (str, Path)):
+            own = adapter_tokenizer(adapter, source, chosen.adapter_revision)
         tokenizers = (
-            load_tokenizer(chosen.source_tokenizer, source, "source", chosen.source_revision),
+            load_tokenizer(own or chosen.source_tokenizer, source, "source", chosen.source_revision),
             load_tokenizer(chosen.target_tokenizer, target, "target", chosen.target_revision),
         )
         # A PeftModel as `adapter` is its source's wrapper: its own modes are restored too.
@@ -128,7 +146,7 @@ def open_pair(
         adapted = on_source.kernels if on_source else linear_layers(source)
         modules = map_modules(adapted, target, layers, chosen.module_map, source)
         vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
-        yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device)
+        yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision)
 
 
 def _rows(model: PreTrainedModel) -> int:

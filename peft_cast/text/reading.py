@@ -99,6 +99,7 @@ def read_texts(
     samples = read_text(text, wanted + training.eval_samples, write)
     pairs = list(dict.fromkeys(align(samples)))
     if len(pairs) < 3:
+        _check_prompts_fit(pair, samples, max_length)
         raise ValueError(
             f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
             f"pass more or longer text, or a larger `max_length` than {max_length}."
@@ -126,6 +127,30 @@ def read_texts(
     }
     answers = [sample for sample in samples[kept_out:] if sample.target_prompt]
     return PairTexts(trained_on, evaluation, fitting, anchored, metrics, answers)
+
+
+def read_fit_texts(pair: Pair, text: Any, fit: Fit, training: Training) -> PairTexts:
+    """General text alone, for the closed form of several adapters; Args as in `read_texts`."""
+    general = fit.fit_text if fit.fit_text is not None else C4 if is_written(text) else text
+    samples = read_text(general, fit.fit_samples, lambda *_: [])
+    texts = align_samples(pair.tokenizers, samples, training.max_length)
+    return PairTexts([], [], texts, [], {"closed_form": len(texts)})
+
+
+def _check_prompts_fit(pair: Pair, samples: Sequence[TextSample], max_length: int) -> None:
+    """
+    Raises:
+        ValueError: If in one of the models every prompt alone is as long as a text may be.
+    """
+    for tokenizer, side in zip(pair.tokenizers, ("source", "target")):
+        prompts = [getattr(sample, f"{side}_prompt") for sample in samples[:8]]
+        tokens = [len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts if prompt]
+        if tokens and min(tokens) >= max_length - 4:
+            raise ValueError(
+                f"The prompts have {min(tokens)} tokens of the {side} model and more, with the chat template around "
+                f"them, and `max_length` is {max_length}, so no answer is read: pass a larger `max_length`, a smaller "
+                f"`snippet_chars`, or a tokenizer with another template as `{side}_tokenizer`."
+            )
 
 
 def how_many_held_out(pairs: Sequence[AlignedPair], wanted: int) -> int:

@@ -17,8 +17,10 @@ from .out_of_memory import within_memory
 from .phases import Phases, give_back_memory
 from .safety import (
     HIDDEN,
+    adapter_folder,
     check_model_config,
     check_weights,
+    hub_parts,
     looks_like_path,
     one_line,
     read_adapter_config,

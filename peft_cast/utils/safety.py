@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -74,7 +74,7 @@ def secrets_removed() -> Iterator[None]:
 
 
 def find_file(adapter: str | Path, name: str, revision: str | None = None) -> Path:
-    """A file of an adapter in a folder or on the hub.
+    """A file of an adapter in a folder or on the hub, `user/repo` or `user/repo/subfolder`.
 
     Raises:
         EntryNotFoundError: If the adapter has no such file.
@@ -85,14 +85,29 @@ def find_file(adapter: str | Path, name: str, revision: str | None = None) -> Pa
         if not file.is_file():
             raise EntryNotFoundError(str(file))
         return file
-    return Path(hf_hub_download(str(adapter), name, revision=revision))
+    repo_id, subfolder = hub_parts(adapter)
+    return Path(hf_hub_download(repo_id, name, subfolder=subfolder, revision=revision))
+
+
+def hub_parts(name: str | Path) -> tuple[str, str | None]:
+    """The repository and the subfolder in it that a name on the hub stands for."""
+    parts = str(name).split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:]) or None
+
+
+def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
+    """The folder here that holds an adapter's configuration and weights, which are fetched from the hub if they are
+    there.
+    """
+    find_file(adapter, CONFIG_NAME, revision)
+    return find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision).parent
 
 
 def looks_like_path(name: Any) -> bool:
-    """Whether a name can be no hub id (`name` or `user/name`)."""
+    """Whether a name can be no hub id (`name`, `user/name`, or with a subfolder)."""
     if "://" in str(name):
         return False
-    return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or len(Path(str(name)).parts) > 2
+    return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or "\\" in str(name)
 
 
 def why_no_model(model: Any) -> str | None:
@@ -101,7 +116,7 @@ def why_no_model(model: Any) -> str | None:
     if folder.is_dir() and not (folder / "config.json").is_file():
         kind = "an adapter, not a model" if (folder / CONFIG_NAME).is_file() else "no model: it has no config.json"
         return f"'{folder}' holds {kind}"
-    if not folder.exists() and looks_like_path(model):
+    if not folder.exists() and (looks_like_path(model) or hub_parts(str(model))[1]):
         return f"there is no folder '{model}'"
     return f"'{folder}' is a file" if folder.is_file() else None
 
@@ -133,16 +148,30 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
             file = find_file(adapter, CONFIG_NAME, revision)
             values = read_json(file)
             check_adapter_values(values)
-            return PeftConfig.from_pretrained(str(file.parent))
+            return _config_of(values, file.parent)
     except MemoryError:
         raise
     except Exception as error:  # PEFT's configurations raise whatever their values lead to
-        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-        why = f"it has no {CONFIG_NAME}, so it is no adapter." if absent else one_line(error)
-        raise ValueError(
-            f"The adapter '{without_secrets(adapter)}' could not be read: {why} Pass a hub id or a folder with "
-            f"{CONFIG_NAME}."
-        ) from error
+        named, (repo_id, subfolder) = f"The adapter '{without_secrets(adapter)}'", hub_parts(str(adapter))
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            why = f"it has no {CONFIG_NAME}, so it is no adapter. Pass a hub id or a folder with {CONFIG_NAME}."
+        elif isinstance(error, (LocalEntryNotFoundError, HTTPError, HFValidationError)):
+            where = f" in the subfolder '{subfolder}' of the repository '{repo_id}'" if subfolder else ""
+            why = f"there is no such folder here, and on the Hub{where} it could not be reached: {one_line(error)}"
+        else:
+            why = one_line(error)
+        raise ValueError(without_secrets(f"{named} could not be read: {why}")) from error
+
+
+def _config_of(values: dict[str, Any], folder: Path) -> PeftConfig:
+    """PEFT's configuration from checked values, with what others leave out of it and no adapter in use needs."""
+    if values["peft_type"] == "ADALORA" and not values.get("total_step"):
+        # The length of its training, which PEFT asks for and an adapter that is trained no more does not have.
+        values = {**values, "total_step": 1}
+        return AdaLoraConfig(
+            **{name: value for name, value in values.items() if name in AdaLoraConfig.__dataclass_fields__}
+        )
+    return PeftConfig.from_pretrained(str(folder))
 
 
 def check_adapter_values(values: Mapping[str, Any]) -> None:
@@ -160,10 +189,12 @@ def check_adapter_values(values: Mapping[str, Any]) -> None:
     check_fields(config_class, values)
     for name in _IMPORTS:
         if values.get(name):
-            raise ValueError(f"`{name}` makes PEFT import a module that the file names: set it to null.")
+            raise ValueError(
+                f"`{name}` makes PEFT import a module that the file names: set it to null in {CONFIG_NAME}."
+            )
     for name in ("rank_pattern", "alpha_pattern"):
         if name in values and values[name] is None and config_class is LoraConfig:
-            raise ValueError(f"`{name}` must be an object, got null.")
+            raise ValueError(f"`{name}` must be an object, got null: write {{}} in {CONFIG_NAME}.")
 
 
 def read_weights_header(adapter: str | Path, revision: str | None = None) -> dict[str, TensorInfo]:
