@@ -405,7 +405,7 @@ def test_without_text_a_chat_model_answers_snippets_of_c4(
     template, source_folder, lora_folder, target_folder, monkeypatch
 ):
     c4 = peft_cast.text.Corpus(TEXTS)
-    for module in ("text.corpus", "text.mixture", "pair"):
+    for module in ("text.corpus", "text.mixture", "text.reading"):
         monkeypatch.setattr(f"peft_cast.{module}.C4", c4)
     with open_pair(source_folder, lora_folder, target_folder) as pair:
         pair.tokenizers[0].chat_template = template

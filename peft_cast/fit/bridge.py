@@ -30,7 +30,7 @@ from ..results import (
     push_saved,
     read_licenses,
 )
-from ..source import LoraKernel, adapted_source, load_source, open_pair
+from ..source import LoraKernel, adapted_source, check_adapter, load_source, open_pair
 from ..text import check_text, read_corpus
 from ..utils import change_dtype, complete_folder, distributed, one_line, secrets_removed, without_secrets, write_json
 from ..utils.fields import check_count
@@ -173,6 +173,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return make_card(artifact, read_licenses(artifact))
 
     def _cast(self, adapter, target, source, gain, adapter_name, pairing: Pairing) -> PeftModel:
+        check_adapter(adapter, pairing.adapter_revision)
         if source is None and not isinstance(adapter, PeftModel):
             on = self.source.skeleton()
         else:

@@ -45,6 +45,7 @@ def load_source(
         ValueError: If `adapter` is a PeftModel on another model than `source`, or its configuration cannot be read.
         OSError: If the model cannot be found.
     """
+    check_adapter(adapter, adapter_revision)
     if isinstance(adapter, PeftModel):
         model = adapter.get_base_model()
         if isinstance(source, nn.Module) and source is not model:

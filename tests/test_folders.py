@@ -1,0 +1,377 @@
+"""What people's folders really hold: what a folder says besides its weights is read early, and read right."""
+
+import copy
+import json
+import shutil
+import warnings
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from conftest import c4_texts, make_lora, save_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+import peft_cast
+from peft_cast.cli.inspect import inspect
+from peft_cast.source.pair import open_pair
+
+
+TEXTS = c4_texts(30)
+QUICK = {"text": TEXTS, "steps": 0, "fit_samples": 12, "eval_samples": 3, "max_length": 48, "progress": False}
+QUICK |= {"report_similarity": False, "report_samples": 0}
+IDS = torch.arange(5, 25)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def edited(folder, to, **values) -> str:
+    """A copy of an adapter's folder with other values in its configuration."""
+    shutil.copytree(folder, to)
+    file = Path(to) / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return str(to)
+
+
+def refused(work, *words) -> str:
+    with pytest.raises((ValueError, OSError)) as error:
+        work()
+    sentence = str(error.value)
+    assert all(word in sentence for word in words), sentence
+    return sentence
+
+
+@pytest.fixture
+def both(target_folder, lora_folder, tmp_path):
+    """A folder with a model and an adapter in it."""
+    model = AutoModelForCausalLM.from_pretrained(target_folder)
+    folder = Path(shutil.copytree(target_folder, tmp_path / "both"))
+    other = make_lora(model, tmp_path / "other", seed=9)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(Path(other) / name, folder)
+    return str(folder)
+
+
+def test_a_target_folder_with_an_adapter_is_used_without_it(both, source_folder, lora_folder, target_folder, tmp_path):
+    with pytest.warns(UserWarning, match="holds an adapter too: the model is used without it"):
+        result = peft_cast.translate(source_folder, lora_folder, both, **QUICK)
+    alone = peft_cast.translate(source_folder, lora_folder, target_folder, **QUICK)
+    torch.testing.assert_close(logits(result.model), logits(alone.model))
+    assert result.model.active_peft_config.base_model_name_or_path == both
+
+
+def test_so_is_a_source_folder_and_one_that_is_evaluated(both, target_folder, tmp_path):
+    lora = make_lora(AutoModelForCausalLM.from_pretrained(target_folder), tmp_path / "lora")
+    with (
+        pytest.warns(UserWarning, match="The folder of the source model"),
+        open_pair(both, lora, target_folder) as pair,
+    ):
+        with pair.adapted.disable_adapter():
+            plain = logits(pair.source)
+    torch.testing.assert_close(plain, logits(AutoModelForCausalLM.from_pretrained(target_folder).eval()))
+    task = peft_cast.AnswerLikelihood("next", [{"q": "one two", "a": " three"}], "{q}", "{a}")
+    with pytest.warns(UserWarning, match="holds an adapter too"):
+        measured = peft_cast.evaluate(both, {}, [task], progress=False).rows[0].scores
+    assert measured == peft_cast.evaluate(target_folder, {}, [task], progress=False).rows[0].scores
+
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+
+
+@pytest.fixture
+def chat(lora_folder, byte_tokenizer, tmp_path):
+    """An adapter whose folder brings a tokenizer with a chat template."""
+    folder = shutil.copytree(lora_folder, tmp_path / "chat")
+    own = copy.deepcopy(byte_tokenizer)
+    own.chat_template = TEMPLATE
+    own.save_pretrained(folder)
+    return Path(folder)
+
+
+def test_the_adapters_tokenizer_and_template_count(chat, source_folder, lora_folder, target_folder):
+    with open_pair(source_folder, str(chat), target_folder) as pair:
+        assert pair.tokenizers[0].chat_template == TEMPLATE
+    with open_pair(source_folder, lora_folder, target_folder) as pair:
+        assert pair.tokenizers[0].chat_template is None
+
+
+def test_the_users_tokenizer_goes_before_the_adapters(chat, source_folder, target_folder):
+    given = peft_cast.Pairing(source_tokenizer=source_folder)
+    with open_pair(source_folder, str(chat), target_folder, given) as pair:
+        assert pair.tokenizers[0].chat_template is None
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_left_alone_and_said(
+    chat, source_folder, target_folder, byte_tokenizer
+):
+    own = copy.deepcopy(byte_tokenizer)
+    own.add_tokens([f"<new{i}>" for i in range(40)])
+    own.save_pretrained(chat)
+    with pytest.warns(UserWarning, match="has tokens up to number .* the source model's own is used"):
+        with open_pair(source_folder, str(chat), target_folder) as pair:
+            assert len(pair.tokenizers[0]) < len(own)
+
+
+def test_a_broken_tokenizer_of_an_adapter_is_a_warning(chat, source_folder, target_folder):
+    (chat / "tokenizer.json").write_text("{")
+    with pytest.warns(UserWarning, match="could not be loaded, the source model's own is used"):
+        with open_pair(source_folder, str(chat), target_folder) as pair:
+            assert pair.tokenizers[0].chat_template is None
+
+
+def test_the_revision_of_the_base_in_the_adapters_configuration_is_the_one_loaded(
+    lora_folder, target_folder, tmp_path
+):
+    adapter = edited(lora_folder, tmp_path / "a", base_model_name_or_path="someone/base", revision="v2")
+    target = "transformers.AutoModelForCausalLM.from_pretrained"
+    with mock.patch(target, side_effect=OSError("stop")) as asked:
+        refused(lambda: peft_cast.translate(None, adapter, target_folder, **QUICK), "stop")
+        assert asked.call_args.kwargs["revision"] == "v2"
+        refused(lambda: peft_cast.translate(None, adapter, target_folder, source_revision="v3", **QUICK), "stop")
+        assert asked.call_args.kwargs["revision"] == "v3"
+    with mock.patch("transformers.AutoConfig.from_pretrained", side_effect=OSError("stop")) as asked:
+        refused(lambda: peft_cast.plan(None, adapter, target_folder), "stop")
+        assert asked.call_args.kwargs["revision"] == "v2"
+
+
+@pytest.mark.parametrize("verb", ["translate", "plan"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", ["does not say which model it was trained on", "`source`"]),
+        (None, ["does not say which model it was trained on", "`source`"]),
+        ("/home/somebody/llama", ["names its model '/home/somebody/llama'", "no folder", "`source`"]),
+        ("./outputs/base", ["there is no folder './outputs/base'", "`source`"]),
+    ],
+)
+def test_an_adapter_that_names_no_model_that_is_here_says_so(verb, name, words, lora_folder, target_folder, tmp_path):
+    adapter = edited(lora_folder, tmp_path / "a", base_model_name_or_path=name)
+    refused(lambda: getattr(peft_cast, verb)(None, adapter, target_folder), *words)
+
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def vision_models():
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    seeing = {"depth": 1, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    yield (
+        "qwen2.5-vl",
+        transformers.Qwen2_5_VLConfig(
+            text_config={**SIZES, "rope_parameters": rope},
+            image_token_id=290,
+            video_token_id=291,
+            vision_start_token_id=292,
+            vision_end_token_id=293,
+            vision_config={**seeing, "patch_size": 4, "in_channels": 3, "fullatt_block_indexes": [0]},
+        ),
+    )
+    clip = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    yield (
+        "llava",
+        transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**SIZES),
+            image_token_index=290,
+            vision_config=transformers.CLIPVisionConfig(**clip, image_size=16, patch_size=4),
+        ),
+    )
+
+
+@pytest.fixture(scope="module", params=["qwen2.5-vl", "llava"])
+def vision(request, byte_tokenizer, tmp_path_factory):
+    """The folder of a vision-language model that AutoModelForCausalLM does not know."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(dict(vision_models())[request.param])
+    return save_model(model, byte_tokenizer, tmp_path_factory.mktemp("vision") / request.param)
+
+
+def test_vision_language_models_are_sources_and_targets_by_folder(
+    vision, source_folder, lora_folder, target_folder, tmp_path
+):
+    model = AutoModelForImageTextToText.from_pretrained(vision)
+    lora = make_lora(model, tmp_path / "lora", r".*language_model.*\.(q_proj|down_proj)")
+    assert peft_cast.plan(vision, lora, target_folder, steps=1).parameters["trained"] > 0
+    result = peft_cast.translate(vision, lora, target_folder, **QUICK)
+    assert len(result.metrics["alignment"]["unmapped"]) == 0
+    onto = peft_cast.translate(source_folder, lora_folder, vision, **QUICK)
+    onto.save_pretrained(tmp_path / "onto")
+    folded = peft_cast.to_lora(tmp_path / "onto")
+    assert folded.weights and all("language_model" in name for name in folded.weights)
+
+
+def test_what_is_no_decoder_is_refused_by_name(source_folder, lora_folder, target_folder, byte_tokenizer, tmp_path):
+    t5 = transformers.T5Config(vocab_size=300, d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8)
+    bert = transformers.BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"})
+    models = {
+        "t5": transformers.T5ForConditionalGeneration(t5),
+        "vit": transformers.ViTModel(
+            transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+        ),
+    }
+    assert bert.model_type == "bert"
+    for kind, model in models.items():
+        folder = save_model(model, byte_tokenizer, tmp_path / kind)
+        with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+            for models_given in ((folder, lora_folder, target_folder), (source_folder, lora_folder, folder)):
+                sentence = refused(lambda: peft_cast.translate(*models_given, **QUICK), f"'{kind}'", "decoder")
+                assert len(sentence) < 300
+        assert loads.call_count == 0
+        refused(lambda: peft_cast.plan(folder, lora_folder, target_folder), "decoder")
+
+
+def test_a_head_whose_precision_a_model_looks_up_can_be_cut(source_folder, lora_folder, byte_tokenizer, tmp_path):
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=32, state_size=4, num_hidden_layers=2)
+    target = save_model(AutoModelForCausalLM.from_config(config), byte_tokenizer, tmp_path / "mamba")
+    lora = make_lora(AutoModelForCausalLM.from_pretrained(target), tmp_path / "lora", ["in_proj", "x_proj"])
+    options = {**QUICK, "steps": 1, "batch_size": 4}
+    result = peft_cast.translate(target, lora, target, module_map=None, **options)
+    assert result.metrics["refinement"]["steps"] == 1
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
+def test_a_quantized_base_whose_package_is_missing_names_the_remedy(
+    method, source_folder, lora_folder, target_folder, tmp_path
+):
+    settings = {"bitsandbytes": {"load_in_4bit": True}, "gptq": {"bits": 4, "group_size": 128}, "awq": {"bits": 4}}
+    folder = Path(shutil.copytree(source_folder, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, **settings[method]}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(
+        lambda: peft_cast.translate(str(folder), lora_folder, target_folder, **QUICK),
+        str(folder),
+        "quantized",
+        "unquantized model as `source`",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"task_type": "SEQ_CLS"}, ["SEQ_CLS"]),
+        ({"lora_alpha": "16"}, ["`lora_alpha`"]),
+        ({"rank_pattern": None}, ["`rank_pattern`", "write {}"]),
+        ({"megatron_config": {"tensor_model_parallel_size": 2}}, ["`megatron_config`", "null"]),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, ["virtual tokens"]),
+        ({"r": -1}, ["`r`"]),
+        ({"init_lora_weights": "corda"}, ["corda"]),
+    ],
+)
+def test_what_the_configuration_tells_is_told_before_a_model_is_loaded(
+    values, words, source_folder, lora_folder, target_folder, tmp_path
+):
+    adapter = edited(lora_folder, tmp_path / "a", **values)
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        sentence = refused(lambda: peft_cast.translate(source_folder, adapter, target_folder, **QUICK), *words)
+    assert loads.call_count == 0 and "Pass a hub id" not in sentence
+
+
+def test_so_are_weights_that_cannot_be_read(source_folder, lora_folder, target_folder, tmp_path):
+    pickled, cut = edited(lora_folder, tmp_path / "pickled"), edited(lora_folder, tmp_path / "cut")
+    file = Path(pickled) / "adapter_model.safetensors"
+    torch.save(load_file(file), Path(pickled) / "adapter_model.bin")
+    file.unlink()
+    file = Path(cut) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        refused(lambda: peft_cast.translate(source_folder, pickled, target_folder, **QUICK), "safetensors")
+        refused(lambda: peft_cast.translate(source_folder, cut, target_folder, **QUICK), "corrupt")
+    assert loads.call_count == 0
+
+
+def test_an_adapter_that_was_never_trained_is_said_to_do_nothing(source_folder, target_folder, tmp_path):
+    for name, options in (("lora", {}), ("rslora", {"use_rslora": True}), ("attention", {"layers_to_transform": [0]})):
+        config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(source_folder), config).save_pretrained(tmp_path / name)
+        with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+            refused(
+                lambda: peft_cast.translate(source_folder, tmp_path / name, target_folder, **QUICK),
+                "changes nothing",
+                "Pass one that was trained",
+            )
+        assert loads.call_count == 0
+
+
+def test_adalora_without_the_length_of_its_training_is_read(source_folder, target_folder, tmp_path):
+    torch.manual_seed(0)
+    config = AdaLoraConfig(target_modules=["q_proj", "down_proj"], total_step=9, init_r=6, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(source_folder), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "ada")
+    for i, step in enumerate((None, 0)):
+        adapter = edited(tmp_path / "ada", tmp_path / f"ada{i}", total_step=step)
+        assert (
+            peft_cast.translate(source_folder, adapter, target_folder, **QUICK).metrics["source"]["type"] == "ADALORA"
+        )
+        assert inspect(adapter)["kind"] == "ADALORA"
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", None])
+def test_a_wrong_task_type_on_a_decoder_is_read_as_what_it_is(
+    task_type, source_folder, lora_folder, target_folder, tmp_path
+):
+    adapter = edited(lora_folder, tmp_path / "a", task_type=task_type)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = peft_cast.translate(source_folder, adapter, target_folder, **QUICK)
+    right = peft_cast.translate(source_folder, lora_folder, target_folder, **QUICK)
+    torch.testing.assert_close(logits(result.model), logits(right.model))
+    assert any("read as CAUSAL_LM" in str(one.message) for one in said) == (task_type is not None)
+
+
+def test_an_adapter_in_a_subfolder_of_a_repository_is_found(hub, source_folder, lora_folder, target_folder, tmp_path):
+    shutil.copytree(lora_folder, tmp_path / "repo" / "checkpoint-500")
+    shutil.copytree(lora_folder, tmp_path / "repo" / "library" / "math")
+    hub.add("user/loras", str(tmp_path / "repo"))
+    plain = peft_cast.translate(source_folder, lora_folder, target_folder, **QUICK)
+    for name in ("user/loras/checkpoint-500", "user/loras/library/math"):
+        result = peft_cast.translate(source_folder, name, target_folder, **QUICK)
+        torch.testing.assert_close(logits(result.model), logits(plain.model))
+        assert result.model.active_peft_config.source_adapter_name_or_path == name
+        assert inspect(name)["rank"] == 4 and peft_cast.plan(source_folder, name, target_folder, steps=1).seconds > 0
+    refused(
+        lambda: peft_cast.translate(source_folder, "user/loras/nothing", target_folder, **QUICK), "user/loras/nothing"
+    )
+
+
+def test_a_subfolder_that_cannot_be_reached_is_named(source_folder, target_folder):
+    refused(
+        lambda: peft_cast.translate(source_folder, "someone/lora/checkpoint-500", target_folder, **QUICK),
+        "subfolder 'checkpoint-500'",
+        "'someone/lora'",
+    )
+
+
+def test_a_merged_adapter_in_memory_comes_back_merged(source_folder, lora_folder, target_folder):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder).eval()
+    plain = peft_cast.translate(None, model, target_folder, source_tokenizer=source_folder, **QUICK)
+    model.merge_adapter()
+    before = logits(model)
+    result = peft_cast.translate(None, model, target_folder, source_tokenizer=source_folder, **QUICK)
+    torch.testing.assert_close(logits(result.model), logits(plain.model), rtol=1e-3, atol=1e-4)
+    assert all(m.merged for m in model.modules() if hasattr(m, "lora_A"))
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_given_as_adapter_gets_its_own_sentence(source_folder, target_folder):
+    model = AutoModelForCausalLM.from_pretrained(source_folder)
+    for verb in (peft_cast.translate, peft_cast.baselines.direct_copy):
+        refused(
+            lambda: verb(source_folder, model, target_folder), "`adapter` is a model (LlamaForCausalLM)", "PeftModel"
+        )
