@@ -218,7 +218,8 @@ def _translate_one(job: Job) -> TranslationResult:
             maps, pair = initial_maps(pair, texts.fit, options, bridge=bridge, start=earlier, cache=run.cache)
         hidden = {path: (layer_pairs(pair.modules)[path], weight) for path, weight in maps.hidden_maps.items()}
         teacher = Teacher(pair.adapted, training, hidden, teacher_cache(pair, training, run.cache))
-        config = cast_config(pair.kernels, pair.modules, **vars(options.projections), **_origin(job, pair))
+        known = {**_origin(job, pair), "not_carried": pair.given.holdings.reasons}
+        config = cast_config(pair.kernels, pair.modules, **vars(options.projections), **known)
         with unloaded_on_error(pair.target):
             # 4. Install: the frozen kernels between these maps, on the target.
             gain = options.fit.gain if earlier is None else 1.0

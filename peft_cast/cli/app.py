@@ -257,8 +257,9 @@ def cast_command(
 ) -> None:
     """Carry a LoRA over a bridge: file to file, no model weights, no text, no training."""
     check_place(output, bridge, adapter)
-    Bridge.from_pretrained(bridge).cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
-    print_result({"output": str(output)}, f"CAST adapter saved in {output}", as_json, quiet)
+    held = Bridge.from_pretrained(bridge).cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
+    account = {"output": str(output), "not_carried": held.not_carried, "holdings": held.as_dict()}
+    print_result(account, "\n".join([*held.lines(), f"CAST adapter saved in {output}"]), as_json, quiet)
 
 
 @app.command("to-lora")
@@ -276,6 +277,7 @@ def to_lora_command(
     folded = to_lora(adapter, rank, revision=revision, dtype=dtype_of(dtype))
     folded.save_pretrained(output)
     account = {"output": str(output), "rank": folded.config.r, "errors": folded.errors}
+    account |= {"not_carried": folded.not_carried, "not_folded": list(folded.not_folded)}
     print_result(account, f"{folded}\nSaved in {output}", as_json, quiet)
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..align import split_name
 from ..fit import Bridge
 from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
+from ..results.artifacts import not_carried
+from ..source import list_not_carried, read_holdings, weights_file
 from ..tuner import CastConfig
 from ..utils import read_adapter_config
 
@@ -27,26 +29,36 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
     Returns:
         `kind` (`"CAST adapter"`, `"bridge"` or the PEFT type), `base_model`; `file` with `bytes`, `tensors`,
         `parameters` and `dtypes`; for a CAST adapter also `source` (model, adapter, revisions), `projections`,
-        `kernels` (by module name within
-        a layer: how many, their ranks and where from) and `layers` (target layer → source layers), and `metrics` if
-        they were saved beside it.
+        `kernels` (by module name within a layer: how many, their ranks and where from) and `layers` (target layer →
+        source layers), and `metrics` if they were saved beside it. `holdings` is what the adapter holds and what
+        becomes of it where it is a source, `not_carried` what of its own source it lacks. Where a folder has its
+        adapters in subfolders, `adapters` has their accounts.
 
     Raises:
         ValueError: If there is neither an adapter nor a bridge.
     """
     if _file(adapter, BRIDGE_CONFIG_NAME, revision) is not None:
         return _bridge(adapter, revision)
-    config = read_adapter_config(adapter, revision)
+    inner = _subfolders(adapter)
+    if inner and not Path(adapter, CONFIG_NAME).is_file():
+        accounts = {name: inspect(Path(adapter, name)) for name in inner}
+        base = next(iter(accounts.values()))["base_model"]
+        return {"kind": f"{len(inner)} adapters in subfolders", "base_model": base, "file": {}, "adapters": accounts}
+    holdings = read_holdings(adapter, revision)
     account: dict[str, Any] = {
-        "kind": "CAST adapter"
-        if isinstance(config, CastConfig)
-        else getattr(config.peft_type, "value", config.peft_type),
-        "base_model": config.base_model_name_or_path,
-        "revision": config.revision,
+        "kind": holdings.kind.partition(" ")[0],
+        "base_model": holdings.base_model,
+        "revision": holdings.revision,
+        "task_type": holdings.task_type,
         "file": _weights(_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision)),
+        "weights_file": weights_file(adapter, revision),
+        "holdings": holdings.as_dict(),
     }
+    if inner:
+        account["also"] = inner
+    config = read_adapter_config(adapter, revision) if holdings.is_known else None
     if isinstance(config, CastConfig):
-        account |= _cast(config)
+        account |= {"kind": "CAST adapter", **_cast(config)}
     elif hasattr(config, "r"):
         modules = config.target_modules
         account |= {"rank": config.r, "alpha": getattr(config, "lora_alpha", None)}
@@ -54,6 +66,8 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
     metrics = _file(adapter, METRICS_NAME, revision)
     if metrics is not None:
         account["metrics"] = _metrics(metrics)
+    known = account.get("metrics", {}).get("not_carried")
+    account["not_carried"] = known or not_carried(getattr(config, "not_carried", None))
     return account
 
 
@@ -73,6 +87,10 @@ def describe(account: Mapping[str, Any]) -> str:
             f"file         {file['bytes'] / 2**20:.1f} MiB, {file['tensors']} tensors, {file['parameters']:,} numbers "
             f"({types})"
         )
+    elif "weights_file" in account:
+        lines.append(f"file         {account['weights_file'] or 'no weights'}, no {SAFETENSORS_WEIGHTS_NAME}")
+    if account.get("task_type"):
+        lines.append(f"task         {account['task_type']}")
     if "projections" in account:
         p = account["projections"]
         extras = (
@@ -93,8 +111,14 @@ def describe(account: Mapping[str, Any]) -> str:
             f"from {account['bridge']['source']}: {account['bridge']['maps']} maps, fitted on "
             f"{account['bridge']['texts']} texts"
         )
-    if "metrics" in account:
-        kl = account["metrics"]["kl"]
+    lines += account.get("holdings", {}).get("lines", ())
+    if account.get("not_carried"):
+        lines.append(f"its source   not carried over from there: {list_not_carried(account['not_carried'])}")
+    if "also" in account:
+        lines.append(f"besides      more adapters in the subfolders {', '.join(account['also'])}: pass one of them")
+    for name, inner in account.get("adapters", {}).items():
+        lines += ["", f"{name}:", *(f"  {line}" for line in describe(inner).splitlines())]
+    if kl := account.get("metrics", {}).get("kl"):
         lines.append(
             "KL from the teacher (nats per position): "
             + ", ".join(f"{name} {value:.3f}" for name, value in kl.items())
@@ -147,12 +171,20 @@ def _bridge(folder: str | Path, revision: str | None) -> dict[str, Any]:
 
 def _metrics(path: Path) -> dict[str, Any]:
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        metrics, folded = saved.get("metrics", {}), saved.get("folded", {})
+        names = ("kl", "excitement", "parameters", "phases", "settings")
         return {
-            name: metrics[name] for name in ("kl", "excitement", "parameters", "phases", "settings") if name in metrics
+            **{name: metrics[name] for name in names if name in metrics},
+            "not_carried": [*metrics.get("source", {}).get("not_carried", ()), *folded.get("not_carried", ())],
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"'{path}' could not be read: {error!r}. Delete it; the adapter does not need it.") from error
+
+
+def _subfolders(adapter: str | Path) -> list[str]:
+    """Adapters of other names, which PEFT saves to folders of their own."""
+    return sorted(path.parent.name for path in Path(adapter).glob(f"*/{CONFIG_NAME}"))
 
 
 def _file(folder: str | Path, name: str, revision: str | None) -> Path | None:

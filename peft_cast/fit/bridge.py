@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,7 @@ from ..results import (
     push_saved,
     read_licenses,
 )
-from ..source import LoraKernel, adapted_source, check_adapter, load_source, open_pair
+from ..source import Holdings, LoraKernel, adapted_source, check_adapter, check_is_read, load_source, open_pair
 from ..text import check_text, read_corpus
 from ..utils import change_dtype, complete_folder, distributed, one_line, secrets_removed, without_secrets, write_json
 from ..utils.fields import check_count
@@ -93,6 +94,9 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
     ) -> PeftModel:
         """Carry one adapter over, with no text and no training.
 
+        What no kernel expresses (a head trained in full, biases, see docs/sources.md) is lost: a warning names it, and
+        the configuration of the result (`not_carried`).
+
         Args:
             adapter: The LoRA: hub id, path, or a PeftModel on the source.
             target: The model it shall work on; the one the bridge leads to is loaded when not given.
@@ -109,7 +113,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         chosen = Options.of(options, Bridge.cast, pairing=pairing).pairing
         device = distributed.init(chosen.device)
         target = load_model(target or self.target.name, "target", device, self.target.revision, chosen.dtype)
-        return self._cast(adapter, target, source, gain, adapter_name, chosen).eval()
+        return self._cast(adapter, target, source, gain, adapter_name, chosen)[0].eval()
 
     def cast_file(
         self,
@@ -119,8 +123,11 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         gain: float | None = None,
         adapter_revision: str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> Holdings:
         """Carry a plain LoRA over from file to file: neither model is loaded.
+
+        What no kernel expresses (a head trained in full, biases, see docs/sources.md) is lost: a warning names it, the
+        model card and `cast_metrics.json` beside the adapter.
 
         Args:
             adapter: The LoRA: hub id or path.
@@ -128,18 +135,22 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             gain, adapter_revision: As in `translate`.
             dtype (`torch.dtype`, *optional*): Precision of the file; float32 when not given.
 
+        Returns:
+            `Holdings`: What the LoRA holds and what became of it.
+
         Raises:
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
-        model = self._cast(
-            adapter, self.target.skeleton(), None, gain, "default", Pairing(adapter_revision=adapter_revision)
-        )
+        check_is_read(adapter, adapter_revision)
+        pairing = Pairing(adapter_revision=adapter_revision)
+        model, held, metrics = self._cast(adapter, self.target.skeleton(), None, gain, "default", pairing)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
         model.save_pretrained(folder, save_embedding_layers=False)
         if dtype is not None:
             change_dtype(Path(folder) / SAFETENSORS_WEIGHTS_NAME, dtype)
-        (Path(folder) / METRICS_NAME).unlink(missing_ok=True)  # of another adapter that was there before
+        write_json({"metrics": metrics}, Path(folder) / METRICS_NAME)
         add_card(Path(folder))
+        return held
 
     def push_to_hub(  # type: ignore[override]  # the mixin's filters of files make no sense here
         self,
@@ -172,7 +183,10 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         artifact = Artifact.of_bridge(self._config())
         return make_card(artifact, read_licenses(artifact))
 
-    def _cast(self, adapter, target, source, gain, adapter_name, pairing: Pairing) -> PeftModel:
+    def _cast(
+        self, adapter, target, source, gain, adapter_name, pairing: Pairing
+    ) -> tuple[PeftModel, Holdings, dict[str, Any]]:
+        """The target with the adapter, what that held, and the metrics."""
         check_adapter(adapter, pairing.adapter_revision)
         if source is None and not isinstance(adapter, PeftModel):
             on = self.source.skeleton()
@@ -180,6 +194,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             on = load_source(source, adapter, target.device)
         with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank) as read:
             closed_form, modules = self.closed_form(read.kernels)
+            held = read.holdings
             config = cast_config(
                 read.kernels,
                 modules,
@@ -187,6 +202,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
                 source_model_revision=self.source.revision,
                 source_adapter_name_or_path=adapter_name_of(adapter),
                 source_adapter_revision=pairing.adapter_revision,
+                not_carried=held.reasons,
             )
             model = install(
                 target,
@@ -197,8 +213,11 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
                 adapter_name=adapter_name,
                 revision=self.target.revision,
             )
+            metrics = {"source": read.metrics, "alignment": modules.metrics}
+        if (lost := held.lost(adapter_name_of(adapter), modules.metrics["unmapped"])) is not None:
+            warnings.warn(lost, stacklevel=3)
         freeze_adapter(model)
-        return model
+        return model, held, {**metrics, "bridge": {"source": self.source.name, "target": self.target.name}}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         add_card(self._save(save_directory))  # the mixin would keep what there is, a card of another bridge too

@@ -19,7 +19,7 @@ from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_mod
 from ..fit import cast_config, held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
 from ..models import check_remote_code, default_dtype, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
-from ..source import adapted_source, base_of
+from ..source import adapted_source, base_of, list_not_carried
 from ..text import ANCHOR_EVERY, anchor_length
 from ..tuner import CastConfig
 from ..utils import one_line, secrets_removed, why_no_model, without_secrets
@@ -64,6 +64,7 @@ class Plan:
         phases (`dict[str, PhasePlan]`): `load`, `closed_form`, `evaluate`, `refine`: those of
             `TranslationResult.metrics`.
         assumed (`dict`): Tokens per text and what else the plan rests on.
+        not_carried (`list[dict]`): What of the adapter no kernel expresses, as in the metrics of `translate`.
     """
 
     device: Device
@@ -72,6 +73,7 @@ class Plan:
     files: dict[str, int]
     phases: dict[str, PhasePlan]
     assumed: dict[str, Any]
+    not_carried: Sequence[dict[str, str]] = ()
 
     @property
     def memory(self) -> int:
@@ -102,6 +104,8 @@ class Plan:
             f"checkpoint {_size(self.files['checkpoint'])}",
             f"  {'phase':<12} {'time':>9}  {'memory':>9}  above weights",
         ]
+        if self.not_carried:
+            lines.insert(3, f"  not carried  {list_not_carried(self.not_carried)}")
         for name, phase in self.phases.items():
             time, memory, above = _time(phase.seconds), _size(phase.memory), _size(phase.above_weights)
             lines.append(f"  {name:<12} {time:>9}  {memory:>9}  {above:>13}")
@@ -193,7 +197,7 @@ def plan(
     layers = map_layers(layer_count(on), layer_count(onto), depth_map)
     length = min(tokens or max_length, max_length)
     with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank) as read:
-        kernels = dict(read.kernels)
+        kernels, not_carried = dict(read.kernels), read.holdings.not_carried
         modules = map_modules(kernels, onto, layers, pairing.module_map, on)
         config = cast_config(kernels, modules, **vars(given.projections))
         weights = {"source": _weights(on, weight_bits), "target": _weights(onto, weight_bits)}
@@ -289,7 +293,7 @@ def plan(
         "dtype": str(dtype),
     }
     lora = sum(len(kernel.A) * (kernel.A.shape[1] + kernel.B.shape[0]) for kernel in kernels.values())
-    return Plan(device, weights, {"trained": trained, "source_lora": lora}, files, phases, assumed)
+    return Plan(device, weights, {"trained": trained, "source_lora": lora}, files, phases, assumed, not_carried)
 
 
 def _kept_here(models: Sequence[PreTrainedModel], weights: int, processes: int) -> int:

@@ -78,16 +78,33 @@ class Artifact:
     def of_adapter(cls, config: Mapping[str, Any], report: Mapping[str, Any]) -> Artifact | None:
         """From what `adapter_config.json` and `cast_metrics.json` hold; `None` if the adapter is not ours."""
         if config["peft_type"] == "CAST":
-            return cls("cast", _origins(config), report)
+            return cls("cast", _origins(config), with_not_carried(report, config.get("not_carried")))
         if config["peft_type"] == "LORA" and "folded" in report:
             target = {key: config.get(key) for key in ("base_model_name_or_path", "revision")}
             return cls("lora", _origins({**report["folded"]["origin"], **target}), report)
         return None
 
     @property
+    def not_carried(self) -> list[dict[str, str]]:
+        """What of the source adapter no kernel expresses: `module` and `what`."""
+        return list(self.report.get("metrics", {}).get("source", {}).get("not_carried", ()))
+
+    @property
     def largest_error(self) -> float:
         """The largest relative error of a module's weight change, where a rank was cut; else 0."""
         return max(self.report.get("folded", {}).get("errors", {}).values(), default=0.0)
+
+
+def with_not_carried(report: Mapping[str, Any], known: Mapping[str, list[str]] | None) -> dict[str, Any]:
+    """A report, in which what is not carried over is that of the configuration, if it does not say itself."""
+    metrics = report.get("metrics", {})
+    source = {"not_carried": not_carried(known), **metrics.get("source", {})}
+    return {**report, "metrics": {**metrics, "source": source}} if known else dict(report)
+
+
+def not_carried(known: Mapping[str, list[str]] | None) -> list[dict[str, str]]:
+    """What a CAST adapter's configuration says of it, by module, as metrics have it."""
+    return [{"module": module, "what": what} for what, modules in (known or {}).items() for module in modules]
 
 
 def _origins(config: Mapping[str, Any]) -> dict[str, Origin]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
+from ..source import list_not_carried
 from ..utils import environment, replacing
 from .artifacts import Artifact, Origin
-from .diagnosis import KL_NAMES, list_not_carried, way_covered
+from .diagnosis import KL_NAMES, way_covered
 from .licenses import ROLES, License, Licenses
 from .report.markdown import escaped
 from .rows import Row
@@ -97,7 +98,8 @@ def make_card(
         metrics=metrics,
         distances={KL_NAMES.get(name, name): nats for name, nats in metrics.get("kl", {}).items()},
         covered=way_covered(metrics.get("kl", {})),
-        not_carried=list_not_carried(metrics.get("source", {}).get("not_carried", ())),
+        not_carried=_listed(artifact.not_carried),
+        unfolded=_listed(artifact.report.get("folded", {}).get("not_carried", ())),
         versions=environment()["versions"],
     )
     for key, value in before.items():
@@ -141,6 +143,11 @@ def _is_generated(file: Path) -> bool:
 @cache
 def _empty_form() -> str:
     return ModelCard.from_template(ModelCardData()).text.strip()
+
+
+def _listed(parts: Sequence[Mapping[str, str]]) -> str:
+    """What is not carried over, in markdown. Underscores within words do nothing there."""
+    return escaped(list_not_carried(parts)).replace(r"\_", "_")
 
 
 def _title(artifact: Artifact) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from ..source import list_not_carried
 from .settings import is_comparable, settings_of
 
 
@@ -37,25 +38,6 @@ def fit_by_role(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     }
 
 
-def by_reason(parts: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """The modules that were left behind, by why they were."""
-    reasons: dict[str, list[str]] = {}
-    for part in parts:
-        reasons.setdefault(part["what"], []).append(part["module"])
-    return reasons
-
-
-def list_reasons(reasons: Mapping[str, Sequence[str]]) -> str:
-    """`"trained bias (model.layers.0.q_proj and 5 more), ..."`"""
-    more = {what: f" and {len(names) - 1} more" if len(names) > 1 else "" for what, names in reasons.items()}
-    return ", ".join(f"{what} ({names[0]}{more[what]})" for what, names in reasons.items())
-
-
-def list_not_carried(parts: Sequence[Mapping[str, str]]) -> str:
-    """The same, of modules with their reasons."""
-    return list_reasons(by_reason(parts))
-
-
 def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]]) -> list[str]:
     """One sentence for each thing that limits a translation, most telling first; empty when nothing stands out.
 
@@ -73,10 +55,14 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
             "dozen prompts of the kind it answers."
         )
     if source.get("not_carried"):
+        imitated = (
+            "The teacher has them, so that the refinement imitates them as far as the other parts' kernels can: judge "
+            "the result on your task."
+            if settings.get("steps", 1) or settings.get("on_policy_steps")
+            else "Nothing was refined, so they are lost: pass `steps`, and the refinement imitates them."
+        )
         found.append(
-            f"No kernel expresses these parts of the adapter: {list_not_carried(source['not_carried'])}. The teacher "
-            "has them, so that the refinement imitates them as far as the other parts' kernels can: judge the result "
-            "on your task."
+            f"No kernel expresses these parts of the adapter: {list_not_carried(source['not_carried'])}. {imitated}"
         )
     if covered >= 0.9 or kl["target"] <= 0:
         return found

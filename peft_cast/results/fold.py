@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,13 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..models import load_on_skeleton, skeleton
+from ..source import SAVED, list_not_carried, read_holdings
 from ..tuner import CastConfig, CastLayer
 from ..tuner.checks import read_json
 from ..tuner.merging import check_foldable
@@ -34,7 +36,7 @@ from ..utils import (
     write_tensors,
 )
 from ..utils.safety import find_file
-from .artifacts import METRICS_NAME, replacing_folder
+from .artifacts import METRICS_NAME, replacing_folder, with_not_carried
 from .publish import Publishable, add_card
 from .rows import Evaluation
 
@@ -52,6 +54,8 @@ class FoldedLora(Publishable):
         origin (`dict[str, str]`): The fields of the CAST adapter's configuration that name its source model and
             adapter.
         report (`dict`): What the `cast_metrics.json` of the CAST adapter holds; empty if it has none.
+        not_folded (`list[dict]`): Parts of the CAST adapter that a LoRA on these modules has no place for: `module`
+            and `what`.
     """
 
     config: LoraConfig
@@ -59,6 +63,12 @@ class FoldedLora(Publishable):
     errors: dict[str, float]
     origin: Mapping[str, str | None] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
+    not_folded: Sequence[Mapping[str, str]] = ()
+
+    @property
+    def not_carried(self) -> list[dict[str, str]]:
+        """What of the source's adapter no kernel expressed when it was translated: `module` and `what`."""
+        return list(self.report.get("metrics", {}).get("source", {}).get("not_carried", ()))
 
     def save_pretrained(
         self, folder: str | Path, *, evaluation: Evaluation | None = None, evaluated_as: str | None = None
@@ -81,6 +91,7 @@ class FoldedLora(Publishable):
         write_tensors(self.weights, folder / SAFETENSORS_WEIGHTS_NAME, format="pt")
         self.config.save_pretrained(str(folder))
         folded = {"rank": self.config.r, "errors": self.errors, "origin": self.origin}
+        folded |= {"not_carried": list(self.not_folded)} if self.not_folded else {}
         # Scores of the CAST adapter are not those of a LoRA that lost something.
         kept = {k: v for k, v in self.report.items() if k != "evaluation" or not any(self.errors.values())}
         write_json({**kept, "folded": folded}, folder / METRICS_NAME)
@@ -88,12 +99,19 @@ class FoldedLora(Publishable):
 
     def __str__(self) -> str:
         cut = [error for error in self.errors.values() if error]
-        if not cut:
-            return f"LoRA of rank {self.config.r} on {len(self.errors)} modules, exact"
-        return (
-            f"LoRA of rank {self.config.r} on {len(self.errors)} modules; {len(cut)} were cut, relative error of the "
-            f"weight change {fmean(self.errors.values()):.3f} in the mean, {max(cut):.3f} at most"
-        )
+        said = f"LoRA of rank {self.config.r} on {len(self.errors)} modules"
+        if cut:
+            said += (
+                f"; {len(cut)} were cut, relative error of the weight change {fmean(self.errors.values()):.3f} in the "
+                f"mean, {max(cut):.3f} at most"
+            )
+        else:
+            said += ", exact"
+        if self.not_carried:
+            said += f"\nNot carried over from the source adapter: {list_not_carried(self.not_carried)}"
+        if self.not_folded:
+            said += f"\nNot carried over from the CAST adapter: {list_not_carried(self.not_folded)}"
+        return said
 
 
 def to_lora(
@@ -151,12 +169,24 @@ def to_lora(
         fan_in_fan_out=any(isinstance(base.get_submodule(name).get_base_layer(), Conv1D) for name in factors),
     )
     _warn_of_experts(lora, model)
+    not_folded = _besides(model, adapter_name) if model is adapter else read_holdings(adapter, revision).not_carried
+    if not_folded:
+        warnings.warn(
+            f"Not carried over to the LoRA: {list_not_carried(not_folded)}. Servers have no place for it: merge the "
+            "CAST adapter into the model (`merge_and_unload`), or serve it unfolded."
+        )
     origin = {key: value for key, value in vars(config).items() if key.startswith("source_")}
     report: dict[str, Any] = {}
     if not isinstance(adapter, PeftModel):
         with suppress(OSError, ValueError, EntryNotFoundError):  # it may have none
             report = read_json(find_file(adapter, METRICS_NAME, revision))
-    return FoldedLora(lora, weights, errors, origin, report)
+    return FoldedLora(lora, weights, errors, origin, with_not_carried(report, config.not_carried), not_folded)
+
+
+def _besides(model: PeftModel, adapter_name: str) -> list[dict[str, str]]:
+    """What a CAST adapter on a model has besides its kernels."""
+    wrappers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+    return [{"module": n, "what": SAVED} for n, m in wrappers.items() if adapter_name in m._adapters]
 
 
 def _warn_of_experts(lora: LoraConfig, model: PeftModel) -> None:

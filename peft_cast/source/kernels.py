@@ -8,14 +8,13 @@ out DoRA's magnitudes and returns rotations or nothing at all for others.) The d
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.variants import ALoraLinearVariant
@@ -25,6 +24,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..align import find_places, split_name, split_place
+from .holdings import Holdings, kernel_parts, left_parts, options_of
+from .kinds import (
+    ALORA,
+    BASE,
+    BIAS,
+    EVERYWHERE,
+    EXACT_UP_TO,
+    HEAD,
+    OUTSIDE,
+    SAVED,
+    TOKENS,
+    called,
+    default_rank,
+    is_read,
+    kind_of,
+    on_a,
+    on_parameter,
+)
 
 
 @dataclass(frozen=True)
@@ -42,9 +59,6 @@ def count_parameters(kernels: Mapping[str, LoraKernel]) -> int:
     return sum(parts.values()) + sum(kernel.B.numel() for kernel in kernels.values())
 
 
-# A measured delta whose rank is at most EXACT_UP_TO is kept whole, any other is cut to DEFAULT_RANK or twice the
-# LoRA's.
-EXACT_UP_TO, DEFAULT_RANK = 64, 16
 # Relative error below which a cut loses nothing but rounding.
 _EXACT = 1e-5
 
@@ -77,8 +91,27 @@ class SourceAdapter:
             "type": self.kind,
             "rank": max(len(kernel.A) for kernel in self.kernels.values()),
             "converted": dict(self.converted),
-            "not_carried": [{"module": module, "what": what} for module, what in self.not_carried],
+            "not_carried": self.holdings.not_carried,
         }
+
+    @property
+    def holdings(self) -> Holdings:
+        """What the adapter holds and what becomes of it, exactly."""
+        config, found = self.model.active_peft_config, {}
+        for place, kernel in self.kernels.items():
+            module = split_place(place)[0]
+            error = self.converted.get(module)
+            found[module] = ("approximated" if error and error > _EXACT else "exact", len(kernel.A), error)
+        return Holdings(
+            self.kind,
+            options_of(config),
+            tuple(sorted({rank for _, rank, _ in found.values()})),
+            (*kernel_parts(called(config), found), *left_parts(self.not_carried)),
+            config.task_type,
+            config.base_model_name_or_path,
+            config.revision,
+            is_read(config) and not self.converted,
+        )
 
     @property
     def identity(self) -> str:
@@ -129,34 +162,34 @@ def read_adapter(
         if isinstance(module, AuxiliaryTrainingWrapper):
             wrappers += (f"{name}.",)
             tokens = isinstance(module, TrainableTokensWrapper)
-            rest[name, "trained tokens" if tokens else "module trained in full (modules_to_save)"] = None
+            rest[name, TOKENS if tokens else SAVED] = None
         if not isinstance(module, BaseTunerLayer) or name.startswith(wrappers):
             continue
         if adapter not in module._get_available_adapters():
             continue
         layer, plain_name = module.get_base_layer(), name.replace(".base_layer", "")
         if module is head:
-            rest[name, "adapter on the output head"] = None
+            rest[name, HEAD] = None
         elif _is_plain(module, adapter, name, originals) and split_name(name):
             kernels[name] = _read(module, adapter)
             bias = module.lora_B[adapter].bias
             if bias is not None and bias.any():
-                rest[name, "trained bias"] = None
+                rest[name, BIAS] = None
         elif isinstance(module, ParamWrapper) and not isinstance(layer, (nn.Linear, Conv1D)):
-            rest[plain_name, f"adapter on the parameter '{module.parameter_name}' (target_parameters)"] = None
+            rest[plain_name, on_parameter(module.parameter_name)] = None
         elif not isinstance(layer, (nn.Linear, Conv1D)):
-            rest[plain_name, f"adapter on a {type(layer).__name__}"] = None
+            rest[plain_name, on_a(type(layer).__name__)] = None
         elif not split_name(name):
-            rest[name, "adapter outside the layers"] = None
+            rest[name, OUTSIDE] = None
         else:
             delta, bias = _measure(name, module, originals)
             if bias.any():
-                rest[name, "trained bias"] = None
+                rest[name, BIAS] = None
             if delta.any():
-                kernels[name], errors[name] = _cut(delta, rank, _default_rank(config))
+                kernels[name], errors[name] = _cut(delta, rank, default_rank(config))
     if getattr(config, "alora_invocation_tokens", None) and kernels:
-        rest["every adapted module", "activation after the invocation tokens only (aLoRA)"] = None
-    kind = _kind(config)
+        rest[EVERYWHERE, ALORA] = None
+    kind = kind_of(config)
     if not kernels:
         found = ", ".join(f"{module}: {what}" for module, what in list(rest)[:4]) or "it changes no module"
         raise ValueError(
@@ -180,41 +213,31 @@ def _by_place(kernels: Mapping[str, LoraKernel], base: nn.Module) -> dict[str, L
     return split
 
 
-def _kind(config: PeftConfig) -> str:
-    """`"LORA"`, or `"LORA (use_dora)"` with the options PEFT marks as variants and the initialization, if any is
-    named.
-    """
-    options = [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
-    ]
-    start = getattr(config, "init_lora_weights", None)
-    options += [str(start)] if isinstance(start, str) else []
-    return config.peft_type.value + (f" ({', '.join(options)})" if options else "")
-
-
-def _default_rank(config: PeftConfig) -> int:
-    """Room for a LoRA's own directions and as many of what its variant (DoRA, PiSSA) changes besides."""
-    return max(DEFAULT_RANK, 2 * config.r) if isinstance(config, LoraConfig) else DEFAULT_RANK
-
-
 def _replaced(config: PeftConfig, base: nn.Module, originals: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
-    """Parameters of the base model itself that the adapter has trained or brings along."""
+    """Parameters of the base model itself that the adapter has trained or brings along.
+
+    Weights of adapted linear layers are measured with the adapter; those in wrappers are the wrappers' own.
+    """
     parts = []
+    adapted = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    wrappers = tuple(
+        f"{name}." for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    )
     for name in originals:
         module, _, parameter = name.rpartition(".")
+        if name.startswith(wrappers):
+            continue
         if parameter == "bias":
-            parts.append((module, "trained bias"))
-        elif not split_name(name):
-            parts.append((module, "weights of the base model in the adapter's file"))
+            parts.append((module, BIAS))
+        elif not split_name(name) or module not in adapted:
+            parts.append((module, BASE))
     trained = getattr(config, "bias", "none")
     if trained != "none" and not originals:  # a PeftModel in memory: what was trained is known, what was before is not
         for name, module in base.named_modules():
             adapted = isinstance(module, BaseTunerLayer)
             own = module.get_base_layer() if adapted else module
             if (adapted or trained == "all") and isinstance(getattr(own, "bias", None), nn.Parameter):
-                parts.append((name.removesuffix(".base_layer"), "trained bias"))
+                parts.append((name.removesuffix(".base_layer"), BIAS))
     return parts
 
 

@@ -21,14 +21,11 @@ from ..tuner.checks import TensorInfo
 from ..utils import adapter_folder, check_weights, one_line, read_adapter_config, why_no_model, without_secrets
 from ..utils.safety import find_file, read_weights_header
 from .kernels import SourceAdapter, check_rank, read_adapter
+from .kinds import MISNAMED, changes_weights, refusal
 
 
-# Task types that name no head of their own and that people write on decoders.
-_MISNAMED = ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "QUESTION_ANS")
 _NAME = "peft_cast_source"
 _PREFIX = "base_model.model."
-# Methods whose effect is no fixed change of weights, and that cannot be told by trying.
-_NO_DELTA = {"XLORA": "mixes other adapters token by token", "POLY": "needs task ids"}
 
 
 def load_source(
@@ -134,7 +131,7 @@ def adapted_source(
     named = f"The adapter '{without_secrets(adapter)}'"
     _check_config(config, named)
     header = check_weights(adapter, config, revision, source)
-    if config.task_type in _MISNAMED:
+    if config.task_type in MISNAMED:
         warnings.warn(
             f"{named} names the task type {config.task_type}, but its model is a decoder: it is read as CAUSAL_LM."
         )
@@ -142,7 +139,7 @@ def adapted_source(
     shapes = {name.removeprefix(_PREFIX): info.shape for name, info in header.items()}
     _check_vocabulary(source, adapter, shapes)
     parameters = dict(source.named_parameters(remove_duplicate=False))
-    names = parameters if _changes_weights(config) else {_base_name(key) for key in shapes} & parameters.keys()
+    names = parameters if changes_weights(config) else {_base_name(key) for key in shapes} & parameters.keys()
     kept = {name: parameters[name].detach().clone() for name in names}
     lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
     try:
@@ -233,46 +230,8 @@ def _is_list(module: nn.Module) -> bool:
 
 def _check_config(config: PeftConfig, name: str, in_memory: bool = False) -> None:
     """Refuse by its configuration what cannot be translated."""
-    kind = config.peft_type.value
-    if config.is_prompt_learning or config.is_adaption_prompt:
-        raise ValueError(
-            f"{name} is of type {kind}, which adds virtual tokens and changes no weight, so there is nothing to carry "
-            "over: only adapters that change linear layers can be translated."
-        )
-    if kind in _NO_DELTA:
-        raise ValueError(
-            f"{name} is of type {kind}, which {_NO_DELTA[kind]}, so it is no fixed change of weights and cannot be "
-            "translated: translate one plain adapter at a time."
-        )
-    if config.task_type not in (None, "CAUSAL_LM", *_MISNAMED):
-        raise ValueError(
-            f"{name} was trained for the task type {config.task_type}, whose head a causal language model has not: "
-            "only adapters of causal language models can be translated."
-        )
-    start = _start(config)
-    lost = start.startswith(("pissa_niter", "corda", "lora_ga", "loftq"))
-    if lost or (in_memory and _changes_weights(config)):
-        remedy = (
-            "save it with `save_pretrained(folder, path_initial_model_for_weight_conversion=...)`, which makes it a "
-            "plain LoRA, or set `init_lora_weights` to true in its configuration and pass the changed model as "
-            "`source`"
-            if lost
-            else "save it with `save_pretrained(folder)` and pass the folder"
-        )
-        raise ValueError(
-            f"{name} is relative to base weights that its initialization ({start or 'kasa'}) changed, and what they "
-            f"were before is not known here: {remedy}."
-        )
-
-
-def _start(config: PeftConfig) -> str:
-    start = getattr(config, "init_lora_weights", None)
-    return start.lower() if isinstance(start, str) else ""
-
-
-def _changes_weights(config: PeftConfig) -> bool:
-    """Whether PEFT changes the base weights when it puts the adapter on a model, in a way that is always the same."""
-    return _start(config) in ("pissa", "olora") or bool(getattr(config, "kasa_config", None))
+    if (why := refusal(config, in_memory)) is not None:
+        raise ValueError(f"{name} {why}.")
 
 
 def _check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:

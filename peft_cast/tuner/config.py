@@ -139,6 +139,8 @@ class CastConfig(PeftConfig):
         source_model_revision (`str`, *optional*): Its revision.
         source_adapter_name_or_path (`str`, *optional*): The LoRA from which the kernels were taken.
         source_adapter_revision (`str`, *optional*): Its revision.
+        not_carried (`dict[str, list[str]]`, *optional*): What of the source adapter no kernel expresses (a head
+            trained in full, biases): what it is, and on which modules of the source.
     """
 
     r: int = field(default=8, metadata={"help": "Rank of random kernels, used when `kernels` is not given."})
@@ -163,6 +165,9 @@ class CastConfig(PeftConfig):
     source_model_revision: str | None = field(default=None, metadata={"help": "Revision of the source model."})
     source_adapter_name_or_path: str | None = field(default=None, metadata={"help": "The LoRA of the kernels."})
     source_adapter_revision: str | None = field(default=None, metadata={"help": "Revision of the source LoRA."})
+    not_carried: dict[str, list[str]] | None = field(
+        default=None, metadata={"help": "What of the source LoRA no kernel expresses, and on which modules."}
+    )
 
     def __post_init__(self):
         check_fields(type(self), vars(self))

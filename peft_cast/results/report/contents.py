@@ -13,7 +13,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..diagnosis import KL_NAMES, by_reason, diagnose, fit_by_role, list_not_carried, way_covered
+from ...source import by_reason, list_not_carried
+from ..diagnosis import KL_NAMES, diagnose, fit_by_role, way_covered
 from ..rows import Evaluation
 from ..settings import flat, is_comparable
 from .figures import color_scale, curve, heat_map

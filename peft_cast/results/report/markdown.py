@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..diagnosis import list_reasons
+from ...source import list_reasons
 from .contents import Contents, with_code
 
 

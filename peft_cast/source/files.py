@@ -1,0 +1,291 @@
+"""What an adapter's files say that it holds: its configuration and the header of its weights. No model is needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import file_exists
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ..align import split_name
+from ..tuner import CastConfig
+from ..tuner.checks import TensorInfo, is_name, read_json, shown
+from ..utils import read_adapter_config, without_secrets
+from ..utils.safety import find_file, hub_parts, read_weights_header
+from .holdings import Fate, Holdings, kernel_parts, left_parts, options_of
+from .kinds import (
+    ALORA,
+    BASE,
+    BIAS,
+    ELSEWHERE,
+    EVERYWHERE,
+    EXACT_UP_TO,
+    HEAD,
+    OUTSIDE,
+    SAVED,
+    TOKENS,
+    called,
+    default_rank,
+    is_read,
+    kind_of,
+    on_a,
+    on_parameter,
+    rank_of_change,
+    refusal,
+    type_of,
+)
+
+
+_PREFIX = "base_model.model."
+_HEADS = ("lm_head", "embed_out", "output_layer")
+_EXPERT = re.compile(r"\.experts\.\d+(\.|$)")
+PICKLED = (
+    f"has only pickled weights ({WEIGHTS_NAME}), which are not read, because they can run code: convert them to "
+    f"safetensors (load the adapter with PEFT where you trust it, `save_pretrained` writes {SAFETENSORS_WEIGHTS_NAME})"
+)
+_NO_WEIGHTS = f"has no {SAFETENSORS_WEIGHTS_NAME}: get the whole folder, or save the adapter again"
+
+
+def read_holdings(adapter: str | Path, revision: str | None = None) -> Holdings:
+    """What an adapter in a folder or on the hub holds, of any kind.
+
+    Raises:
+        ValueError: If there is no adapter, or a file of it is broken.
+    """
+    values = _unknown_kind(adapter, revision)
+    if values is not None:
+        return _of_unknown(values)
+    config = read_adapter_config(adapter, revision)
+    if weights_file(adapter, revision) == SAFETENSORS_WEIGHTS_NAME:
+        return holdings_of(config, read_weights_header(adapter, revision))
+    return holdings_of(config, None, PICKLED if weights_file(adapter, revision) else _NO_WEIGHTS)
+
+
+def weights_file(adapter: str | Path, revision: str | None = None) -> str | None:
+    """Which file of weights an adapter has: safetensors, else a pickle, which is not fetched."""
+    if Path(adapter).is_dir():
+        return next((n for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (Path(adapter) / n).is_file()), None)
+    with suppress(Exception):  # the hub may not be reached; what is in the cache will do
+        find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision)
+        return SAFETENSORS_WEIGHTS_NAME
+    repository, folder = hub_parts(adapter)
+    with suppress(Exception):
+        if file_exists(repository, f"{folder}/{WEIGHTS_NAME}" if folder else WEIGHTS_NAME, revision=revision):
+            return WEIGHTS_NAME
+    return None
+
+
+def holdings_of(config: PeftConfig, header: Mapping[str, TensorInfo] | None, unread: str | None = None) -> Holdings:
+    """What a configuration and the header of a file say.
+
+    Args:
+        config: The configuration.
+        header: Names and shapes of the tensors; `None` where there is no file that is read.
+        unread: Why it is not.
+    """
+    kernels, rest = _from_names(config) if header is None else _from_header(config, header)
+    parts = [*kernel_parts(called(config), kernels), *left_parts(rest)]
+    why = refusal(config) or unread
+    if why is None and not kernels:
+        why = "changes no linear layer, so there is nothing to carry over: only adapters that do can be translated"
+    measured = any(where.rpartition(".")[2] == "weight" for where in getattr(config, "target_parameters", None) or ())
+    return Holdings(
+        kind_of(config),
+        options_of(config),
+        tuple(sorted(set(_ranks(config, header)))),
+        tuple(parts),
+        config.task_type,
+        config.base_model_name_or_path,
+        getattr(config, "revision", None),
+        is_read(config) and not measured,
+        why,
+    )
+
+
+def check_is_read(adapter: str | Path, revision: str | None) -> None:
+    """
+    Raises:
+        ValueError: If the kernels of an adapter must be measured on the source model, which is not loaded.
+    """
+    held = holdings_of(read_adapter_config(adapter, revision), None)
+    if not held.read and held.refused is None:
+        raise ValueError(
+            f"The adapter '{without_secrets(adapter)}' ({held.kind}) is no plain LoRA, so its effect must be measured "
+            "on the source model's weights, which are not loaded from file to file: use `Bridge.cast` with `source`, "
+            "or `translate` with `bridge` and `steps=0`."
+        )
+
+
+def _from_names(config: PeftConfig) -> tuple[dict[str, tuple[Fate, int | None, float | None]], list[tuple[str, str]]]:
+    """What the configuration alone says: modules by the names in it."""
+    targets = getattr(config, "target_modules", None)
+    names = [targets] if isinstance(targets, str) else sorted(targets or ())
+    rest = [(name, SAVED) for name in getattr(config, "modules_to_save", None) or ()]
+    rest += [(name, on_a("Embedding")) for name in names if name.rpartition(".")[2].startswith(("embed_", "wte"))]
+    rest += [(name, HEAD) for name in names if name.rpartition(".")[2] in _HEADS]
+    if type_of(config) in ELSEWHERE:
+        return {}, [*rest, *((name, ELSEWHERE[type_of(config)]) for name in names)]
+    if getattr(config, "trainable_token_indices", None):
+        rest.append(("the embeddings", TOKENS))
+    rest += _by_options(config)
+    if getattr(config, "bias", "none") not in ("none", False, True) or getattr(config, "lora_bias", False):
+        rest.append((EVERYWHERE, BIAS))
+    for parameter in getattr(config, "target_parameters", None) or ():
+        module, _, name = parameter.rpartition(".")
+        if name == "weight":
+            names.append(module)
+        else:
+            rest.append((module, on_parameter(name)))
+    elsewhere = {name for name, _ in rest}
+    rank = getattr(config, "r", None)
+    return {name: _fate(config, rank) for name in names if name not in elsewhere}, rest
+
+
+def _from_header(
+    config: PeftConfig, header: Mapping[str, TensorInfo]
+) -> tuple[dict[str, tuple[Fate, int | None, float | None]], list[tuple[str, str]]]:
+    """What the tensors of the file are."""
+    ranks: dict[str, int | None] = {}
+    rest: dict[tuple[str, str], None] = {}
+    parameters = [where.rpartition(".") for where in getattr(config, "target_parameters", None) or ()]
+    for key, info in header.items():
+        module, own = _split(config, key)
+        if module is None:
+            continue
+        base = module.replace(".base_layer", "").removesuffix(".token_adapter")
+        what = _what(config, base, own, info, parameters)
+        if what is not None:
+            rest.update(dict.fromkeys((name, one) for name, one in what))
+        else:
+            ranks[base] = max(ranks.get(base) or 0, _rank_of(own, info)) or None
+    kernels = {name: _fate(config, rank or getattr(config, "r", None)) for name, rank in ranks.items()}
+    return kernels, [*rest, *_by_options(config)]
+
+
+def _split(config: PeftConfig, key: str) -> tuple[str | None, list[str]]:
+    """The module of a tensor and the tuner's own part of its name, `[""]` for one of the base model's own.
+
+    No module for what the modules share (VeRA's projections).
+    """
+    parts = key.removeprefix(_PREFIX).split(".")
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) or "\0"
+    for number, part in enumerate(parts):
+        if part.startswith((prefix, "lora_", "trainable_tokens_")):
+            module, own = ".".join(parts[:number]), parts[number:]
+            break
+    else:
+        module, own = ".".join(parts[:-1]), ["", parts[-1]]
+    return None if module in ("", "base_model") else module, own
+
+
+def _what(
+    config: PeftConfig, module: str, own: list[str], info: TensorInfo, parameters: list[tuple[str, str, str]]
+) -> list[tuple[str, str]] | None:
+    """What no kernel expresses of a tensor; `None` if it belongs to a kernel, or says nothing."""
+    kind, last = type_of(config), module.rpartition(".")[2]
+    if own[0] == "":
+        return _of_the_base(config, module, own[1])
+    if own[0].startswith("trainable_tokens_"):
+        return [(module, TOKENS)]
+    if kind in ELSEWHERE:
+        return [(module, ELSEWHERE[kind])]
+    if "_embedding_" in own[0]:
+        return [(module, on_a("Embedding"))]
+    wrapped = [name for where, _, name in parameters if f".{module}".endswith(f".{where}") and name != "weight"]
+    if wrapped:
+        return [(module, on_parameter(name)) for name in wrapped]
+    if _EXPERT.search(module):
+        return [(module, "adapter on an expert")]
+    if split_name(module) is None:
+        return [(module, HEAD if last in _HEADS else OUTSIDE)]
+    if own[0] == "lora_A" and len(info.shape) > 2:
+        return [(module, on_a(f"Conv{len(info.shape) - 2}d"))]
+    return [(module, BIAS)] if own[-1] == "bias" else None
+
+
+def _of_the_base(config: PeftConfig, module: str, parameter: str) -> list[tuple[str, str]] | None:
+    saved = getattr(config, "modules_to_save", None) or ()
+    parts = module.split(".")
+    for count in range(1, len(parts) + 1):
+        name = ".".join(parts[:count])
+        if name.endswith(tuple(saved)):
+            return [(name, SAVED)]
+    if parameter == "bias":
+        return [(module, BIAS)]
+    return [(module, BASE)]
+
+
+def _by_options(config: PeftConfig) -> list[tuple[str, str]]:
+    rest = [(EVERYWHERE, ALORA)] if getattr(config, "alora_invocation_tokens", None) else []
+    return rest + ([(EVERYWHERE, BIAS)] if getattr(config, "projection_bias", False) else [])
+
+
+def _rank_of(own: list[str], info: TensorInfo) -> int:
+    """The rank of a LoRA's A (r, in); of CAST's kernels the largest, of which a module has one or more."""
+    is_a = own[0] == "lora_A" or (own[0] == "peft_cast_kernels" and own[-1] == "A")
+    return info.shape[0] if is_a and info.shape else 0
+
+
+def _fate(config: PeftConfig, r: Any) -> tuple[Fate, int | None, float | None]:
+    rank = rank_of_change(config, r) if isinstance(r, int) else (0 if rank_of_change(config, 1) == 0 else None)
+    cut = default_rank(config)
+    if rank is None:
+        return "measured", cut, None
+    if is_read(config) or 0 < rank <= max(EXACT_UP_TO, cut):
+        return "exact", rank, None
+    return "approximated", cut, None
+
+
+def _ranks(config: PeftConfig, header: Mapping[str, TensorInfo] | None) -> Iterator[int]:
+    """The ranks of the modules, by the file, else by the configuration."""
+    if header is not None:
+        found = [_rank_of(own, info) for key, info in header.items() for _, own in (_split(config, key),)]
+        if any(found):
+            yield from filter(None, found)
+            return
+    if isinstance(r := getattr(config, "r", None), int):
+        yield r
+    patterns = getattr(config, "rank_pattern", None) or {}
+    yield from (rank for rank in patterns.values() if isinstance(rank, int))
+    if isinstance(config, CastConfig):
+        yield from (spec.r for specs in (config.kernels or {}).values() for spec in specs)
+
+
+def _unknown_kind(adapter: str | Path, revision: str | None) -> dict[str, Any] | None:
+    """The configuration of an adapter whose type the installed PEFT does not know."""
+    with suppress(Exception):  # `read_adapter_config` says what is wrong with any other
+        values = read_json(find_file(adapter, CONFIG_NAME, revision))
+        if is_name(values.get("peft_type"), 80) and values["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            return values
+    return None
+
+
+def _of_unknown(values: Mapping[str, Any]) -> Holdings:
+    def text(name: str) -> str | None:
+        return without_secrets(values[name]) if is_name(values.get(name)) else None
+
+    kind = without_secrets(values["peft_type"])
+    known = {name: shown(value) for name, value in values.items() if value not in (None, False, [], {}, "")}
+    options = {name: without_secrets(value) for name, value in list(known.items())[:40] if is_name(name, 80)}
+    for name in ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"):
+        options.pop(name, None)
+    why = f"is of type {kind}, which the installed PEFT does not know: update PEFT"
+    ranks = (values["r"],) if isinstance(values.get("r"), int) else ()
+    return Holdings(
+        kind,
+        options,
+        ranks,
+        (),
+        text("task_type"),
+        text("base_model_name_or_path"),
+        text("revision"),
+        read=False,
+        refused=why,
+        is_known=False,
+    )

@@ -1,0 +1,154 @@
+"""What PEFT's kinds of adapters are to a translation, as a configuration tells: refused, read, measured or cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+
+from ..tuner import CastConfig
+
+
+# A measured delta whose rank is at most EXACT_UP_TO is kept whole, any other is cut to DEFAULT_RANK or twice the
+# LoRA's.
+EXACT_UP_TO, DEFAULT_RANK = 64, 16
+# What is said of the parts of an adapter that no kernel expresses; `EVERYWHERE` stands for a module's name.
+SAVED = "module trained in full (modules_to_save)"
+TOKENS = "trained tokens"
+BIAS = "trained bias"
+BASE = "weights of the base model in the adapter's file"
+HEAD = "adapter on the output head"
+OUTSIDE = "adapter outside the layers"
+ALORA = "activation after the invocation tokens only (aLoRA)"
+EVERYWHERE = "every adapted module"
+# Task types that name no head of their own and that people write on decoders.
+MISNAMED = ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "QUESTION_ANS")
+# Methods whose effect is no fixed change of weights.
+_NO_DELTA = {
+    "XLORA": "mixes other adapters token by token",
+    "POLY": "needs task ids",
+    "LILY": "routes by its input and is not linear in the module's input",
+}
+# The rank of a method's weight change is a power of its `r`; that of others in `_FULL` is full, of the rest unknown.
+_POWERS = {"ADALORA": 1, "LOHA": 2, "VERA": 1, "HRA": 1, "DELORA": 1, "MISS": 1, "VBLORA": 1, "TINYLORA": 1}
+_FULL = ("IA3", "LOKR", "OFT", "BOFT", "FOURIERFT", "RANDLORA", "SHIRA", "HIRA", "C3A", "WAVEFT")
+# Methods that train something else than the weights of linear layers, whatever they are put on.
+ELSEWHERE = {"LN_TUNING": "adapter on a normalization layer", "BEFT": BIAS, "TRAINABLE_TOKENS": TOKENS}
+
+
+def on_a(layer: Any) -> str:
+    """What is said of an adapter on a layer that is none of the linear ones, by the name of its class."""
+    return f"adapter on a {layer}"
+
+
+def on_parameter(name: str) -> str:
+    return f"adapter on the parameter '{name}' (target_parameters)"
+
+
+def type_of(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def kind_of(config: PeftConfig) -> str:
+    """`"LORA"`, or `"LORA (use_dora)"` with the options PEFT marks as variants and the initialization, if any is
+    named.
+    """
+    options = variants_of(config)
+    start = getattr(config, "init_lora_weights", None)
+    options += [str(start)] if isinstance(start, str) else []
+    return type_of(config) + (f" ({', '.join(options)})" if options else "")
+
+
+def called(config: PeftConfig) -> str:
+    """What an adapter is called where the modules that it is on are named."""
+    return "LoRA" + kind_of(config).removeprefix("LORA") if type_of(config) == "LORA" else kind_of(config)
+
+
+def variants_of(config: PeftConfig) -> list[str]:
+    """The options that make a LoRA more than one, as PEFT marks them."""
+    return [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+    ]
+
+
+def default_rank(config: PeftConfig) -> int:
+    """Room for a LoRA's own directions and as many of what its variant (DoRA, PiSSA) changes besides."""
+    return max(DEFAULT_RANK, 2 * config.r) if isinstance(config, LoraConfig) else DEFAULT_RANK
+
+
+def rank_of_change(config: PeftConfig, r: int) -> int | None:
+    """The rank that a module's weight change has at most, of an adapter whose module has the rank `r`.
+
+    0 if it is full, `None` if only measuring tells.
+    """
+    kind, variants = type_of(config), variants_of(config)
+    if "use_dora" in variants or kind in _FULL:
+        return 0
+    if "arrow_config" in variants:
+        return None
+    if kind == "LORA":
+        return 2 * r if changes_weights(config) else r
+    if isinstance(config, CastConfig):
+        return r
+    return r ** _POWERS[kind] if kind in _POWERS else None
+
+
+def is_read(config: PeftConfig) -> bool:
+    """Whether kernels can be read from the file; else they are measured on the source model's weights."""
+    plain = set(variants_of(config)) <= {"alora_invocation_tokens"} and _start(config) != "mica"
+    return type_of(config) == "LORA" and plain and not changes_weights(config)
+
+
+def changes_weights(config: PeftConfig) -> bool:
+    """Whether PEFT changes the base weights when it puts the adapter on a model, in a way that is always the same."""
+    return _start(config) in ("pissa", "olora") or bool(getattr(config, "kasa_config", None))
+
+
+def _start(config: PeftConfig) -> str:
+    start = getattr(config, "init_lora_weights", None)
+    return start.lower() if isinstance(start, str) else ""
+
+
+def refusal(config: PeftConfig, in_memory: bool = False) -> str | None:
+    """Why an adapter cannot be translated, as its configuration tells, and what to do: what follows "it" in a
+    sentence, without the stop. `None` if nothing speaks against it.
+    """
+    kind = type_of(config)
+    if config.is_prompt_learning or config.is_adaption_prompt:
+        return (
+            f"is of type {kind}, which adds virtual tokens and changes no weight, so there is nothing to carry over: "
+            "only adapters that change linear layers can be translated"
+        )
+    if kind in _NO_DELTA:
+        return (
+            f"is of type {kind}, which {_NO_DELTA[kind]}, so it is no fixed change of weights and cannot be "
+            "translated: translate one plain adapter at a time"
+        )
+    if isinstance(config, CastConfig) and config.projection_type == "mlp":
+        return (
+            "has nonlinear projections (mlp), so its effect is not linear in the module's input and cannot be "
+            "translated: translate the LoRA that it was made of"
+        )
+    if config.task_type not in (None, "CAUSAL_LM", *MISNAMED):
+        return (
+            f"was trained for the task type {config.task_type}, whose head a causal language model has not: only "
+            "adapters of causal language models can be translated"
+        )
+    start = _start(config)
+    lost = start.startswith(("pissa_niter", "corda", "lora_ga", "loftq"))
+    if lost or (in_memory and changes_weights(config)):
+        remedy = (
+            "save it with `save_pretrained(folder, path_initial_model_for_weight_conversion=...)`, which makes it a "
+            "plain LoRA, or set `init_lora_weights` to true in its configuration and pass the changed model as "
+            "`source`"
+            if lost
+            else "save it with `save_pretrained(folder)` and pass the folder"
+        )
+        return (
+            f"is relative to base weights that its initialization ({start or 'kasa'}) changed, and what they were "
+            f"before is not known here: {remedy}"
+        )
+    return None
