@@ -563,7 +563,8 @@ def test_convolutions_are_left_out_and_named(source, tmp_path):
 
 def test_the_docs_have_a_row_for_every_kind():
     page = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", page, flags=re.MULTILINE))
+    first = page.partition("## What every verb does")[0]
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|", first, flags=re.MULTILINE))
     for kinds, outcome in (
         (EXACT, "exact"),
         (APPROXIMATED, "approximated"),

@@ -103,10 +103,6 @@ class Holdings:
     def _left(self) -> list[Part]:
         return [part for part in self.parts if part.fate == "left"]
 
-    @property
-    def _kernels(self) -> list[Part]:
-        return [part for part in self.parts if part.fate != "left"]
-
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         becomes_of = {part: "refused" if self.refused else part.outcome for part in self.parts}
@@ -131,28 +127,25 @@ class Holdings:
         how = "can be translated" if self.read else f"can be translated; {_NEEDS_WEIGHTS}"
         return [*lines, f"as a source  {how}"]
 
-    def on(self, verb: Verb) -> str:
-        """What a verb does with it, in a few words."""
-        left = ", ".join(part.what for part in self._left)
-        if verb == "inspect":
-            return "says why it cannot be a source" if self.refused else "names " + ("all parts" if left else "it")
+    @property
+    def carried(self) -> str:
+        """What kernels carry, in a few words."""
         if self.refused:
-            return "refused" if verb != "to_lora" else "there is none"
+            return "nothing"
+        return ", ".join(dict.fromkeys(part.outcome for part in self.parts if part.fate != "left"))
+
+    def on(self, verb: Verb) -> str:
+        """What a verb does with it, in a few words; "the rest" is what is not carried."""
+        if self.refused:
+            return {"inspect": "says why", "to_lora": "–"}.get(verb, "refused")
         if verb in ("plan", "cast_file") and not self.read:
             return "refused: needs the source's weights"
-        if verb == "plan":
-            return f"names what is not carried: {left}" if left else "planned"
-        carried = ", ".join(dict.fromkeys(part.outcome.replace(" (`source_rank`)", "") for part in self._kernels))
-        if verb == "Bridge.cast" and not self.read:
-            carried += ", with `source`"
-        if not left:
-            return carried if verb != "to_lora" else "folded"
-        imitated = "imitated by the refinement" if verb == "translate" else "a warning names what is lost"
-        return (
-            f"folded; the card names what is not carried: {left}"
-            if verb == "to_lora"
-            else (f"{carried}; not carried: {left} ({imitated})")
-        )
+        done = "with `source`" if verb == "Bridge.cast" and not self.read else "yes"
+        if not self._left:
+            return done
+        rest = {"translate": "the refinement imitates the rest", "Bridge.cast": "warns that the rest is lost"}
+        rest["cast_file"] = rest["Bridge.cast"]
+        return f"{done}, {rest.get(verb, 'names the rest')}"
 
     def lost(self, adapter: Any, without_place: Sequence[Mapping[str, str]] = ()) -> str | None:
         """What a bridge loses of an adapter, in a sentence; `None` if it is nothing.
@@ -237,7 +230,8 @@ def options_of(config: PeftConfig) -> dict[str, str]:
 
 def _short(value: Any) -> str:
     """A value of a configuration in at most 120 characters; sets have no lasting order."""
-    text = without_secrets(sorted(map(str, value)) if isinstance(value, (set, frozenset)) else value)
+    names = isinstance(value, (set, frozenset, list)) and all(isinstance(item, str) for item in value)
+    text = without_secrets(sorted(value) if names else value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 

@@ -148,7 +148,7 @@ def adapted_source(
             name: parameters[name] for name in kept
         }  # the others may be spread over processes and given up here
         changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
-        if changed:
+        if changed and source.device.type != "meta":  # a skeleton has no weights to put back
             model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
         yield read_adapter(model.eval(), changed, source_rank)
     finally:
