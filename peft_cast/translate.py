@@ -167,13 +167,6 @@ class Job:
         several = isinstance(self.adapter, (list, tuple))
         inputs = self.adapter if isinstance(self.adapter, (list, tuple)) else [self.adapter]
         check_folder(self.options.run, self.source, *inputs, self.target, self.start)
-        source, revision = self.source, pairing.source_revision
-        if source is None and isinstance(inputs[0], (str, Path)):
-            source, revision = base_of(inputs[0], pairing.adapter_revision)
-        check_model(source, "source", revision)
-        check_model(self.target, "target", pairing.target_revision)
-        for one in inputs:
-            check_adapter(one, pairing.adapter_revision)
         check_text(self.text)
         check_text(self.options.fit.fit_text)
         written = self.text is None or isinstance(self.text, Mapping) or is_written(self.text)
@@ -181,7 +174,20 @@ class Job:
         shard = sharding.is_requested(training.training_args)
         distributed.batch_per_process(training.batch_size)
         if several:
-            return _check_several(self, shard)
+            _check_several(self, shard)
+        else:
+            self._check_one(shard)
+        # What lies on disk or on the hub comes last: it may have to be fetched.
+        source, revision = self.source, pairing.source_revision
+        if source is None and isinstance(inputs[0], (str, Path)):
+            source, revision = base_of(inputs[0], pairing.adapter_revision)
+        check_model(source, "source", revision)
+        check_model(self.target, "target", pairing.target_revision)
+        for one in inputs:
+            check_adapter(one, pairing.adapter_revision)
+
+    def _check_one(self, shard: bool) -> None:
+        training = self.options.training
         if not isinstance(self.adapter_name, str):
             raise ValueError(
                 f"`adapter_name` must be a string, got {self.adapter_name!r}: several names are for a list of "

@@ -124,9 +124,9 @@ def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_fold
         target_folder,
         "-o",
         tmp_path / "bridge",
-        "--fit-text",
+        "--text",
         corpus,
-        "--fit-samples",
+        "--samples",
         8,
         "-q",
     )
@@ -242,12 +242,15 @@ def test_says_its_version():
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (FloatingPointError("it grew"), 3)])
-def test_exit_codes_tell_interruption_and_divergence(error, code, monkeypatch, tmp_path, quick):
+def test_exit_codes_tell_interruption_and_divergence(
+    error, code, monkeypatch, tmp_path, quick, source_folder, lora_folder, target_folder
+):
     def fail(*_, **__):
         raise error
 
     replace_translate(monkeypatch, fail)
-    call("translate", "a", "b", "c", "-o", tmp_path, "-q", "--config", quick, code=code)
+    folders = (source_folder, lora_folder, target_folder)
+    call("translate", *folders, "-o", tmp_path, "-q", "--config", quick, code=code)
 
 
 def test_wrong_options_exit_with_2():
