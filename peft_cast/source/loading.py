@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import load_model, load_on_skeleton, unload_adapters
-from ..tuner.checks import TensorInfo
-from ..utils import check_weights, one_line, read_adapter_config, without_secrets
+from ..models import as_peft_reads, load_model, load_on_skeleton, unload_adapters
+from ..utils import one_line, read_adapter_config, read_weights_header, without_secrets
 from .kernels import SourceAdapter, check_rank, read_adapter
+from .mismatch import deeper, disagreement, misplaced, refused_by_peft
+from .names import Match
+from .renamed import Readable, readable
 
 
 _NAME = "peft_cast_source"
@@ -78,56 +81,56 @@ def adapted_source(
         return
     config = read_adapter_config(adapter, revision)
     _check_config(config, f"The adapter '{without_secrets(adapter)}'")
-    header = check_weights(adapter, config, revision, source)
-    shapes = {name.removeprefix(_PREFIX): info.shape for name, info in header.items()}
-    _check_vocabulary(source, adapter, shapes)
-    parameters = dict(source.named_parameters(remove_duplicate=False))
-    names = parameters if _changes_weights(config) else {_base_name(key) for key in shapes} & parameters.keys()
-    kept = {name: parameters[name].detach().clone() for name in names}
-    lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
-    try:
-        model = _load(source, adapter, config, revision, parameters, header)
-        parameters = {
-            name: parameters[name] for name in kept
-        }  # the others may be spread over processes and given up here
-        changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
-        if changed:
-            model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
-        yield read_adapter(model.eval(), changed, source_rank)
-    finally:
-        unload_adapters(source)
-        for name, value in kept.items():
-            parameters[name].data = value
-        for parent, name, child in lists:  # layer_replication makes a longer list
-            setattr(parent, name, child)
+    match = Match(read_weights_header(adapter, revision), source, config)
+    if (why := misplaced(match) or deeper(match)) is not None:
+        raise _no_match(adapter, source, why)
+    with readable(adapter, revision, match) as file:
+        shapes = {name.removeprefix(_PREFIX): info.shape for name, info in file.header.items()}
+        _check_vocabulary(source, adapter, shapes)
+        parameters = dict(source.named_parameters(remove_duplicate=False))
+        changes = _changes_weights(config)
+        names = parameters if changes else {_base_name(key) for key in shapes} & parameters.keys()
+        kept = {name: parameters[name].detach().clone() for name in names}
+        lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
+        try:
+            model = _load(source, adapter, file, match, parameters)
+            parameters = {
+                name: parameters[name] for name in kept
+            }  # the others may be spread over processes and given up here
+            changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
+            if changed:
+                model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
+            read = read_adapter(model.eval(), changed, source_rank)
+            yield dataclasses.replace(read, renamed=file.renamed)
+        finally:
+            unload_adapters(source)
+            for name, value in kept.items():
+                parameters[name].data = value
+            for parent, name, child in lists:  # layer_replication makes a longer list
+                setattr(parent, name, child)
 
 
 def _load(
-    source: PreTrainedModel,
-    adapter: str | Path,
-    config: PeftConfig,
-    revision: str | None,
-    own: Mapping[str, nn.Parameter],
-    header: Mapping[str, TensorInfo],
+    source: PreTrainedModel, adapter: str | Path, file: Readable, match: Match, own: Mapping[str, nn.Parameter]
 ) -> PeftModel:
     try:
         if source.device.type == "meta":
-            model = load_on_skeleton(source, adapter, _NAME, revision)
+            model = load_on_skeleton(source, file.place, _NAME, file.revision)
         else:
-            model = PeftModel.from_pretrained(source, str(adapter), adapter_name=_NAME, revision=revision)
-        _check_same_keys(model, own, header)
+            model = PeftModel.from_pretrained(source, file.place, adapter_name=_NAME, revision=file.revision)
+        why = _other_keys(model, own, file, match)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
-        named = config.base_model_name_or_path
-        remedy = f"it was trained on '{named}'" if named else "pass the model that it was trained on as `source`"
-        raise ValueError(
-            without_secrets(
-                f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; {remedy}. "
-                f"({one_line(error)})"
-            )
-        ) from error
+        raise _no_match(adapter, source, refused_by_peft(match, one_line(error))) from error
+    if why is not None:
+        raise _no_match(adapter, source, why)
     return model
+
+
+def _no_match(adapter: str | Path, source: PreTrainedModel, why: str) -> ValueError:
+    name = source.name_or_path or type(source).__name__
+    return ValueError(without_secrets(f"The adapter '{adapter}' does not fit the source model '{name}': {why}."))
 
 
 def _disabling(model: PeftModel, originals: Mapping[nn.Parameter, torch.Tensor]):
@@ -215,11 +218,15 @@ def _base_name(key: str) -> str:
     return key.replace(".base_layer.", ".")
 
 
-def _check_same_keys(model: PeftModel, own: Mapping[str, nn.Parameter], header: Mapping[str, TensorInfo]) -> None:
-    """PEFT ignores weights in the file that the model has no place for; here they mean the wrong model."""
-    in_model = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
-    in_file = {key for key in header if key in in_model or _base_name(key.removeprefix(_PREFIX)) not in own}
-    if in_file != in_model:
-        odd = sorted(in_file ^ in_model)
-        where = "file, not in the model" if odd[0] in in_file else "model, not in the file"
-        raise ValueError(f"'{odd[0][:200]}' is in the {where}; {len(odd)} such tensors")
+def _other_keys(model: PeftModel, own: Mapping[str, nn.Parameter], file: Readable, match: Match) -> str | None:
+    """PEFT ignores weights in the file that the model has no place for; here they mean that the two do not match."""
+    expected = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
+
+    def found(keys: Iterable[str]) -> set[str]:
+        return {key for key in keys if key in expected or _base_name(key.removeprefix(_PREFIX)) not in own}
+
+    if (keys := found(file.header)) == expected:
+        return None
+    shapes = {name: info.shape for name, info in file.header.items()}
+    read = found(as_peft_reads(model, model.peft_config[_NAME], shapes, _NAME))
+    return None if read == expected else disagreement(match, expected, read if read & expected else keys)
