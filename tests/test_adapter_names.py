@@ -311,6 +311,10 @@ def test_experts_that_peft_cannot_place_are_named_with_the_remedy(tmp_path):
     adapter, _ = adapter_on_experts(source, "qwen3_moe", tmp_path / "half", only=("gate_proj", "down_proj"))
     with pytest.raises(ValueError, match=r"each expert .*them \('down_proj', 'gate_proj'\) on .*merge it into"):
         opened(source, adapter).__enter__()
+    # PEFT converts the tensors for this model, and not the configuration.
+    adapter_on_experts(source, "qwen3_moe", tmp_path / "qwen2")
+    with pytest.raises(ValueError, match=r"each expert .*on the experts of the model \(Qwen2MoeForCausalLM\)"):
+        opened(mixture("qwen2_moe"), str(tmp_path / "qwen2")).__enter__()
     plain = tiny_model("llama", 300, num_hidden_layers=2)
     whole, _ = adapter_on_experts(source, "qwen3_moe", tmp_path / "whole")
     with pytest.raises(ValueError, match="for each expert .*put them \\('down_proj', 'gate_proj', 'up_proj'\\) on"):
@@ -345,10 +349,20 @@ WRONG = {
         {"rename": lambda n: n.replace("lora_A", "down_proj").replace("lora_B", "up_proj")},
         "none of its 12 tensors is named as PEFT names a LoRA's.*convert the file",
     ),
+    "an unknown prefix": (
+        {"rename": lambda n: n.replace("model.layers", "model.tall.layers")},
+        "named 'base_model.model.model.tall.layers\\.*'.*are those of 'base_model.model.model.layers...': rename",
+    ),
     "an encoder": (
         {"rename": lambda n: n.replace("model.layers", "model.encoder.layers")},
-        "named 'base_model.model.model.encoder.layers\\.*'.*are those of 'base_model.model.model.layers...': rename",
+        "another part of a model, 'base_model.model.model.encoder.layers\\.*'.*, which the model .* does not have",
     ),
+    "transposed": ({"edit": lambda t: {n: x.T for n, x in t.items()}}, "matrices are transposed .*transpose them, or"),
+    "names of kohya": (
+        {"rename": lambda n: n.replace("lora_A", "lora_down").replace("lora_B", "lora_up")},
+        "none of its 12 tensors is named as PEFT names a LoRA's",
+    ),
+    "no targets": ({"target_modules": []}, "disagree: `target_modules` .* is \\[\\].*the file has 'down_proj'"),
     "other modules": (
         {"rename": lambda n: n.replace("self_attn.q_proj", "attention.query_key_value")},
         "another class, with modules named 'query_key_value' .*LlamaForCausalLM\\) has .*'q_proj'",
@@ -399,7 +413,9 @@ def test_what_does_not_match_is_said_in_one_sentence_with_the_remedy(kind, weigh
 
 
 def test_an_adapter_of_another_model_names_the_model_to_pass(source, tmp_path):
-    adapter = changed(save_adapter(source, lora(), tmp_path), base_model_name_or_path="me/my-llama")
+    adapter = changed(save_adapter(source, lora(), tmp_path / "lora"), base_model_name_or_path="me/my-llama")
+    loha = save_adapter(source, peft.LoHaConfig(r=2, target_modules=FEW), tmp_path / "loha")
+    changed(loha, base_model_name_or_path="me/my-llama")
     for other in (
         tiny_model("llama", 300, hidden_size=64),
         tiny_model("llama", 300, num_hidden_layers=2),
@@ -407,8 +423,9 @@ def test_an_adapter_of_another_model_names_the_model_to_pass(source, tmp_path):
         tiny_model("opt", 300),
     ):
         other.name_or_path = "me/another"
-        with pytest.raises(ValueError, match="it was trained on 'me/my-llama', pass that as `source`.$"):
-            opened(other, adapter).__enter__()
+        for given in (adapter, loha):
+            with pytest.raises(ValueError, match="it was trained on 'me/my-llama', pass that as `source`.$"):
+                opened(other, given).__enter__()
 
 
 def test_tensors_that_would_land_on_one_place_are_not_renamed(source, tmp_path):

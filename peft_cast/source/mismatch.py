@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..tuner import CastConfig
 from ..tuner.checks import shown
-from .names import Match, Part, halves
+from .names import OTHER_TOWERS, ROOT, WITH_NAMES, Match, Part, halves
 
 
 _ZERO3 = (
@@ -43,7 +43,7 @@ def broken(match: Match) -> str | None:
             f"its file holds several adapters, {names}: save one alone, with "
             "`save_pretrained(folder, selected_adapters=[name])`"
         )
-    if match.is_lora and not tuned:
+    if match.is_lora and not any(WITH_NAMES.fullmatch(step) for part in tuned for step in part.inner):
         return (
             f"none of its {len(header)} tensors is named as PEFT names a LoRA's, ...lora_A.weight "
             f"({_named(match.parts)}): convert the file to PEFT's format with the tool that made it"
@@ -57,31 +57,39 @@ def misplaced(match: Match) -> str | None:
         return why
     if (match.as_it_is or match.read_by_peft or match.renaming) and (match.read_by_peft or not _too_wide(match)):
         return None
-    placed: dict[str, Part] = {}
+    if astray := _astray(match):
+        return _lost(match, astray)
+    if wide := _too_wide(match):
+        part, module = wide[0]
+        if all(match.fits(module, part._replace(shape=part.shape[::-1])) for part, module in wide):
+            return (
+                f"its matrices are transposed ({_named([part])}), as other tools than PEFT save them: transpose them, "
+                "or convert the file to PEFT's format with the tool that made it"
+            )
+        width, height = match.modules[module] or (0, 0)
+        return (
+            f"{_named([part])} is for another width, '{module}' takes {width} numbers and gives {height}: "
+            f"{_other_model(match.config, match.source)}"
+        )
+    return (
+        f"{_named(match.parts)} could belong to several modules of {_kind(match)}, or several tensors to one: rename "
+        "the tensors to those of `get_peft_model_state_dict`"
+    )
+
+
+def _astray(match: Match) -> list[Part]:
+    """Tensors for whose names, whatever the way to the layers, there is no module."""
     astray: list[Part] = []
     for head, group in match.groups.items():
-        candidates = match.heads.get(match.reduced(head), [])
-        best = max(
-            candidates, key=lambda new: sum(match.module(new, part) is not None for part in group), default=None
-        )
-        for part in group:
-            module = None if best is None else match.module(best, part)
-            if module is None:
-                astray.append(part)
-            else:
-                placed[part.key] = part
-    if not astray:
-        wide = _too_wide(match)
-        if wide:
-            part, module = wide[0]
-            width, height = match.modules[module] or (0, 0)
-            return (
-                f"{_named([part])} is for another width, '{module}' takes {width} numbers and gives {height}: "
-                f"{_other_model(match.config, match.source)}"
-            )
-        collided = f"{_named(match.parts)} could belong to several modules of {_kind(match)}"
-        return f"{collided}: rename the tensors to those of `get_peft_model_state_dict`"
-    return _lost(match, astray)
+        if not match.is_lora and head == ROOT[:1]:  # what all modules share
+            continue
+        landing = {
+            new: sum(match.module(new, part) is not None for part in group)
+            for new in match.heads.get(match.reduced(head), [])
+        }
+        best = max(landing, key=landing.__getitem__, default=None)
+        astray += [part for part in group if best is None or match.module(best, part) is None]
+    return astray
 
 
 def _lost(match: Match, astray: list[Part]) -> str:
@@ -105,6 +113,11 @@ def _lost(match: Match, astray: list[Part]) -> str:
         if not in_layers or not all(match.module(head, part) for part in in_layers):
             continue
         part = in_layers[0]
+        if any(OTHER_TOWERS.search(step) for step in part.head):
+            return (
+                f"it changes another part of a model, '{'.'.join(part.head)}...' ({_named([part])}), which "
+                f"{_kind(match)} does not have: {other_model}"
+            )
         old, new = ".".join(part.head), ".".join(("base_model.model", *head))
         return (
             f"its tensors are named '{old}...' ({_named([part])}), which does not say that they are those of "
@@ -155,7 +168,7 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
         expected: Names of tensors by the configuration, as PEFT would save them.
         found: Names of those in the file.
     """
-    if why := _other_rank(match):
+    if why := _other_rank(match) or _other_class(match):
         return why
     unpaired = _unpaired(found)
     extra, absent = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
@@ -163,6 +176,14 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
         return (
             f"its file is cut: '{unpaired}' is in the model, not in the file, while its other half is there: get the "
             "file again"
+        )
+    if (experts := [part for part in match.parts if part.is_expert]) and any(".experts." in key for key in extra):
+        return _no_room_for(match, experts)
+    beyond, reached = [_layer(key) for key in absent], max(map(_layer, found), default=-1)
+    if not extra and reached >= 0 and min(beyond) > reached:
+        return (
+            f"it was made for {reached + 1} layers and {_kind(match)} has {max(beyond) + 1} ('{absent[0][:200]}' is "
+            f"in the model, not in the file): {_other_model(match.config, match.source)}"
         )
     targets = getattr(match.config, "target_modules", None)
     named = sorted({part.tail[-1] for part in match.parts if part.tail and match.prefix in ".".join(part.inner)})
@@ -184,11 +205,17 @@ def refused_by_peft(match: Match, said: str) -> str:
     """Why PEFT could not load a file whose tensors have their modules, from what it said."""
     if any(part.is_expert for part in match.parts) and match.read_by_peft:
         return _no_room_for(match, [part for part in match.parts if part.is_expert])
-    if why := _other_rank(match):
+    if why := _other_rank(match) or _other_class(match):
         return why
-    if match.is_lora and "arget modules" in said:
+    if match.is_lora and "target" in said.lower():
         return disagreement(match, (), [part.key for part in match.parts])
     return f"PEFT could not put it there ({said.rstrip('.')}): {_other_model(match.config, match.source)}"
+
+
+def _other_class(match: Match) -> str | None:
+    """For adapters that are no LoRA, whose names are looked into only when PEFT could not place them."""
+    astray = [] if match.is_lora else _astray(match)
+    return _lost(match, astray) if astray else None
 
 
 def _other_rank(match: Match) -> str | None:
@@ -263,6 +290,12 @@ def _named(parts: Iterable[Part]) -> str:
 
 def _list(names: list[str]) -> str:
     return ", ".join(f"'{name[:80]}'" for name in names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def _layer(name: str) -> int:
+    """The number of the layer in a name, -1 without."""
+    tail = halves(name.split("."))[1]
+    return int(tail[0]) if tail else -1
 
 
 def _layers(match: Match, head: tuple[str, ...]) -> int:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -38,15 +39,14 @@ WRAPPERS = {
 # Steps on the way to the layers that say nothing of which layers they are.
 _LANGUAGE = {"language_model", "text_model", "llm", "lm", "backbone", "transformer"}
 _NEUTRAL = {*ROOT, *WRAPPERS, *_LANGUAGE, "default", "wrapped_model", "policy", "actor", "student"}
-_OTHER_TOWERS = re.compile("vision|visual|image|audio|speech|encoder|decoder|draft|critic|value|reward|teacher|ref")
+OTHER_TOWERS = re.compile("vision|visual|image|audio|speech|encoder|decoder|draft|critic|value|reward|teacher|ref")
 # Behind them a name speaks of what PEFT puts into a module, no longer of the module.
 _INNER = ("base_layer", "modules_to_save", "original_module", "token_adapter")
-_WITH_NAMES = re.compile(r"lora_(embedding_)?[AB]|lora_magnitude_vector")
+WITH_NAMES = re.compile(r"lora_(embedding_)?[AB]|lora_magnitude_vector")
 _MOST_GROUPS = 500  # of tensors whose way to the layers is the same; no model has as many
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A tensor of the file: the way to its layer, its module from the layer's number on, and what it is there."""
 
     key: str
@@ -103,7 +103,7 @@ class Match:
         following = []
         for part in self.parts:
             at = next((i for i, step in enumerate(part.inner) if step.startswith(self.prefix)), None)
-            if at is None or (self.is_lora and not _WITH_NAMES.fullmatch(part.inner[at])):
+            if at is None or (self.is_lora and not WITH_NAMES.fullmatch(part.inner[at])):
                 continue
             step = part.inner[at + 1] if len(part.inner) > at + 1 else "weight"
             following.append(None if step in ("weight", "bias") or step.isdigit() else step)
@@ -280,7 +280,7 @@ def _from_root(head: tuple[str, ...]) -> tuple[str, ...]:
     if ROOT[0] not in head:
         return head
     at = len(head) - 1 - head[::-1].index(ROOT[0])
-    return head if any(_OTHER_TOWERS.search(step) for step in head[:at]) else head[at:]
+    return head if any(OTHER_TOWERS.search(step) for step in head[:at]) else head[at:]
 
 
 def _after(step: str, steps: list[str]) -> str | None:
