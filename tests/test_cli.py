@@ -118,18 +118,7 @@ def test_folds(translated, tmp_path, target_folder):
 
 
 def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_folder, tmp_path, corpus):
-    call(
-        "bridge",
-        source_folder,
-        target_folder,
-        "-o",
-        tmp_path / "bridge",
-        "--text",
-        corpus,
-        "--samples",
-        8,
-        "-q",
-    )
+    call("bridge", source_folder, target_folder, "-o", tmp_path / "bridge", "--text", corpus, "--samples", 8, "-q")
     assert "bridge for" in call("inspect", tmp_path / "bridge").stdout
     call("cast", tmp_path / "bridge", lora_folder, "-o", tmp_path / "cast")
     assert json.loads(call("inspect", tmp_path / "cast", "--json").stdout)["kind"] == "CAST adapter"

@@ -2,7 +2,7 @@
 
 from transformers import AutoModelForCausalLM
 
-from .adapters import freeze_adapter, load_on_skeleton, unload_adapters, unloaded_on_error, with_adapter
+from .adapters import as_peft_reads, freeze_adapter, load_on_skeleton, unload_adapters, unloaded_on_error, with_adapter
 from .capture import Captured, capture, layer_outputs, next_token_loss
 from .generating import SampleTopK, continuations, padded
 from .heads import contiguous_head, ends_in_head, logits_at, shared_head, states_at

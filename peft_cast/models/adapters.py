@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,9 +11,30 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..utils import adapter_folder, check_weights, one_line, read_adapter_config, without_secrets
+
+
+def as_peft_reads(
+    model: nn.Module, config: PeftConfig, shapes: Mapping[str, tuple[int, ...]], adapter_name: str = "default"
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a file's tensors after what PEFT does to those of transformers 4: experts become one tensor.
+
+    Args:
+        model: The model, with or without the adapter.
+        config: The adapter's configuration.
+        shapes: Of the tensors in the file; no tensor is made.
+        adapter_name (`str`): What the adapter is called on the model.
+
+    Raises:
+        ValueError, RuntimeError: Whatever PEFT says of tensors that do not go together.
+    """
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    read = convert_peft_adapter_state_dict_for_transformers(model, config, tensors, adapter_name)
+    return {name: tuple(tensor.shape) for name, tensor in read.items()}
 
 
 def load_on_skeleton(
@@ -40,6 +61,9 @@ def load_on_skeleton(
     weights = load_peft_weights(folder, device="cpu")
     # A file may mix precisions, which PEFT would bring to that of its base.
     weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    weights = convert_peft_adapter_state_dict_for_transformers(
+        peft_model, peft_model.peft_config[adapter_name], weights, adapter_name
+    )
     state = type(peft_model.base_model)._remap_adapter_state_dict_for_load(
         model=peft_model, config=peft_model.peft_config[adapter_name], adapter_name=adapter_name, state_dict=weights
     )

@@ -76,6 +76,7 @@ class SourceAdapter:
             `‖ΔW − s B A‖ / ‖ΔW‖` in the Frobenius norm.
         not_carried (`tuple[tuple[str, str], ...]`): Module name and what of it no kernel expresses. The teacher has
             it.
+        renamed (`str`, *optional*): As what the tensors of its file were read, if they had other names, in a sentence.
     """
 
     model: PeftModel
@@ -83,6 +84,7 @@ class SourceAdapter:
     kernels: dict[str, LoraKernel]
     converted: dict[str, float]
     not_carried: tuple[tuple[str, str], ...]
+    renamed: str | None = None
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -92,6 +94,7 @@ class SourceAdapter:
             "rank": max(len(kernel.A) for kernel in self.kernels.values()),
             "converted": dict(self.converted),
             "not_carried": self.holdings.not_carried,
+            **({"renamed": self.renamed} if self.renamed else {}),
         }
 
     @property

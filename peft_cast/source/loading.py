@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,21 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import load_model, load_on_skeleton, unload_adapters
-from ..tuner.checks import TensorInfo
-from ..utils import adapter_folder, check_weights, one_line, read_adapter_config, why_no_model, without_secrets
-from ..utils.safety import find_file, read_weights_header
+from ..models import as_peft_reads, load_model, load_on_skeleton, unload_adapters
+from ..utils import (
+    adapter_folder,
+    find_file,
+    one_line,
+    read_adapter_config,
+    read_weights_header,
+    why_no_model,
+    without_secrets,
+)
 from .kernels import SourceAdapter, check_rank, read_adapter
 from .kinds import MISNAMED, changes_weights, refusal
+from .mismatch import deeper, disagreement, misplaced, refused_by_peft
+from .names import Match
+from .renamed import Readable, readable
 
 
 _NAME = "peft_cast_source"
@@ -130,62 +140,60 @@ def adapted_source(
     config = read_adapter_config(adapter, revision)
     named = f"The adapter '{without_secrets(adapter)}'"
     _check_config(config, named)
-    header = check_weights(adapter, config, revision, source)
+    match = Match(read_weights_header(adapter, revision), source, config)
+    if (why := misplaced(match) or deeper(match)) is not None:
+        raise _no_match(adapter, source, why)
     if config.task_type in MISNAMED:
         warnings.warn(
             f"{named} names the task type {config.task_type}, but its model is a decoder: it is read as CAUSAL_LM."
         )
         config.task_type = "CAUSAL_LM"
-    shapes = {name.removeprefix(_PREFIX): info.shape for name, info in header.items()}
-    _check_vocabulary(source, adapter, shapes)
-    parameters = dict(source.named_parameters(remove_duplicate=False))
-    names = parameters if changes_weights(config) else {_base_name(key) for key in shapes} & parameters.keys()
-    kept = {name: parameters[name].detach().clone() for name in names}
-    lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
-    try:
-        model = _load(source, adapter, config, revision, parameters, header)
-        parameters = {
-            name: parameters[name] for name in kept
-        }  # the others may be spread over processes and given up here
-        changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
-        if changed and source.device.type != "meta":  # a skeleton has no weights to put back
-            model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
-        yield read_adapter(model.eval(), changed, source_rank)
-    finally:
-        unload_adapters(source)
-        for name, value in kept.items():
-            parameters[name].data = value
-        for parent, name, child in lists:  # layer_replication makes a longer list
-            setattr(parent, name, child)
+    with readable(adapter, revision, match) as file:
+        shapes = {name.removeprefix(_PREFIX): info.shape for name, info in file.header.items()}
+        _check_vocabulary(source, adapter, shapes)
+        parameters = dict(source.named_parameters(remove_duplicate=False))
+        names = parameters if changes_weights(config) else {_base_name(key) for key in shapes} & parameters.keys()
+        kept = {name: parameters[name].detach().clone() for name in names}
+        lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
+        try:
+            model = _load(source, adapter, file, match, parameters)
+            # The others may be spread over processes and given up here.
+            parameters = {name: parameters[name] for name in kept}
+            changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
+            if changed and source.device.type != "meta":  # a skeleton has no weights to put back
+                model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
+            read = read_adapter(model.eval(), changed, source_rank)
+            yield dataclasses.replace(read, renamed=file.renamed)
+        finally:
+            unload_adapters(source)
+            for name, value in kept.items():
+                parameters[name].data = value
+            for parent, name, child in lists:  # layer_replication makes a longer list
+                setattr(parent, name, child)
 
 
 def _load(
-    source: PreTrainedModel,
-    adapter: str | Path,
-    config: PeftConfig,
-    revision: str | None,
-    own: Mapping[str, nn.Parameter],
-    header: Mapping[str, TensorInfo],
+    source: PreTrainedModel, adapter: str | Path, file: Readable, match: Match, own: Mapping[str, nn.Parameter]
 ) -> PeftModel:
     try:
         if source.device.type == "meta":
-            model = load_on_skeleton(source, adapter, _NAME, revision, config)
+            model = load_on_skeleton(source, file.place, _NAME, file.revision, file.config)
         else:
-            folder = str(adapter_folder(adapter, revision))
-            model = PeftModel.from_pretrained(source, folder, adapter_name=_NAME, config=config)
-        _check_same_keys(model, own, header)
+            folder = str(adapter_folder(file.place, file.revision))
+            model = PeftModel.from_pretrained(source, folder, adapter_name=_NAME, config=file.config)
+        why = _other_keys(model, own, file, match)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
-        named = config.base_model_name_or_path
-        remedy = f"it was trained on '{named}'" if named else "pass the model that it was trained on as `source`"
-        raise ValueError(
-            without_secrets(
-                f"The adapter '{adapter}' does not fit the source model '{source.name_or_path}'; {remedy}. "
-                f"({one_line(error)})"
-            )
-        ) from error
+        raise _no_match(adapter, source, refused_by_peft(match, one_line(error))) from error
+    if why is not None:
+        raise _no_match(adapter, source, why)
     return model
+
+
+def _no_match(adapter: str | Path, source: PreTrainedModel, why: str) -> ValueError:
+    name = source.name_or_path or type(source).__name__
+    return ValueError(without_secrets(f"The adapter '{adapter}' does not fit the source model '{name}': {why}."))
 
 
 def _disabling(model: PeftModel, originals: Mapping[nn.Parameter, torch.Tensor]):
@@ -252,11 +260,15 @@ def _base_name(key: str) -> str:
     return key.replace(".base_layer.", ".")
 
 
-def _check_same_keys(model: PeftModel, own: Mapping[str, nn.Parameter], header: Mapping[str, TensorInfo]) -> None:
-    """PEFT ignores weights in the file that the model has no place for; here they mean the wrong model."""
-    in_model = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
-    in_file = {key for key in header if key in in_model or _base_name(key.removeprefix(_PREFIX)) not in own}
-    if in_file != in_model:
-        odd = sorted(in_file ^ in_model)
-        where = "file, not in the model" if odd[0] in in_file else "model, not in the file"
-        raise ValueError(f"'{odd[0][:200]}' is in the {where}; {len(odd)} such tensors")
+def _other_keys(model: PeftModel, own: Mapping[str, nn.Parameter], file: Readable, match: Match) -> str | None:
+    """PEFT ignores weights in the file that the model has no place for; here they mean that the two do not match."""
+    expected = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
+
+    def found(keys: Iterable[str]) -> set[str]:
+        return {key for key in keys if key in expected or _base_name(key.removeprefix(_PREFIX)) not in own}
+
+    if (keys := found(file.header)) == expected:
+        return None
+    shapes = {name: info.shape for name, info in file.header.items()}
+    read = found(as_peft_reads(model, model.peft_config[_NAME], shapes, _NAME))
+    return None if read == expected else disagreement(match, expected, read if read & expected else keys)

@@ -260,16 +260,26 @@ def _check_lora(config: LoraConfig, header: Mapping[str, TensorInfo], model: nn.
             )
     if model is None or isinstance(config, AdaLoraConfig):
         return
-    if config.layer_replication:
-        depth = sum(stop - start for start, stop in config.layer_replication)
-        if any(not 0 <= a < b <= MAX_LAYERS for a, b in config.layer_replication) or depth > MAX_LAYERS:
-            raise ValueError(f"`layer_replication` must be made of ranges of layers, {MAX_LAYERS} in all.")
+    replicated_layers(config)
     promised, held = _promised(config, model), sum(torch.Size(info.shape).numel() for info in header.values())
     if promised > 2 * held + 2**20:
         raise ValueError(
             f"Its configuration speaks of {promised:,} numbers, its file has {held:,}: the two do not belong "
             "together, download both again."
         )
+
+
+def replicated_layers(config: PeftConfig) -> list[int]:
+    """Which layer of the model each layer is made from, if the adapter replicates layers; else none.
+
+    Raises:
+        ValueError: If they are more than any model has.
+    """
+    ranges = getattr(config, "layer_replication", None) or ()
+    depth = sum(stop - start for start, stop in ranges)
+    if any(not 0 <= a < b <= MAX_LAYERS for a, b in ranges) or depth > MAX_LAYERS:
+        raise ValueError(f"`layer_replication` must be made of ranges of layers, {MAX_LAYERS} in all.")
+    return [layer for start, stop in ranges for layer in range(start, stop)]
 
 
 def _promised(config: LoraConfig, model: nn.Module) -> int:

@@ -1,0 +1,304 @@
+"""Why an adapter and a model do not go together: one sentence with the cause, the first tensors, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from peft import AdaLoraConfig, PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+from transformers import PreTrainedModel
+
+from ..tuner import CastConfig
+from ..tuner.checks import shown
+from .names import OTHER_TOWERS, ROOT, WITH_NAMES, Match, Part, halves
+
+
+_ZERO3 = (
+    "as when an adapter is saved while ZeRO-3 spreads its weights: save it again with "
+    "`stage3_gather_16bit_weights_on_model_save` (accelerate: `zero3_save_16bit_model`), or take the tensors from the "
+    "checkpoint with DeepSpeed's `zero_to_fp32.py`"
+)
+
+
+def broken(match: Match) -> str | None:
+    """What is wrong with a file whatever the model is, in words that end with the remedy; `None` if nothing is."""
+    header = match.header
+    if isinstance(match.config, CastConfig):
+        return None  # is compared with its configuration elsewhere
+    if not header:
+        return f"its file holds no tensors, {_ZERO3}"
+    tuned = [part for part in match.parts if any(step.startswith(match.prefix) for step in part.inner)]
+    if empty := [part for part in tuned if 0 in part.shape]:
+        return f"{len(empty)} of its {len(header)} tensors hold nothing ({_named(empty)}), {_ZERO3}"
+    matrices = [part for part in tuned if {"lora_A", "lora_B"} & {*part.inner} and part.inner[-1] != "bias"]
+    if match.is_lora and (flat := [part for part in matrices if len(part.shape) < 2]):
+        return (
+            f"{len(flat)} of its {len(header)} tensors should be matrices ({_named(flat)}), as when a training saves "
+            "its flattened shards: save it again with the weights gathered (FSDP: `FULL_STATE_DICT`)"
+        )
+    if len(match.adapter_names) > 1:
+        names = ", ".join(f"'{name}'" for name in sorted(match.adapter_names)[:5])
+        return (
+            f"its file holds several adapters, {names}: save one alone, with "
+            "`save_pretrained(folder, selected_adapters=[name])`"
+        )
+    if match.is_lora and not any(WITH_NAMES.fullmatch(step) for part in tuned for step in part.inner):
+        return (
+            f"none of its {len(header)} tensors is named as PEFT names a LoRA's, ...lora_A.weight "
+            f"({_named(match.parts)}): convert the file to PEFT's format with the tool that made it"
+        )
+    return None
+
+
+def misplaced(match: Match) -> str | None:
+    """Why tensors of a LoRA's file have no place in the model, whatever the configuration says."""
+    if (why := broken(match)) or not match.is_lora:
+        return why
+    if (match.as_it_is or match.read_by_peft or match.renaming) and (match.read_by_peft or not _too_wide(match)):
+        return None
+    if astray := _astray(match):
+        return _lost(match, astray)
+    if wide := _too_wide(match):
+        part, module = wide[0]
+        if all(match.fits(module, part._replace(shape=part.shape[::-1])) for part, module in wide):
+            return (
+                f"its matrices are transposed ({_named([part])}), as other tools than PEFT save them: transpose them, "
+                "or convert the file to PEFT's format with the tool that made it"
+            )
+        width, height = match.modules[module] or (0, 0)
+        return (
+            f"{_named([part])} is for another width, '{module}' takes {width} numbers and gives {height}: "
+            f"{_other_model(match.config, match.source)}"
+        )
+    return (
+        f"{_named(match.parts)} could belong to several modules of {_kind(match)}, or several tensors to one: rename "
+        "the tensors to those of `get_peft_model_state_dict`"
+    )
+
+
+def _astray(match: Match) -> list[Part]:
+    """Tensors for whose names, whatever the way to the layers, there is no module."""
+    astray: list[Part] = []
+    for head, group in match.groups.items():
+        if not match.is_lora and head == ROOT[:1]:  # what all modules share
+            continue
+        landing = {
+            new: sum(match.module(new, part) is not None for part in group)
+            for new in match.heads.get(match.reduced(head), [])
+        }
+        best = max(landing, key=landing.__getitem__, default=None)
+        astray += [part for part in group if best is None or match.module(best, part) is None]
+    return astray
+
+
+def _lost(match: Match, astray: list[Part]) -> str:
+    """Why some tensors have no module."""
+    other_model = _other_model(match.config, match.source)
+    experts = [part for part in astray if part.is_expert]
+    if experts:
+        return _no_room_for(match, experts)
+    deep = [part for part in astray if part.tail and match.heads.get(match.reduced(part.head))]
+    stacks = {head for way in {match.reduced(part.head) for part in deep} for head in match.heads[way]}
+    depth = max((_layers(match, head) for head in stacks), default=0)
+    beyond = [part for part in deep if int(part.tail[0]) >= depth]
+    if beyond and len(beyond) == len(astray):
+        most = max(int(part.tail[0]) for part in beyond)
+        return (
+            f"it was made for at least {most + 1} layers and {_kind(match)} has {depth} ({_named(beyond)} is in the "
+            f"file, not in the model; {len(beyond)} such tensors): {other_model}"
+        )
+    in_layers = [part for part in astray if part.tail]
+    for head in match.stacks:
+        if not in_layers or not all(match.module(head, part) for part in in_layers):
+            continue
+        part = in_layers[0]
+        if any(OTHER_TOWERS.search(step) for step in part.head):
+            return (
+                f"it changes another part of a model, '{'.'.join(part.head)}...' ({_named([part])}), which "
+                f"{_kind(match)} does not have: {other_model}"
+            )
+        old, new = ".".join(part.head), ".".join(("base_model.model", *head))
+        return (
+            f"its tensors are named '{old}...' ({_named([part])}), which does not say that they are those of "
+            f"'{new}...': rename them if they are, else {other_model}"
+        )
+    if not any(step.startswith(match.prefix) for part in astray for step in part.inner):
+        return (
+            f"it holds whole modules that {_kind(match)} does not have ({_named(astray)} is in the file, not in the "
+            "model), as the head of a classifier or of a reward model: only adapters of causal language models are "
+            "translated, so train it without, or delete them from the file and from `modules_to_save`"
+        )
+    missing = sorted({(part.tail or part.head or (part.key,))[-1] for part in astray})
+    has = sorted({name.rpartition(".")[2] for name, size in match.modules.items() if size})
+    return (
+        f"it is for a model of another class, with modules named {_list(missing)} ({_named(astray)} is in the file, "
+        f"not in the model; {len(astray)} such tensors), where {_kind(match)} has {_list(has)}: {other_model}"
+    )
+
+
+def deeper(match: Match) -> str | None:
+    """Whether a LoRA of all layers meets a model that has more of them."""
+    config = match.config
+    targets = getattr(config, "target_modules", None)
+    if not match.is_lora or not targets or targets == "all-linear" or match.layers:
+        return None
+    wanted: dict[tuple[str, ...], dict[str, int]] = {}
+    for name in match.modules:
+        head, tail = halves(name.split("."))
+        if tail and check_target_module_exists(config, name):
+            wanted.setdefault(head, {})[name] = int(tail[0])
+    for head, names in wanted.items():
+        parts = [part for part in match.parts if part.tail and match.reduced(part.head) == match.reduced(head)]
+        held, reached = {match.module(head, part) for part in parts}, max((int(p.tail[0]) for p in parts), default=-1)
+        missing = [name for name in names if name not in held]
+        if reached >= 0 and missing and all(names[name] > reached for name in missing):
+            return (
+                f"it was made for {reached + 1} layers and {_kind(match)} has {_layers(match, head)} ('{missing[0]}' "
+                f"is in the model, not in the file): {_other_model(config, match.source)}"
+            )
+    return None
+
+
+def disagreement(match: Match, expected: Collection[str], found: Collection[str]) -> str:
+    """Why the tensors that a configuration speaks of are not those of the file, which all have their module.
+
+    Args:
+        match: File and model.
+        expected: Names of tensors by the configuration, as PEFT would save them.
+        found: Names of those in the file.
+    """
+    if why := _other_rank(match) or _other_class(match):
+        return why
+    unpaired = _unpaired(found)
+    extra, absent = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+    if unpaired:
+        return (
+            f"its file is cut: '{unpaired}' is in the model, not in the file, while its other half is there: get the "
+            "file again"
+        )
+    if (experts := [part for part in match.parts if part.is_expert]) and any(".experts." in key for key in extra):
+        return _no_room_for(match, experts)
+    beyond, reached = [_layer(key) for key in absent], max(map(_layer, found), default=-1)
+    if not extra and reached >= 0 and min(beyond) > reached:
+        return (
+            f"it was made for {reached + 1} layers and {_kind(match)} has {max(beyond) + 1} ('{absent[0][:200]}' is "
+            f"in the model, not in the file): {_other_model(match.config, match.source)}"
+        )
+    targets = getattr(match.config, "target_modules", None)
+    named = sorted({part.tail[-1] for part in match.parts if part.tail and match.prefix in ".".join(part.inner)})
+    said = shown(sorted(targets) if isinstance(targets, set) else targets)
+    if extra:
+        return (
+            f"its configuration and its file disagree: `target_modules` in adapter_config.json is {said}, and "
+            f"'{extra[0][:200]}' is in the file, not in the model that this describes; {len(extra)} such tensors: "
+            f"correct `target_modules`, the file has {_list(named)}"
+        )
+    return (
+        f"its configuration and its file disagree: `target_modules` in adapter_config.json is {said}, and by that "
+        f"'{absent[0][:200]}' is in the model, not in the file; {len(absent)} such tensors: get both files again, or "
+        f"correct the configuration, the file has {_list(named)}"
+    )
+
+
+def refused_by_peft(match: Match, said: str) -> str:
+    """Why PEFT could not load a file whose tensors have their modules, from what it said."""
+    if any(part.is_expert for part in match.parts) and match.read_by_peft:
+        return _no_room_for(match, [part for part in match.parts if part.is_expert])
+    if why := _other_rank(match) or _other_class(match):
+        return why
+    if match.is_lora and "target" in said.lower():
+        return disagreement(match, (), [part.key for part in match.parts])
+    return f"PEFT could not put it there ({said.rstrip('.')}): {_other_model(match.config, match.source)}"
+
+
+def _other_class(match: Match) -> str | None:
+    """For adapters that are no LoRA, whose names are looked into only when PEFT could not place them."""
+    astray = [] if match.is_lora else _astray(match)
+    return _lost(match, astray) if astray else None
+
+
+def _other_rank(match: Match) -> str | None:
+    """Whether the matrices have another rank than the configuration says."""
+    config = match.config
+    if not match.is_lora or isinstance(config, AdaLoraConfig) or getattr(config, "target_parameters", None):
+        return None
+    for part in match.parts:
+        if "lora_A" not in part.inner or len(part.shape) != 2 or part.is_expert:
+            continue
+        name = ".".join(part.head[2:] + part.tail)
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+        if part.shape[0] != rank:
+            return (
+                f"its configuration says rank {rank} for '{name}' and {_named([part])} has {part.shape[0]}: correct "
+                "`r` or `rank_pattern` in adapter_config.json, or get both files again"
+            )
+    return None
+
+
+def _unpaired(found: Collection[str]) -> str | None:
+    """The first half of a LoRA whose other half is there."""
+    for key in sorted(found):
+        for a, b in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            other = key.replace(f".{a}.", f".{b}.")
+            if f".{a}." in key and not key.endswith(".bias") and other not in found:
+                return other[:200]
+    return None
+
+
+def _too_wide(match: Match) -> list[tuple[Part, str]]:
+    found = []
+    for part in match.parts:
+        for head in match.heads.get(match.reduced(part.head), [])[:1]:
+            module = match.module(head, part)
+            if module and not match.fits(module, part):
+                found.append((part, module))
+    return found
+
+
+def _other_model(config: PeftConfig, source: PreTrainedModel) -> str:
+    """What to do when the adapter belongs to another model."""
+    named = config.base_model_name_or_path
+    if named and str(named) != str(source.name_or_path):
+        return f"it was trained on '{named}', pass that as `source`"
+    if named:
+        return (
+            "the adapter names this very model, so pass the revision of it that the adapter belongs to, as `source` "
+            "or by `source_revision`"
+        )
+    return "pass the model that it was trained on as `source`"
+
+
+def _no_room_for(match: Match, experts: list[Part]) -> str:
+    """PEFT fuses the experts of some models, and only if all the parts that are fused have a LoRA."""
+    names = _list(sorted({part.tail[-1] for part in experts}))
+    return (
+        f"it has a LoRA for each expert ({_named(experts)}), as transformers 4 laid them out, and PEFT cannot put "
+        f"them ({names}) on the experts of {_kind(match)}: merge it into its model with transformers 4, or train it "
+        "without the experts"
+    )
+
+
+def _kind(match: Match) -> str:
+    return f"the model ({type(match.source).__name__})"
+
+
+def _named(parts: Iterable[Part]) -> str:
+    part = next(iter(parts))
+    return f"'{part.key[:200]}' of shape {part.shape}"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(f"'{name[:80]}'" for name in names[:8]) + (", ..." if len(names) > 8 else "")
+
+
+def _layer(name: str) -> int:
+    """The number of the layer in a name, -1 without."""
+    tail = halves(name.split("."))[1]
+    return int(tail[0]) if tail else -1
+
+
+def _layers(match: Match, head: tuple[str, ...]) -> int:
+    start = len(head)
+    found = {name.split(".")[start] for name in match.modules if name.startswith(".".join(head) + ".")}
+    return sum(step.isdecimal() for step in found)
