@@ -59,7 +59,7 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
     config = read_adapter_config(adapter, revision) if holdings.is_known else None
     if isinstance(config, CastConfig):
         account |= {"kind": "CAST adapter", **_cast(config)}
-    elif hasattr(config, "r"):
+    elif config is not None and hasattr(config, "r"):
         modules = config.target_modules
         account |= {"rank": config.r, "alpha": getattr(config, "lora_alpha", None)}
         account["modules"] = sorted(modules) if isinstance(modules, (set, list)) else modules

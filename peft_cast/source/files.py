@@ -153,7 +153,8 @@ def _from_header(
     """What the tensors of the file are."""
     ranks: dict[str, int | None] = {}
     rest: dict[tuple[str, str], None] = {}
-    parameters = [where.rpartition(".") for where in getattr(config, "target_parameters", None) or ()]
+    # PEFT writes them in any order.
+    parameters = [where.rpartition(".") for where in sorted(getattr(config, "target_parameters", None) or ())]
     for key, info in header.items():
         module, own = _split(config, key)
         if module is None:

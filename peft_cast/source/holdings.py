@@ -23,9 +23,9 @@ Fate = Literal["exact", "approximated", "measured", "left"]
 Verb = Literal["translate", "plan", "Bridge.cast", "cast_file", "to_lora", "inspect"]
 VERBS: tuple[Verb, ...] = ("translate", "plan", "Bridge.cast", "cast_file", "to_lora", "inspect")
 # Settings that are said elsewhere, or that say nothing of what an adapter holds.
-_SAID = ("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "kernels")
+_SAID: tuple[str, ...] = ("peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "kernels")
 _SAID += ("inference_mode", "target_modules", "r", "lora_alpha", "runtime_config", "megatron_core", "projection_type")
-_SAID += ("projection_size", "projection_bias", "projection_sharing", "not_carried")
+_SAID += ("projection_size", "projection_bias", "projection_sharing", "not_carried", "auto_mapping")
 
 
 @dataclass(frozen=True)

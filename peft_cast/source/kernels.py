@@ -24,7 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..align import find_places, split_name, split_place
-from .holdings import Holdings, kernel_parts, left_parts, options_of
+from .holdings import Fate, Holdings, kernel_parts, left_parts, options_of
 from .kinds import (
     ALORA,
     BASE,
@@ -100,7 +100,8 @@ class SourceAdapter:
     @property
     def holdings(self) -> Holdings:
         """What the adapter holds and what becomes of it, exactly."""
-        config, found = self.model.active_peft_config, {}
+        config = self.model.active_peft_config
+        found: dict[str, tuple[Fate, int | None, float | None]] = {}
         for place, kernel in self.kernels.items():
             module = split_place(place)[0]
             error = self.converted.get(module)
@@ -108,7 +109,7 @@ class SourceAdapter:
         return Holdings(
             self.kind,
             options_of(config),
-            tuple(sorted({rank for _, rank, _ in found.values()})),
+            tuple(sorted({len(kernel.A) for kernel in self.kernels.values()})),
             (*kernel_parts(called(config), found), *left_parts(self.not_carried)),
             config.task_type,
             config.base_model_name_or_path,
@@ -222,7 +223,7 @@ def _replaced(config: PeftConfig, base: nn.Module, originals: Mapping[str, torch
     Weights of adapted linear layers are measured with the adapter; those in wrappers are the wrappers' own.
     """
     parts = []
-    adapted = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    tuned = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     wrappers = tuple(
         f"{name}." for name, module in base.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
     )
@@ -232,7 +233,7 @@ def _replaced(config: PeftConfig, base: nn.Module, originals: Mapping[str, torch
             continue
         if parameter == "bias":
             parts.append((module, BIAS))
-        elif not split_name(name) or module not in adapted:
+        elif not split_name(name) or module not in tuned:
             parts.append((module, BASE))
     trained = getattr(config, "bias", "none")
     if trained != "none" and not originals:  # a PeftModel in memory: what was trained is known, what was before is not
