@@ -28,16 +28,7 @@ from .fit import (
     projections_of,
     stacked,
 )
-from .models import (
-    check_model,
-    freeze_adapter,
-    load_model,
-    seeded,
-    sharding,
-    unload_adapters,
-    unloaded_on_error,
-    with_adapter,
-)
+from .models import freeze_adapter, load_model, seeded, sharding, unload_adapters, unloaded_on_error, with_adapter
 from .options import Fit, Options, Pairing, Projections, Run, Training
 from .refine import (
     RunFolder,
@@ -53,7 +44,7 @@ from .refine import (
     teacher_cache,
 )
 from .results import TranslationResult
-from .source import Pair, base_of, check_adapter, load_source, open_pair
+from .source import Pair, check_pair, load_source, open_pair
 from .text import PairTexts, check_text, is_written, read_fit_texts, read_texts
 from .utils import Phases, distributed, without_secrets
 
@@ -178,13 +169,7 @@ class Job:
         else:
             self._check_one(shard)
         # What lies on disk or on the hub comes last: it may have to be fetched.
-        source, revision = self.source, pairing.source_revision
-        if source is None and isinstance(inputs[0], (str, Path)):
-            source, revision = base_of(inputs[0], pairing.adapter_revision)
-        check_model(source, "source", revision)
-        check_model(self.target, "target", pairing.target_revision)
-        for one in inputs:
-            check_adapter(one, pairing.adapter_revision)
+        check_pair(self.source, inputs, self.target, pairing)
 
     def _check_one(self, shard: bool) -> None:
         training = self.options.training

@@ -5,4 +5,4 @@ from .holdings import VERBS, Holdings, by_reason, list_not_carried, list_reasons
 from .kernels import LoraKernel, SourceAdapter, count_parameters
 from .kinds import SAVED
 from .loading import adapted_source, base_of, check_adapter, load_source
-from .pair import Pair, open_pair
+from .pair import Pair, check_pair, open_pair

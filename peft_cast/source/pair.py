@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..align import ModuleMap, SharedVocabulary, layer_count, linear_layers, map_layers, map_modules, shared_vocabulary
 from ..models import (
     adapter_tokenizer,
+    check_model,
     default_dtype,
     fingerprint,
     load_model,
@@ -26,7 +28,7 @@ from ..models import (
 from ..options import Pairing
 from ..utils import distributed
 from .kernels import LoraKernel, SourceAdapter
-from .loading import adapted_source, base_of, load_source
+from .loading import adapted_source, base_of, check_adapter, load_source
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,21 @@ class Pair:
         """
         ids = (self.vocabulary.source_ids, self.vocabulary.target_ids)
         return f"{fingerprint(self.adapted, self.target, extra=ids)} {self.given.identity}"
+
+
+def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairing) -> None:
+    """What the files of the models and adapters tell before one of them is loaded.
+
+    Raises:
+        ValueError, OSError: As `open_pair`.
+    """
+    revision = pairing.source_revision
+    if source is None and isinstance(adapters[0], (str, Path)):
+        source, revision = base_of(adapters[0], pairing.adapter_revision)
+    check_model(source, "source", revision)
+    check_model(target, "target", pairing.target_revision)
+    for adapter in adapters:
+        check_adapter(adapter, pairing.adapter_revision)
 
 
 @contextmanager
