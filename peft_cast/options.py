@@ -290,7 +290,7 @@ class Options:
             if name not in known:
                 function = takes.__name__ if takes is not None else "translate"
                 raise TypeError(f"`{function}` has no argument '{name}': {unknown(name, list(known))}")
-        made = {}
+        made: dict[str, Any] = {}
         for group, kind in GROUPS.items():
             given = groups.get(group)
             if given is not None and not isinstance(given, kind):

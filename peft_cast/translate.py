@@ -18,6 +18,7 @@ from .evaluation import gather_report
 from .fit import (
     Bridge,
     ClosedForm,
+    KernelFit,
     StackedPart,
     adapter_name_of,
     adapter_names,
@@ -109,8 +110,8 @@ def translate(
             then are the result, with a warning.
         NotSavedError: If the finished adapter cannot be written to `output_dir`; `error.result` holds it.
     """
-    groups = {"pairing": pairing, "projections": projections, "fit": fit, "training": training, "run": run}
-    job = Job(source, adapter, target, text, bridge, start, adapter_name, Options.of(options, **groups))
+    chosen = Options.of(options, None, pairing=pairing, projections=projections, fit=fit, training=training, run=run)
+    job = Job(source, adapter, target, text, bridge, start, adapter_name, chosen)
     distributed.init(job.options.pairing.device)
     distributed.on_main_process(job.check)
     if not distributed.is_main_process():
@@ -138,6 +139,11 @@ class Job:
         return cls(source, adapter, target, **own, options=Options.of(arguments))
 
     @property
+    def adapters(self) -> list[Any]:
+        """All that are translated."""
+        return list(self.adapter) if isinstance(self.adapter, (list, tuple)) else [self.adapter]
+
+    @property
     def bar(self) -> partial:
         """A progress bar, or none."""
         return partial(tqdm, disable=not self.options.run.progress)
@@ -155,21 +161,19 @@ class Job:
         """
         pairing, training = self.options.pairing, self.options.training
         distributed.resolve_source_device(pairing.source_device, distributed.training_device(pairing.device))
-        several = isinstance(self.adapter, (list, tuple))
-        inputs = self.adapter if isinstance(self.adapter, (list, tuple)) else [self.adapter]
-        check_folder(self.options.run, self.source, *inputs, self.target, self.start)
+        check_folder(self.options.run, self.source, *self.adapters, self.target, self.start)
         check_text(self.text)
         check_text(self.options.fit.fit_text)
         written = self.text is None or isinstance(self.text, Mapping) or is_written(self.text)
         check_prompts(written or not training.on_policy_steps)
         shard = sharding.is_requested(training.training_args)
         distributed.batch_per_process(training.batch_size)
-        if several:
+        if isinstance(self.adapter, (list, tuple)):
             _check_several(self, shard)
         else:
             self._check_one(shard)
         # What lies on disk or on the hub comes last: it may have to be fetched.
-        check_pair(self.source, inputs, self.target, pairing)
+        check_pair(self.source, self.adapters, self.target, pairing)
 
     def _check_one(self, shard: bool) -> None:
         training = self.options.training
@@ -255,12 +259,12 @@ def _translate_one(job: Job) -> TranslationResult:
         "report": report,
     }
     metrics, history = distributed.broadcast((metrics, reached.refinement.history))  # seconds differ
-    result = TranslationResult(model, metrics, history, pair.modules, job.adapter_name)
+    result = TranslationResult(model, metrics, history, pair.modules, str(job.adapter_name))
     run.save(result)
     return result
 
 
-def _read(job: Job, pair: Pair, run: RunFolder) -> tuple[PairTexts, ClosedForm | None]:
+def _read(job: Job, pair: Pair, run: RunFolder) -> tuple[PairTexts, ClosedForm[KernelFit] | None]:
     """The texts, and the projections of the translation to go on from, which may write some of them."""
     options, start = job.options, job.start
     with with_adapter(pair.target, start) if start is not None else nullcontext() as translated:
@@ -308,7 +312,7 @@ def _distances(kl: Mapping[str, float], after_own_words: float | None, from_earl
 
 def _check_several(job: Job, shard: bool) -> None:
     """Refuse what goes with one adapter alone."""
-    if any(isinstance(adapter, PeftModel) for adapter in job.adapter):
+    if any(isinstance(adapter, PeftModel) for adapter in job.adapters):
         raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
     for name in ("bridge", "start"):
         if getattr(job, name) is not None:
@@ -317,8 +321,8 @@ def _check_several(job: Job, shard: bool) -> None:
         raise ValueError("`beta` and `depth_map='similarity'` are for one adapter at a time: translate them in turn.")
     if shard:
         raise ValueError("FSDP and ZeRO-3 are for one adapter at a time: translate them in turn.")
-    for name in adapter_names(job.adapter, job.adapter_name):
-        check_folder(_in_subfolder(job.options, name).run, job.source, *job.adapter, job.target)
+    for name in adapter_names(job.adapters, job.adapter_name):
+        check_folder(_in_subfolder(job.options, name).run, job.source, *job.adapters, job.target)
         _text_for(job.text, name)
 
 
@@ -326,7 +330,7 @@ def _translate_several(job: Job) -> list[TranslationResult]:
     """Several adapters of one model: models are loaded once, one pass of text fits all closed forms, and each is
     refined.
     """
-    options, names, adapters = job.options, adapter_names(job.adapter, job.adapter_name), list(job.adapter)
+    options, names, adapters = job.options, adapter_names(job.adapters, job.adapter_name), job.adapters
     pairing = options.pairing
     device = distributed.init(pairing.device)
     at_source = distributed.resolve_source_device(pairing.source_device, device)
@@ -345,7 +349,9 @@ def _translate_several(job: Job) -> list[TranslationResult]:
         run = open_run(options.run, partial(described, options, pair, text=job.text, adapter_name=names))
         folders = [_in_subfolder(options, name).run.output_dir for name in names]
         if run.begun:
-            for folder in filter(None, folders):  # of a run before, which is not this one's to go on with
+            for folder in (
+                folder for folder in folders if folder is not None
+            ):  # of a run before, which is not this one's to go on with
                 distributed.on_main_process(partial(clear_run, Path(folder)))
         with run.advising():
             texts = run.texts(

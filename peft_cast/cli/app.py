@@ -126,11 +126,15 @@ def translate_command(
     arguments = {"output_dir": output, "resume_from_checkpoint": resume, "progress": not quiet, **arguments}
     models = (None if source == "-" else source, adapter, target)
     Job.of(*models, **arguments).check()
-    if dry_run or not quiet:
-        planned = _plan(models, arguments, processes=distributed.launched_processes(), needed=dry_run)
-        if dry_run and planned is not None:
-            say(str(planned))
-            return print_result(planned.as_dict(), "", as_json)
+    if dry_run:
+        planned = _plan(models, arguments, processes=distributed.launched_processes())
+        say(str(planned))
+        return print_result(planned.as_dict(), "", as_json)
+    if not quiet:
+        try:
+            say(str(_plan(models, arguments, processes=distributed.launched_processes())))
+        except Exception as error:  # what stands in a plan's way is but a note
+            say(f"There is no plan of this translation, which goes on all the same: {one_line(error)}")
         say(f"Translating {adapter} to {target}, into {output}\n")
     translated = translate(*models, **arguments)
     if not distributed.is_main_process():
@@ -334,18 +338,6 @@ def _text(text: str | None, prompts: Path | None) -> Any:
     return {"self": {"prompts": list(read_prompts(prompts))}}
 
 
-def _plan(
-    models: tuple[str | None, str, str], arguments: dict[str, Any], needed: bool = True, **more: Any
-) -> Plan | None:
-    """The plan of a translation. Where it is not `needed` it is printed, and what stands in its way is but a note."""
+def _plan(models: tuple[str | None, str, str], arguments: dict[str, Any], **more: Any) -> Plan:
     known = {*names_taken(plan), "bridge", "start"}
-    try:
-        planned = plan(*models, **{name: value for name, value in arguments.items() if name in known}, **more)
-    except Exception as error:
-        if needed:
-            raise
-        say(f"There is no plan of this translation, which goes on all the same: {one_line(error)}")
-        return None
-    if not needed:
-        say(str(planned))
-    return planned
+    return plan(*models, **{name: value for name, value in arguments.items() if name in known}, **more)

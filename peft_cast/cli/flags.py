@@ -45,8 +45,8 @@ def with_flags(function: Callable, *left_out: str) -> Callable[[Callable], Calla
 
 
 def _flag(name: str) -> Any:
-    group = next(kind for kind in GROUPS.values() if name in kind.__dataclass_fields__)  # type: ignore[attr-defined]
-    field, kinds = group.__dataclass_fields__[name], kinds_of(group)[name]  # type: ignore[attr-defined]
+    group = next(kind for kind in GROUPS.values() if name in kind.__dataclass_fields__)
+    field, kinds = group.__dataclass_fields__[name], kinds_of(group)[name]  # type: ignore[arg-type]
     kind = kinds[0] if kinds and kinds[0] in (int, float, bool, Path) else str
     sentence = field.metadata["help"].split(". ")[0].rstrip(".") + "."
     return Annotated[kind | None, typer.Option(help=sentence, rich_help_panel=group.__name__)]  # type: ignore[operator]

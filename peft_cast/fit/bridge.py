@@ -38,7 +38,7 @@ from ..utils.fields import check_count
 from .bridge_config import Side, read_bridge_config
 from .closed_form import fit_closed_form
 from .install import adapter_name_of, cast_config, install
-from .maps import ClosedForm, PlaceMaps
+from .maps import ClosedForm, KernelFit, PlaceMaps
 from .saved import load_closed_form, save_closed_form
 
 
@@ -58,12 +58,12 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return object.__new__(cls)  # the mixin would write the arguments, tensors included, to a config.json
 
     def __init__(
-        self, maps: ClosedForm, modules: ModuleMap, source: Side, target: Side, metrics: Mapping[str, Any]
+        self, maps: ClosedForm[PlaceMaps], modules: ModuleMap, source: Side, target: Side, metrics: Mapping[str, Any]
     ) -> None:
         self.maps, self.modules, self.source, self.target = maps, modules, source, target
         self.metrics = dict(metrics)
 
-    def closed_form(self, kernels: Mapping[str, LoraKernel]) -> tuple[ClosedForm, ModuleMap]:
+    def closed_form(self, kernels: Mapping[str, LoraKernel]) -> tuple[ClosedForm[KernelFit], ModuleMap]:
         """The projections of some kernels, and where they land.
 
         Args:
@@ -366,7 +366,7 @@ def fit_bridge(
     return Bridge(_rounded(maps), pair.modules, *sides, metrics)
 
 
-def _rounded(maps: ClosedForm) -> ClosedForm:
+def _rounded(maps: ClosedForm[PlaceMaps]) -> ClosedForm[PlaceMaps]:
     """The maps in bfloat16; what modules share (q, k and v their P_in) they go on sharing."""
     known: dict[int, torch.Tensor] = {}
 

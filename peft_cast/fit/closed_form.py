@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
@@ -135,7 +136,7 @@ def fit_closed_form(
     hidden: bool = True,
     memory: int | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
-) -> ClosedForm:
+) -> ClosedForm[Any]:
     """Fit every kernel's projections from one forward and one backward pass per model.
 
     If what is kept of all target layers does not fit into `memory`, the text is read once for each group of layers for

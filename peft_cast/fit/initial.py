@@ -19,7 +19,7 @@ from ..utils import distributed, optional, within_memory
 from .bridge import Bridge
 from .closed_form import fit_closed_form
 from .install import check_shapes
-from .maps import ClosedForm
+from .maps import ClosedForm, KernelFit
 from .saved import load_closed_form, save_closed_form
 from .similarity import map_by_similarity
 from .stacked import StackedPart
@@ -31,10 +31,10 @@ def initial_maps(
     options: Options,
     *,
     bridge: Bridge | StackedPart | None = None,
-    start: ClosedForm | None = None,
+    start: ClosedForm[KernelFit] | None = None,
     cache: Path | None = None,
     also: str = "",
-) -> tuple[ClosedForm, Pair]:
+) -> tuple[ClosedForm[KernelFit], Pair]:
     """The maps of the pair's kernels before they are refined, and the pair with the module map that they follow.
 
     Args:
@@ -75,7 +75,7 @@ def fitted(
     progress: Callable,
     also: str = "",
     **options: Any,
-) -> ClosedForm:
+) -> ClosedForm[KernelFit]:
     """The closed form of the pair on some texts: from the cache if it is there, else fitted and put there.
 
     Args:
@@ -98,24 +98,24 @@ def fitted(
     return distributed.on_main_process(lambda: _kept(fit, file)) if file is not None else fit
 
 
-def _known(file: Path, pair: Pair, hidden: bool) -> ClosedForm | None:
+def _known(file: Path, pair: Pair, hidden: bool) -> ClosedForm[KernelFit] | None:
     """The closed form in the cache; `None` if it is not there, broken, or another pair's."""
     with suppress(FileNotFoundError, ValueError, KeyError):
-        fit = load_closed_form(file)
+        fit = load_closed_form(file, KernelFit)
         if _belongs_to(fit, pair, hidden):
             return fit
     return None
 
 
-def _kept(fit: ClosedForm, file: Path) -> ClosedForm:
+def _kept(fit: ClosedForm[KernelFit], file: Path) -> ClosedForm[KernelFit]:
     """The closed form as a later run will read it: another order of the numbers in memory shows in the last digits."""
     with optional("The closed form"):
         save_closed_form(fit, file)
-        return load_closed_form(file)
+        return load_closed_form(file, KernelFit)
     return fit
 
 
-def _belongs_to(fit: ClosedForm, pair: Pair, hidden: bool) -> bool:
+def _belongs_to(fit: ClosedForm[KernelFit], pair: Pair, hidden: bool) -> bool:
     """Whether a closed form from the cache is one of this pair, whatever its file is called."""
     check_shapes(pair.target, pair.kernels, fit)
     widths = [model.config.get_text_config().hidden_size for model in (pair.target, pair.source)]

@@ -16,7 +16,7 @@ from ..source import LoraKernel
 from ..tuner import CastConfig, KernelSpec, Projection
 from ..tuner.quantized import linear_size
 from ..utils import without_secrets
-from .maps import ClosedForm
+from .maps import ClosedForm, KernelFit
 
 
 def cast_config(kernels: Mapping[str, LoraKernel], modules: ModuleMap, **options: Any) -> CastConfig:
@@ -47,7 +47,7 @@ def install(
     target: PreTrainedModel,
     config: CastConfig,
     kernels: Mapping[str, LoraKernel],
-    closed_form: ClosedForm,
+    closed_form: ClosedForm[KernelFit],
     *,
     gain: float | None = None,
     adapter_name: str = "default",
@@ -91,7 +91,9 @@ def install(
     return model
 
 
-def check_shapes(target: PreTrainedModel, kernels: Mapping[str, LoraKernel], closed_form: ClosedForm) -> None:
+def check_shapes(
+    target: PreTrainedModel, kernels: Mapping[str, LoraKernel], closed_form: ClosedForm[KernelFit]
+) -> None:
     """Fitted maps may come from a file, and be those of another target.
 
     Raises:

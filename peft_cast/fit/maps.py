@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -73,8 +73,11 @@ class PlaceMaps:
         return KernelFit(self.source_place, A @ self.P_in.float(), self.P_out.float() @ B, self.r2_in, self.r2_out)
 
 
+FitOrMaps = TypeVar("FitOrMaps", bound=KernelFit | PlaceMaps)
+
+
 @dataclass(frozen=True)
-class ClosedForm:
+class ClosedForm(Generic[FitOrMaps]):
     """The result of the closed-form fit.
 
     Args:
@@ -86,7 +89,7 @@ class ClosedForm:
         positions (`int`): Aligned positions used.
     """
 
-    kernels: dict[str, list[KernelFit]] | dict[str, list[PlaceMaps]]
+    kernels: dict[str, list[FitOrMaps]]
     hidden_maps: dict[str, torch.Tensor]
     hidden_r2: dict[str, float]
     positions: int
@@ -100,9 +103,11 @@ class ClosedForm:
         }
         return {"positions": self.positions, "modules": modules, "hidden_r2": self.hidden_r2}
 
-    def part(self, sources: Container[str], change: Callable[[Any], KernelFit]) -> ClosedForm:
+    def part(self, sources: Container[str], change: Callable[[FitOrMaps], KernelFit]) -> ClosedForm[KernelFit]:
         """The fits of some source places alone, each changed; target places that carry none of them are left out."""
         kernels = {
             name: [change(fit) for fit in fits if fit.source_place in sources] for name, fits in self.kernels.items()
         }
-        return replace(self, kernels={name: fits for name, fits in kernels.items() if fits})
+        return ClosedForm(
+            {name: fits for name, fits in kernels.items() if fits}, self.hidden_maps, self.hidden_r2, self.positions
+        )

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..tuner.checks import FLOATS, check_finite, check_number, is_name, read_header, shown
 from ..utils import one_line, write_tensors
-from .maps import ClosedForm, KernelFit, PlaceMaps
+from .maps import ClosedForm, FitOrMaps
 
 
-def save_closed_form(fit: ClosedForm, file: Path) -> None:
+def save_closed_form(fit: ClosedForm[Any], file: Path) -> None:
     """Write the file; it appears complete or not at all."""
     tensors = {f"hidden.{path}": weight.contiguous().cpu() for path, weight in fit.hidden_maps.items()}
     names: dict[int, str] = {}  # modules may share a map (those of a bridge): it is written once
@@ -44,12 +44,12 @@ def save_closed_form(fit: ClosedForm, file: Path) -> None:
     write_tensors(tensors, file, peft_cast=json.dumps(metadata))
 
 
-def load_closed_form(file: Path, kind: type[KernelFit] | type[PlaceMaps] = KernelFit) -> ClosedForm:
+def load_closed_form(file: Path, kind: type[FitOrMaps]) -> ClosedForm[FitOrMaps]:
     """Read what `save_closed_form` wrote. It may come from a stranger: every entry is checked.
 
     Args:
         file (`Path`): The file.
-        kind: What it holds for each place: `PlaceMaps` in a bridge's.
+        kind: What it holds for each place: `KernelFit`, in a bridge's `PlaceMaps`.
 
     Raises:
         ValueError: If the file is broken or no closed form.
@@ -73,7 +73,7 @@ def load_closed_form(file: Path, kind: type[KernelFit] | type[PlaceMaps] = Kerne
                 if not is_name(place):
                     raise ValueError(f"it has a module called {shown(place)}")
                 numbers = {name: _finite(name, entry[name]) for name in ("r2_in", "r2_out")}
-                return kind(place, tensor(entry["in"]), tensor(entry["out"]), **numbers)
+                return kind(str(place), tensor(entry["in"]), tensor(entry["out"]), **numbers)
 
             hidden_r2 = {path: _finite("hidden_r2", r2) for path, r2 in metadata["hidden_r2"].items()}
             check_number("`positions`", metadata["positions"], 0, whole=True)

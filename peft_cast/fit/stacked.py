@@ -27,11 +27,11 @@ class StackedPart:
         rows (`dict[str, slice]`): For each source module of this adapter its rows of the stacked A.
     """
 
-    maps: ClosedForm
+    maps: ClosedForm[KernelFit]
     modules: ModuleMap
     rows: dict[str, slice]
 
-    def closed_form(self, kernels: Mapping[str, LoraKernel]) -> tuple[ClosedForm, ModuleMap]:
+    def closed_form(self, kernels: Mapping[str, LoraKernel]) -> tuple[ClosedForm[KernelFit], ModuleMap]:
         """As `Bridge.closed_form`."""
 
         def own(fit: KernelFit) -> KernelFit:

@@ -14,7 +14,9 @@ from .maps import ClosedForm, KernelFit
 
 
 @torch.no_grad()
-def projections_of(adapted: PeftModel, kernels: Mapping[str, LoraKernel], modules: ModuleMap, name: str) -> ClosedForm:
+def projections_of(
+    adapted: PeftModel, kernels: Mapping[str, LoraKernel], modules: ModuleMap, name: str
+) -> ClosedForm[KernelFit]:
     """What the projections of a translated adapter make of its kernels, to go on from.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from numbers import Integral, Real
@@ -42,6 +42,7 @@ def option(
     return field(default=default, metadata=rules)
 
 
+@dataclass(frozen=True)
 class Group:
     """What the groups share: they look at their own values when they are made."""
 
@@ -69,7 +70,8 @@ def check_option(name: str, value: Any, group: type[Group]) -> None:
     """
     if value is None:
         return
-    rules, kinds, shown = group.__dataclass_fields__[name].metadata, kinds_of(group)[name], repr(value)[:200]  # type: ignore[attr-defined]
+    rules, shown = group.__dataclass_fields__[name].metadata, repr(value)[:200]
+    kinds = kinds_of(group)[name]  # type: ignore[arg-type]
     if rules["check"] is not None:
         if (must := rules["check"](value)) is not None:
             raise ValueError(f"`{name}` must {must}, got {shown}.")
