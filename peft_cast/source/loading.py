@@ -19,7 +19,7 @@ from .kernels import SourceAdapter, check_rank, read_adapter
 
 
 _NAME = "peft_cast_source"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # Methods whose effect is no fixed change of weights, and that cannot be told by trying.
 _NO_DELTA = {"XLORA": "mixes other adapters token by token", "POLY": "needs task ids"}
 
@@ -72,18 +72,19 @@ def adapted_source(
     """
     check_rank(source_rank)
     if isinstance(adapter, PeftModel):
-        _check_config(adapter.active_peft_config, "The adapter", in_memory=True)
+        check_config(adapter.active_peft_config, "The adapter", in_memory=True)
         adapter.eval()
         yield read_adapter(adapter, {}, source_rank)
         return
     config = read_adapter_config(adapter, revision)
-    _check_config(config, f"The adapter '{without_secrets(adapter)}'")
+    check_config(config, f"The adapter '{without_secrets(adapter)}'")
     header = check_weights(adapter, config, revision, source)
-    shapes = {name.removeprefix(_PREFIX): info.shape for name, info in header.items()}
-    _check_vocabulary(source, adapter, shapes)
+    shapes = {name.removeprefix(PREFIX): info.shape for name, info in header.items()}
+    check_vocabulary(source, adapter, shapes)
     parameters = dict(source.named_parameters(remove_duplicate=False))
-    names = parameters if _changes_weights(config) else {_base_name(key) for key in shapes} & parameters.keys()
+    names = parameters if changes_weights(config) else {base_name(key) for key in shapes} & parameters.keys()
     kept = {name: parameters[name].detach().clone() for name in names}
+    skeleton = source.device.type == "meta"
     lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
     try:
         model = _load(source, adapter, config, revision, parameters, header)
@@ -91,7 +92,7 @@ def adapted_source(
             name: parameters[name] for name in kept
         }  # the others may be spread over processes and given up here
         changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
-        if changed:
+        if changed and not skeleton:  # whose weights have no values to put back
             model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
         yield read_adapter(model.eval(), changed, source_rank)
     finally:
@@ -153,7 +154,7 @@ def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList)
 
 
-def _check_config(config: PeftConfig, name: str, in_memory: bool = False) -> None:
+def check_config(config: PeftConfig, name: str, in_memory: bool = False) -> None:
     """Refuse by its configuration what cannot be translated."""
     kind = config.peft_type.value
     if config.is_prompt_learning or config.is_adaption_prompt:
@@ -173,7 +174,7 @@ def _check_config(config: PeftConfig, name: str, in_memory: bool = False) -> Non
         )
     start = _start(config)
     lost = start.startswith(("pissa_niter", "corda", "lora_ga", "loftq"))
-    if lost or (in_memory and _changes_weights(config)):
+    if lost or (in_memory and changes_weights(config)):
         remedy = (
             "save it with `save_pretrained(folder, path_initial_model_for_weight_conversion=...)`, which makes it a "
             "plain LoRA, or set `init_lora_weights` to true in its configuration and pass the changed model as "
@@ -192,12 +193,12 @@ def _start(config: PeftConfig) -> str:
     return start.lower() if isinstance(start, str) else ""
 
 
-def _changes_weights(config: PeftConfig) -> bool:
+def changes_weights(config: PeftConfig) -> bool:
     """Whether PEFT changes the base weights when it puts the adapter on a model, in a way that is always the same."""
     return _start(config) in ("pissa", "olora") or bool(getattr(config, "kasa_config", None))
 
 
-def _check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Embeddings or a head in the adapter's file must have the model's number of rows."""
     for part in (source.get_input_embeddings(), source.get_output_embeddings()):
         name = next((name for name, module in source.named_modules() if module is part), None)
@@ -210,7 +211,7 @@ def _check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapp
             )
 
 
-def _base_name(key: str) -> str:
+def base_name(key: str) -> str:
     """The name that a tensor in the file has in the base model, if it is one of the base model's own."""
     return key.replace(".base_layer.", ".")
 
@@ -218,7 +219,7 @@ def _base_name(key: str) -> str:
 def _check_same_keys(model: PeftModel, own: Mapping[str, nn.Parameter], header: Mapping[str, TensorInfo]) -> None:
     """PEFT ignores weights in the file that the model has no place for; here they mean the wrong model."""
     in_model = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
-    in_file = {key for key in header if key in in_model or _base_name(key.removeprefix(_PREFIX)) not in own}
+    in_file = {key for key in header if key in in_model or base_name(key.removeprefix(PREFIX)) not in own}
     if in_file != in_model:
         odd = sorted(in_file ^ in_model)
         where = "file, not in the model" if odd[0] in in_file else "model, not in the file"
