@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,17 +14,18 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_modules
 from ..fit import cast_config, held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
 from ..models import check_remote_code, default_dtype, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
-from ..source import adapted_source
+from ..source import planned_source
 from ..text import ANCHOR_EVERY, anchor_length
 from ..tuner import CastConfig
 from ..utils import one_line, read_adapter_config, secrets_removed, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
+from .bodies import counted_or_simplified
 from .devices import DEVICES, SHAPES_KEPT, Device, this_machine
 from .fake import Cost, materialize
 from .passes import closed_form_costs, refinement_costs, texts_of
@@ -109,6 +111,7 @@ class Plan:
             f"  {'in all':<12} {_time(self.seconds):>9}  {_size(self.memory):>9}  and the time to write text, if the "
             "models do"
         )
+        lines += [f"Estimated: {what}." for what in self.assumed["estimated"]]
         if not self.fits:
             lines.append(
                 f"It does not fit: {_size(self.memory)} are needed and {self.device.name} has "
@@ -186,18 +189,19 @@ def plan(
     dtype = pairing.dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
     if source is None:
         source = read_adapter_config(adapter, pairing.adapter_revision).base_model_name_or_path
-    on = _model(_config(source, "source", pairing.source_revision), dtype)
-    onto = _model(_config(target, "target", pairing.target_revision), dtype)
+    on = _model(_config(source, "source", pairing.source_revision), "source", dtype)
+    onto = _model(_config(target, "target", pairing.target_revision), "target", dtype)
     depth_map = "proportional" if pairing.depth_map == "similarity" else pairing.depth_map
-    layers = map_layers(layer_count(on), layer_count(onto), depth_map)
     length = min(tokens or max_length, max_length)
-    with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank) as read:
+    weights = {"source": _weights(on, weight_bits), "target": _weights(onto, weight_bits)}
+    here = sum(weights.values())
+    base = (_kept_here((on, onto), here, processes) if sharded else here) + device.runtime
+    with planned_source(on, adapter, pairing.adapter_revision, pairing.source_rank) as (read, estimate):
+        estimated = [estimate] if estimate else []
         kernels = dict(read.kernels)
+        layers = map_layers(layer_count(on), layer_count(onto), depth_map)  # the adapter may have replicated some
         modules = map_modules(kernels, onto, layers, pairing.module_map, on)
         config = cast_config(kernels, modules, **vars(given.projections))
-        weights = {"source": _weights(on, weight_bits), "target": _weights(onto, weight_bits)}
-        here = sum(weights.values())
-        base = (_kept_here((on, onto), here, processes) if sharded else here) + device.runtime
         together = texts_per_pass(batch_size, fit_samples, max_length, processes)
         batches, at_once = -(-fit_samples // together), -(-together // processes)
         fit_batch = collate_pairs(texts_of(at_once, max_length, 0.95))
@@ -212,22 +216,32 @@ def plan(
             materialize(read.model)
             materialize(model)
             vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (on, onto))
-            with read.model.disable_adapter(), model.disable_adapter():
-                passes, moments, unseen = closed_form_costs(on, onto, fit_batch, vocabulary, kernels, group)
-                kept = moments.kept + unseen.kept * held_out / len(fit_batch["rows"])
-            if trainer.get("gradient_checkpointing"):
-                model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            held = anchor_length(max_length)
-            # The same batch is often asked for twice, and takes seconds.
-            batch_of = cache(
-                partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, training, held)
-            )
-            usual = own_rows / ANCHOR_EVERY
-            goal, step, check = batch_of(length, math.ceil(usual) if training.gamma else 0)
-            # What memory must hold is the batch of the longest texts that brings the most anchors, of which each text
-            # has a quarter of one: hardly a batch exceeds two standard deviations.
-            most = min(usual + 2 * (own_rows * (ANCHOR_EVERY - 1)) ** 0.5 / ANCHOR_EVERY, own_rows)
-            peaks = [cost.peak for cost in batch_of(max_length, math.ceil(most) if training.gamma else 0)]
+
+            def costs() -> tuple[list[Cost], list[Cost]]:
+                with read.model.disable_adapter(), model.disable_adapter():
+                    fit_costs = closed_form_costs(on, onto, fit_batch, vocabulary, kernels, group)
+                if trainer.get("gradient_checkpointing"):
+                    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+                held = anchor_length(max_length)
+                # The same batch is often asked for twice, and takes seconds.
+                batch_of = cache(
+                    partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, training, held)
+                )
+                usual = own_rows / ANCHOR_EVERY
+                average = batch_of(length, math.ceil(usual) if training.gamma else 0)
+                # What memory must hold is the batch of the longest texts that brings the most anchors, of which each
+                # text has a quarter of one: hardly a batch exceeds two standard deviations.
+                most = min(usual + 2 * (own_rows * (ANCHOR_EVERY - 1)) ** 0.5 / ANCHOR_EVERY, own_rows)
+                largest = batch_of(max_length, math.ceil(most) if training.gamma else 0)
+                return [*fit_costs, *average], [*largest]
+
+            (counts, largest), simplified = counted_or_simplified(costs, {"source": on, "target": onto})
+    passes, moments, unseen, goal, step, check = counts
+    kept = moments.kept + unseen.kept * held_out / len(fit_batch["rows"])
+    peaks = [cost.peak for cost in largest]
+    estimated += [f"passes of the {which} model, by its linear modules alone" for which in simplified]
+    if any(cost.guessed for cost in counts):
+        estimated.append("passes, as if every value that the models' code asks for were 1")
     texts = (steps + training.on_policy_steps) * own_rows
     # Folded, every module gets the largest rank, as servers want it.
     ranks = [sum(kernel.spec.r for kernel in m.peft_cast_kernels["default"]) for m in _layers(model)]
@@ -286,6 +300,7 @@ def plan(
         "fit_tokens": max_length,
         "fit_groups": len(groups),
         "dtype": str(dtype),
+        "estimated": estimated,
     }
     lora = sum(len(kernel.A) * (kernel.A.shape[1] + kernel.B.shape[0]) for kernel in kernels.values())
     return Plan(device, weights, {"trained": trained, "source_lora": lora}, files, phases, assumed)
@@ -318,8 +333,11 @@ def _weights(model: PreTrainedModel, bits: int | None) -> int:
     return whole - sum(p.nbytes for p in layers) + int(sum(p.numel() for p in layers) * (bits + 0.5) / 8)
 
 
-def _model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    model = skeleton(config).to(dtype).eval().requires_grad_(False)
+def _model(config: PretrainedConfig, which: str, dtype: torch.dtype) -> PreTrainedModel:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        # transformers would list all that there are.
+        raise ValueError(f"The {which} model is of type '{config.model_type}', no causal language model.")
+    model = skeleton(copy.deepcopy(config)).to(dtype).eval().requires_grad_(False)
     with suppress(ValueError, ImportError):  # a model that has no other attention is planned with its own
         model.set_attn_implementation("sdpa")
     return model

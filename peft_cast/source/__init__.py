@@ -3,3 +3,4 @@
 from .kernels import LoraKernel, SourceAdapter, count_parameters
 from .loading import adapted_source, load_source
 from .pair import Pair, open_pair
+from .planned import planned_source

@@ -153,10 +153,10 @@ def read_adapter(
             if bias.any():
                 rest[name, "trained bias"] = None
             if delta.any():
-                kernels[name], errors[name] = _cut(delta, rank, _default_rank(config))
+                kernels[name], errors[name] = _cut(delta, rank, default_rank(config))
     if getattr(config, "alora_invocation_tokens", None) and kernels:
         rest["every adapted module", "activation after the invocation tokens only (aLoRA)"] = None
-    kind = _kind(config)
+    kind = kind_of(config)
     if not kernels:
         found = ", ".join(f"{module}: {what}" for module, what in list(rest)[:4]) or "it changes no module"
         raise ValueError(
@@ -180,23 +180,35 @@ def _by_place(kernels: Mapping[str, LoraKernel], base: nn.Module) -> dict[str, L
     return split
 
 
-def _kind(config: PeftConfig) -> str:
+def kind_of(config: PeftConfig) -> str:
     """`"LORA"`, or `"LORA (use_dora)"` with the options PEFT marks as variants and the initialization, if any is
     named.
     """
-    options = [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
-    ]
+    options = variants(config)
     start = getattr(config, "init_lora_weights", None)
     options += [str(start)] if isinstance(start, str) else []
     return config.peft_type.value + (f" ({', '.join(options)})" if options else "")
 
 
-def _default_rank(config: PeftConfig) -> int:
+def variants(config: PeftConfig) -> list[str]:
+    """The options by which PEFT makes another adapter of a LoRA, of those that are set."""
+    return [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.metadata.get("is_lora_variant") and getattr(config, field.name)
+    ]
+
+
+def default_rank(config: PeftConfig) -> int:
     """Room for a LoRA's own directions and as many of what its variant (DoRA, PiSSA) changes besides."""
     return max(DEFAULT_RANK, 2 * config.r) if isinstance(config, LoraConfig) else DEFAULT_RANK
+
+
+def kept_rank(exact: int, rank: int | None, default: int) -> int:
+    """To which rank a delta of the rank `exact` is cut, see `_cut`."""
+    if rank is None:
+        return exact if exact <= max(EXACT_UP_TO, default) else default
+    return min(rank, exact)
 
 
 def _replaced(config: PeftConfig, base: nn.Module, originals: Mapping[str, torch.Tensor]) -> list[tuple[str, str]]:
@@ -298,12 +310,7 @@ def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[L
     U, S, Vh = _leading(delta, most)
     energy, total = S.square().cumsum(0), delta.square().sum()
     exact = int((energy < (1 - _EXACT**2) * total).sum()) + 1
-    if isinstance(rank, float):
-        k = int((energy < rank * total).sum()) + 1
-    elif rank is None:
-        k = exact if exact <= max(EXACT_UP_TO, default) else default
-    else:
-        k = rank
+    k = int((energy < rank * total).sum()) + 1 if isinstance(rank, float) else kept_rank(exact, rank, default)
     k = min(k, exact, len(S))
     root = S[:k].sqrt()
     A, B = (root[:, None] * Vh[:k]).float().contiguous(), (U[:, :k] * root).float().contiguous()
