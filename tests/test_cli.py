@@ -81,6 +81,21 @@ def test_quiet_says_nothing(source_folder, lora_folder, target_folder, tmp_path,
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+def test_a_translation_without_a_plan_goes_on_and_says_so(
+    source_folder, lora_folder, target_folder, monkeypatch, tmp_path
+):
+    def fail(*_, **__):
+        raise ValueError("There is no telling.")
+
+    monkeypatch.setattr("peft_cast.cli.app.plan", functools.wraps(peft_cast.plan)(fail))
+    (tmp_path / "text.txt").write_text("\n\n".join(c4_texts(4)), encoding="utf-8")
+    words = [source_folder, lora_folder, target_folder, "-o", tmp_path / "out", "--text", tmp_path / "text.txt"]
+    result = call("translate", *words, "--steps", 0, "--max-length", 16)
+    assert "There is no plan of this translation, which goes on all the same: There is no telling." in result.output
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert "There is no telling." in str(call("translate", *words, "--dry-run", code=1).output)
+
+
 def test_plans(source_folder, lora_folder, target_folder):
     result = call("plan", source_folder, lora_folder, target_folder, "--on", "h100", "--set", "batch_size=2")
     assert "Plan for h100" in result.stdout and "refine" in result.stdout

@@ -1,10 +1,15 @@
 """What a translation will cost, told beforehand."""
 
 import json
+from importlib import import_module
 
+import peft
 import pytest
 import torch
+import transformers
 from conftest import c4_texts, make_lora, tiny_config, tiny_model
+from test_pairs import adapted_modules, spanning_pairs
+from test_sources import APPROXIMATED, EXACT, FEW, REPORTED, lora, reported_source, save_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +22,35 @@ from peft_cast.refine.losses import Predictions, whole
 
 
 SLOW = Device("slow", flops=1e9, flops32=1e9, memory=2**40, runtime=0, start=0.0)
+# The least that is still a plan.
+QUICK = {"on": SLOW, "steps": 1, "batch_size": 2, "max_length": 8, "fit_samples": 4, "gamma": 0.0}
+KINDS = {
+    **{kind: (config, "llama") for kind, (config, _) in EXACT.items()},
+    **{kind: (config, "llama") for kind, config in APPROXIMATED.items()},
+    **{kind: (config, architecture) for kind, (config, architecture, _) in REPORTED.items()},
+}
+HYBRID = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+HYBRIDS = {
+    "qwen3_5": transformers.Qwen3_5TextConfig(
+        **HYBRID,
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+    "jamba": transformers.JambaConfig(
+        **HYBRID, attn_layer_period=2, attn_layer_offset=1, num_experts=4, mamba_d_state=8, mamba_dt_rank=4
+    ),
+}
 
 
 def test_sizes_are_those_of_the_translation(source_folder, lora_folder, target_folder, tmp_path):
@@ -293,3 +327,134 @@ def test_what_cannot_be_planned_is_one_clear_error(source_folder, lora_folder, t
     foreign = make_lora(tiny_model("llama", 300, hidden_size=64), tmp_path / "foreign")
     with pytest.raises(ValueError, match="does not fit|shape"):
         plan(source_folder, foreign, target_folder, on="h100")
+
+
+def adapter_of(kind: str, folder):
+    config, architecture = KINDS[kind]
+    model = reported_source(architecture, 300)
+    return model.config, save_adapter(
+        model, config, folder, size=0.4 if kind in ("AdaLoRA", "VeRA", "VB-LoRA") else 0.1
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_adapter_is_planned(kind, tmp_path):
+    source, adapter = adapter_of(kind, tmp_path)
+    planned = plan(source, adapter, tiny_config("llama", 420, num_hidden_layers=1, hidden_size=40), **QUICK)
+    assert planned.parameters["trained"] > 0 and planned.phases["closed_form"].flops > 0
+    # What is read from the adapter's file is no estimate.
+    read = kind in REPORTED and kind != "aLoRA" or kind in list(EXACT)[: list(EXACT).index("PiSSA")]
+    assert bool(planned.assumed["estimated"]) != (read or kind == "layer_replication")
+    assert source.num_hidden_layers < 4  # a configuration that was passed is left as it was
+
+
+@pytest.mark.parametrize(
+    "kind", ["DoRA", "PiSSA", "IA3", "LoHa", "CAST", "AdaLoRA", "modules_to_save (head)", "layer_replication"]
+)
+def test_kinds_are_planned_with_the_parameters_that_they_will_have(kind, byte_tokenizer, target_folder, tmp_path):
+    source = tiny_model("llama", len(byte_tokenizer))
+    adapter = save_adapter(source, KINDS[kind][0], tmp_path, size=0.4 if kind == "AdaLoRA" else 0.1)
+    planned = plan(source.config, adapter, target_folder, **QUICK)
+    result = peft_cast.translate(
+        source,
+        adapter,
+        target_folder,
+        source_tokenizer=byte_tokenizer,
+        text=c4_texts(4),
+        steps=0,
+        max_length=16,
+        progress=False,
+    )
+    assert planned.parameters == result.metrics["parameters"]
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_a_source_rank_is_planned(rank, tmp_path):
+    source = tiny_model("llama", 300)
+    adapter = save_adapter(source, lora(use_dora=True), tmp_path)
+    planned = plan(source.config, adapter, source.config, source_rank=rank, **QUICK)
+    widths = {"q_proj": 32 + 32, "down_proj": 48 + 32}
+    # A matrix of 32 rows has no higher rank.
+    assert planned.parameters["source_lora"] == 3 * min(rank, 32) * sum(widths[name] for name in FEW)
+
+
+def test_wide_models_are_planned_with_the_rank_that_full_ones_are_cut_to(tmp_path):
+    source = tiny_model("llama", 300, hidden_size=96, intermediate_size=80, num_hidden_layers=1)
+    adapter = save_adapter(source, lora(use_dora=True, r=12, target_modules=["down_proj"]), tmp_path / "dora")
+    other = save_adapter(source, peft.LoHaConfig(r=9, target_modules=["down_proj"]), tmp_path / "loha")
+    for folder, rank in ((adapter, 24), (other, 16)):
+        assert plan(source.config, folder, source.config, **QUICK).parameters["source_lora"] == rank * (96 + 80)
+
+
+def test_other_kinds_of_another_model_are_refused(tmp_path):
+    deep, wide = tiny_model("llama", 300, num_hidden_layers=4), tiny_model("llama", 300, hidden_size=64)
+    for number, model in enumerate((deep, wide)):
+        adapter = save_adapter(model, lora(use_dora=True), tmp_path / str(number))
+        with pytest.raises(ValueError, match="does not fit the source model") as error:
+            plan(tiny_config("llama", 300), adapter, tiny_config("llama", 300), **QUICK)
+        assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(("source", "target"), spanning_pairs())
+def test_every_architecture_is_planned_as_source_and_target(source, target, tmp_path):
+    model = tiny_model(source, 300, num_hidden_layers=2)
+    adapter = make_lora(model, tmp_path, adapted_modules(model, source))
+    planned = plan(model.config, adapter, tiny_config(target, 420, num_hidden_layers=2), dtype=torch.float32, **QUICK)
+    assert planned.parameters["trained"] > 0 and not planned.assumed["estimated"]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrid_models_are_planned(name, lora_folder, source_folder, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(HYBRIDS[name])
+    adapter = make_lora(model, tmp_path, ["q_proj", "k_proj", "v_proj"])
+    for models in ((HYBRIDS[name], adapter, source_folder), (source_folder, lora_folder, HYBRIDS[name])):
+        planned = plan(*models, **QUICK)
+        assert planned.phases["refine"].flops > 0
+        assert planned.assumed["estimated"] == ["passes, as if every value that the models' code asks for were 1"]
+        assert "Estimated: passes" in str(planned)
+
+
+def test_products_of_experts_are_counted(lora_folder, source_folder):
+    few, many = (
+        plan(
+            source_folder,
+            lora_folder,
+            tiny_config("mixtral", 300, intermediate_size=size),
+            dtype=torch.float32,
+            **QUICK,
+        )
+        .phases["refine"]
+        .flops
+        for size in (48, 96)
+    )
+    # Three layers, two texts of eight tokens with two experts each; three matrices, forward and back.
+    assert many - few == pytest.approx(3 * 2 * 8 * 2 * 3 * 2 * (2 * 32 * 48), rel=0.1)
+
+
+def test_what_depends_on_the_data_is_estimated_from_the_modules(lora_folder, source_folder):
+    plans = []
+    for experts in (None, "eager"):  # one product for all experts, or a loop over those that were chosen
+        config = tiny_config("mixtral", 300, hidden_size=64, intermediate_size=128)
+        config._experts_implementation = experts
+        options = {**QUICK, "max_length": 64, "dtype": torch.float32}
+        plans.append(plan(source_folder, lora_folder, config, **options))
+    counted, estimated = plans
+    assert estimated.assumed["estimated"] == ["passes of the target model, by its linear modules alone"]
+    for phase in ("closed_form", "refine"):
+        assert estimated.phases[phase].flops == pytest.approx(counted.phases[phase].flops, rel=0.3)
+        assert estimated.phases[phase].above_weights == pytest.approx(counted.phases[phase].above_weights, rel=0.5)
+    assert estimated.parameters == counted.parameters
+
+
+def test_what_cannot_be_counted_is_one_short_error(lora_folder, source_folder, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no such operation " + "SomeClass, " * 1000)
+
+    monkeypatch.setattr(import_module("peft_cast.planning.plan"), "closed_form_costs", refuse)
+    with pytest.raises(ValueError, match="cannot be told without their weights") as error:
+        plan(source_folder, lora_folder, source_folder, **QUICK)
+    assert len(str(error.value)) < 400
+    with pytest.raises(ValueError, match="The target model is of type 'clip', no causal language model") as error:
+        plan(source_folder, lora_folder, transformers.CLIPConfig(), **QUICK)
+    assert len(str(error.value)) < 400

@@ -54,10 +54,16 @@ def load_on_skeleton(
         config ([`~peft.PeftConfig`], *optional*): Its configuration, where it is another than the folder's.
     """
     folder, config = str(adapter_folder(adapter, revision)), config or read_adapter_config(adapter, revision)
+    start = getattr(config, "init_lora_weights", None)
+    own = {id(parameter) for parameter in model.parameters()}
+    if isinstance(start, str):
+        config.init_lora_weights = False  # it may decompose the weights that are not there, and is overwritten below
     with warnings.catch_warnings():
         # PEFT puts the adapter where its base is, on the meta device, and torch warns of every tensor.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
         peft_model = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, config=config)
+    if isinstance(start, str):
+        config.init_lora_weights = start
     weights = load_peft_weights(folder, device="cpu")
     # A file may mix precisions, which PEFT would bring to that of its base.
     weights = {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
@@ -67,6 +73,9 @@ def load_on_skeleton(
     state = type(peft_model.base_model)._remap_adapter_state_dict_for_load(
         model=peft_model, config=peft_model.peft_config[adapter_name], adapter_name=adapter_name, state_dict=weights
     )
+    dtypes = {name: tensor.dtype for name, tensor in peft_model.named_parameters() if id(tensor) in own}
+    # Weights of the model itself (biases, embeddings) that are in the file are as precise as the model.
+    state = {name: value.to(dtypes.get(name, value.dtype)) for name, value in state.items()}
     peft_model.load_state_dict(state, strict=False, assign=True)
     return peft_model
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -18,6 +19,7 @@ aten = torch.ops.aten
 # PyTorch's registry counts no products that are added in place, and the attention of GPUs alone.
 FLOPS = flop_registry | {
     aten.addmm_: flop_registry[aten.addmm],
+    aten._grouped_mm: lambda a, b, *_, **__: 2 * a.shape[-2] * a.shape[-1] * b.shape[-1],
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
@@ -37,10 +39,11 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.flops = self.products = 0
         self.seen: dict[int, weakref.ref] = {}
+        self.guessed = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
+        result = self._result(func, *args, **(kwargs or {}))
         if flops := FLOPS.get(func._overloadpacket):
             self.flops += flops(*args, **(kwargs or {}), out_val=result)
             self.products += 1
@@ -50,6 +53,21 @@ class _Counter(TorchDispatchMode):
                 if id(storage) not in given and id(storage) not in self.seen:
                     self._add(storage)
         return result
+
+    def _result(self, func, *args, **kwargs):
+        """The result of an operation, also where PyTorch gives none without values."""
+        if func is aten._grouped_mm.default:  # experts, of which PyTorch knows the shapes in bfloat16 alone
+            a, b, offsets = (*args, *kwargs.values())[:3]
+            groups = (len(offsets),) if a.ndim == b.ndim == 2 else ()
+            return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+        try:
+            return func(*args, **kwargs)
+        except DataDependentOutputException:
+            if func is not aten._local_scalar_dense.default:
+                raise
+            # Models ask whether all positions are text, and in a plan they are.
+            self.guessed = True
+            return args[0].dtype == torch.bool or 1
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
@@ -72,12 +90,14 @@ class Cost:
         products (`int`): How many of those there are.
         peak (`int`): Most bytes of tensors made within the work that were alive at once.
         kept (`int`): Bytes of them that are alive at its end.
+        guessed (`bool`): Whether the work asked for the value of a tensor, for which 1 was taken.
     """
 
     flops: int = 0
     products: int = 0
     peak: int = 0
     kept: int = 0
+    guessed: bool = False
 
 
 @contextmanager
@@ -88,6 +108,7 @@ def counted() -> Iterator[Cost]:
         yield cost
     cost.flops, cost.products = counter.flops, counter.products
     cost.peak, cost.kept = counter.peak, counter.live
+    cost.guessed = counter.guessed
 
 
 def materialize(model: nn.Module, device: str = "cpu") -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,17 +14,18 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_modules
 from ..fit import cast_config, held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
 from ..models import check_remote_code, default_dtype, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
-from ..source import adapted_source, base_of, list_not_carried
+from ..source import base_of, list_not_carried, planned_source
 from ..text import ANCHOR_EVERY, anchor_length
 from ..tuner import CastConfig
 from ..utils import one_line, secrets_removed, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
+from .bodies import counted_or_simplified
 from .devices import DEVICES, SHAPES_KEPT, Device, this_machine
 from .fake import Cost, materialize
 from .passes import closed_form_costs, refinement_costs, texts_of
@@ -113,6 +115,7 @@ class Plan:
             f"  {'in all':<12} {_time(self.seconds):>9}  {_size(self.memory):>9}  and the time to write text, if the "
             "models do"
         )
+        lines += [f"Estimated: {what}." for what in self.assumed["estimated"]]
         if not self.fits:
             lines.append(
                 f"It does not fit: {_size(self.memory)} are needed and {self.device.name} has "
@@ -191,53 +194,72 @@ def plan(
     if source is None:
         source, revision = base_of(adapter, pairing.adapter_revision)
         pairing = replace(pairing, source_revision=pairing.source_revision or revision)
-    on = _model(_config(source, "source", pairing.source_revision), dtype)
-    onto = _model(_config(target, "target", pairing.target_revision), dtype)
+    source_model = _model(_config(source, "source", pairing.source_revision), "source", dtype)
+    target_model = _model(_config(target, "target", pairing.target_revision), "target", dtype)
     depth_map = "proportional" if pairing.depth_map == "similarity" else pairing.depth_map
-    layers = map_layers(layer_count(on), layer_count(onto), depth_map)
     length = min(tokens or max_length, max_length)
-    with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank) as read:
-        kernels, not_carried = dict(read.kernels), read.holdings.not_carried
-        modules = map_modules(kernels, onto, layers, pairing.module_map, on)
+    weights = {"source": _weights(source_model, weight_bits), "target": _weights(target_model, weight_bits)}
+    here = sum(weights.values())
+    base = (_kept_here((source_model, target_model), here, processes) if sharded else here) + device.runtime
+    with planned_source(source_model, adapter, pairing.adapter_revision, pairing.source_rank) as (
+        read,
+        not_carried,
+        estimate,
+    ):
+        estimated = [estimate] if estimate else []
+        kernels = dict(read.kernels)
+        layers = map_layers(
+            layer_count(source_model), layer_count(target_model), depth_map
+        )  # the adapter may have replicated some
+        modules = map_modules(kernels, target_model, layers, pairing.module_map, source_model)
         config = cast_config(kernels, modules, **vars(given.projections))
-        weights = {"source": _weights(on, weight_bits), "target": _weights(onto, weight_bits)}
-        here = sum(weights.values())
-        base = (_kept_here((on, onto), here, processes) if sharded else here) + device.runtime
         together = texts_per_pass(batch_size, fit_samples, max_length, processes)
         batches, at_once = -(-fit_samples // together), -(-together // processes)
         fit_batch = collate_pairs(texts_of(at_once, max_length, 0.95))
         held_out = held_out_positions([processes * len(fit_batch["rows"])] * batches, processes)
-        groups = layer_groups(modules, onto, max(device.memory - base, 0) // 2, held_out)
-        sizes = [sum(moments_size(onto, name, held_out) for name in group.kernels) for group in groups]
+        groups = layer_groups(modules, target_model, max(device.memory - base, 0) // 2, held_out)
+        sizes = [sum(moments_size(target_model, name, held_out) for name in group.kernels) for group in groups]
         group = groups[sizes.index(max(sizes))]
-        model = get_peft_model(onto, config, low_cpu_mem_usage=True)
+        model = get_peft_model(target_model, config, low_cpu_mem_usage=True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         own = [t for n, t in model.state_dict().items() if "peft_cast_kernels" in n]
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialize(read.model)
             materialize(model)
-            vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (on, onto))
-            with read.model.disable_adapter(), model.disable_adapter():
-                passes, moments, unseen = closed_form_costs(on, onto, fit_batch, vocabulary, kernels, group)
-                kept = moments.kept + unseen.kept * held_out / len(fit_batch["rows"])
-            if trainer.get("gradient_checkpointing"):
-                model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-            held = anchor_length(max_length)
-            # The same batch is often asked for twice, and takes seconds.
-            batch_of = cache(
-                partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, training, held)
+            vocabulary = min(model.get_output_embeddings().weight.shape[0] for model in (source_model, target_model))
+
+            def costs() -> tuple[list[Cost], list[Cost]]:
+                with read.model.disable_adapter(), model.disable_adapter():
+                    fit_costs = closed_form_costs(source_model, target_model, fit_batch, vocabulary, kernels, group)
+                if trainer.get("gradient_checkpointing"):
+                    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+                held = anchor_length(max_length)
+                # The same batch is often asked for twice, and takes seconds.
+                batch_of = cache(
+                    partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, training, held)
+                )
+                usual = own_rows / ANCHOR_EVERY
+                average = batch_of(length, math.ceil(usual) if training.gamma else 0)
+                # What memory must hold is the batch of the longest texts that brings the most anchors, of which each
+                # text has a quarter of one: hardly a batch exceeds two standard deviations.
+                most = min(usual + 2 * (own_rows * (ANCHOR_EVERY - 1)) ** 0.5 / ANCHOR_EVERY, own_rows)
+                largest = batch_of(max_length, math.ceil(most) if training.gamma else 0)
+                return [*fit_costs, *average], [*largest]
+
+            (counts, largest), simplified = counted_or_simplified(
+                costs, {"source": source_model, "target": target_model}
             )
-            usual = own_rows / ANCHOR_EVERY
-            goal, step, check = batch_of(length, math.ceil(usual) if training.gamma else 0)
-            # What memory must hold is the batch of the longest texts that brings the most anchors, of which each text
-            # has a quarter of one: hardly a batch exceeds two standard deviations.
-            most = min(usual + 2 * (own_rows * (ANCHOR_EVERY - 1)) ** 0.5 / ANCHOR_EVERY, own_rows)
-            peaks = [cost.peak for cost in batch_of(max_length, math.ceil(most) if training.gamma else 0)]
+    passes, moments, unseen, goal, step, check = counts
+    kept = moments.kept + unseen.kept * held_out / len(fit_batch["rows"])
+    peaks = [cost.peak for cost in largest]
+    estimated += [f"passes of the {which} model, by its linear modules alone" for which in simplified]
+    if any(cost.guessed for cost in counts):
+        estimated.append("passes, as if every value that the models' code asks for were 1")
     texts = (steps + training.on_policy_steps) * own_rows
     # Folded, every module gets the largest rank, as servers want it.
     ranks = [sum(kernel.spec.r for kernel in m.peft_cast_kernels["default"]) for m in _layers(model)]
     folded = max(ranks) * sum(m.in_features + m.out_features for m in _layers(model))
-    heads = 2 * vocabulary * sum(m.config.get_text_config().hidden_size for m in (on, onto))
+    heads = 2 * vocabulary * sum(m.config.get_text_config().hidden_size for m in (source_model, target_model))
     optimizer = 16 * trained  # float32 parameters, gradients and Adam's two moments
     remembered = texts * length * aligned * (training.teacher_top_k or 0) * 6 * (1 + 0.25 * (training.gamma > 0))
     # The largest in float64, and its factor.
@@ -291,6 +313,7 @@ def plan(
         "fit_tokens": max_length,
         "fit_groups": len(groups),
         "dtype": str(dtype),
+        "estimated": estimated,
     }
     lora = sum(len(kernel.A) * (kernel.A.shape[1] + kernel.B.shape[0]) for kernel in kernels.values())
     return Plan(device, weights, {"trained": trained, "source_lora": lora}, files, phases, assumed, not_carried)
@@ -323,8 +346,11 @@ def _weights(model: PreTrainedModel, bits: int | None) -> int:
     return whole - sum(p.nbytes for p in layers) + int(sum(p.numel() for p in layers) * (bits + 0.5) / 8)
 
 
-def _model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    model = skeleton(config).to(dtype).eval().requires_grad_(False)
+def _model(config: PretrainedConfig, which: str, dtype: torch.dtype) -> PreTrainedModel:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        # transformers would list all that there are.
+        raise ValueError(f"The {which} model is of type '{config.model_type}', no causal language model.")
+    model = skeleton(copy.deepcopy(config)).to(dtype).eval().requires_grad_(False)
     with suppress(ValueError, ImportError):  # a model that has no other attention is planned with its own
         model.set_attn_implementation("sdpa")
     return model

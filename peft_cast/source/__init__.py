@@ -6,3 +6,4 @@ from .kernels import LoraKernel, SourceAdapter, count_parameters
 from .kinds import SAVED
 from .loading import adapted_source, base_of, check_adapter, load_source
 from .pair import Pair, check_pair, open_pair
+from .planned import planned_source

@@ -38,6 +38,7 @@ from .kinds import (
     called,
     default_rank,
     is_read,
+    kept_rank,
     kind_of,
     on_a,
     on_parameter,
@@ -325,12 +326,7 @@ def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[L
     U, S, Vh = _leading(delta, most)
     energy, total = S.square().cumsum(0), delta.square().sum()
     exact = int((energy < (1 - _EXACT**2) * total).sum()) + 1
-    if isinstance(rank, float):
-        k = int((energy < rank * total).sum()) + 1
-    elif rank is None:
-        k = exact if exact <= max(EXACT_UP_TO, default) else default
-    else:
-        k = rank
+    k = int((energy < rank * total).sum()) + 1 if isinstance(rank, float) else kept_rank(exact, rank, default)
     k = min(k, exact, len(S))
     root = S[:k].sqrt()
     A, B = (root[:, None] * Vh[:k]).float().contiguous(), (U[:, :k] * root).float().contiguous()

@@ -79,13 +79,20 @@ def default_rank(config: PeftConfig) -> int:
     return max(DEFAULT_RANK, 2 * config.r) if isinstance(config, LoraConfig) else DEFAULT_RANK
 
 
+def kept_rank(exact: float, rank: int | None, default: int) -> int:
+    """To which rank a delta of the rank `exact` is cut, given `source_rank` as a number and the default."""
+    if rank is None:
+        return int(exact) if exact <= max(EXACT_UP_TO, default) else default
+    return int(min(rank, exact))
+
+
 def rank_of_change(config: PeftConfig, r: int) -> int | None:
     """The rank that a module's weight change has at most, of an adapter whose module has the rank `r`.
 
     0 if it is full, `None` if only measuring tells.
     """
     kind, variants = type_of(config), variants_of(config)
-    if "use_dora" in variants or kind in _FULL:
+    if "use_dora" in variants or kind in _FULL or getattr(config, "init_weights", None) == "bat":
         return 0
     if "arrow_config" in variants:
         return None

@@ -35,7 +35,7 @@ from .renamed import Readable, readable
 
 
 _NAME = "peft_cast_source"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def load_source(
@@ -97,7 +97,7 @@ def check_adapter(adapter: Any, revision: str | None = None) -> None:
             "PeftModel."
         )
     config, named = read_adapter_config(adapter, revision), f"The adapter '{without_secrets(adapter)}'"
-    _check_config(config, named)
+    check_config(config, named)
     header = read_weights_header(adapter, revision)
     outputs = [name for name in header if ".lora_B." in name or name.endswith(".lora_B")]
     if outputs and type(config) is LoraConfig and all(".lora_" in name for name in header):
@@ -132,27 +132,25 @@ def adapted_source(
     """
     check_rank(source_rank)
     if isinstance(adapter, PeftModel):
-        _check_config(adapter.active_peft_config, "The adapter", in_memory=True)
+        check_config(adapter.active_peft_config, "The adapter", in_memory=True)
         adapter.eval()
         with _unmerged(adapter):
             yield read_adapter(adapter, {}, source_rank)
         return
     config = read_adapter_config(adapter, revision)
     named = f"The adapter '{without_secrets(adapter)}'"
-    _check_config(config, named)
-    match = Match(read_weights_header(adapter, revision), source, config)
-    if (why := misplaced(match) or deeper(match)) is not None:
-        raise _no_match(adapter, source, why)
+    check_config(config, named)
+    match = matched(adapter, revision, source, config)
     if config.task_type in MISNAMED:
         warnings.warn(
             f"{named} names the task type {config.task_type}, but its model is a decoder: it is read as CAUSAL_LM."
         )
         config.task_type = "CAUSAL_LM"
     with readable(adapter, revision, match) as file:
-        shapes = {name.removeprefix(_PREFIX): info.shape for name, info in file.header.items()}
-        _check_vocabulary(source, adapter, shapes)
+        shapes = {name.removeprefix(PREFIX): info.shape for name, info in file.header.items()}
+        check_vocabulary(source, adapter, shapes)
         parameters = dict(source.named_parameters(remove_duplicate=False))
-        names = parameters if changes_weights(config) else {_base_name(key) for key in shapes} & parameters.keys()
+        names = parameters if changes_weights(config) else {base_name(key) for key in shapes} & parameters.keys()
         kept = {name: parameters[name].detach().clone() for name in names}
         lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
         try:
@@ -185,13 +183,25 @@ def _load(
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
-        raise _no_match(adapter, source, refused_by_peft(match, one_line(error))) from error
+        raise no_match(adapter, source, refused_by_peft(match, one_line(error))) from error
     if why is not None:
-        raise _no_match(adapter, source, why)
+        raise no_match(adapter, source, why)
     return model
 
 
-def _no_match(adapter: str | Path, source: PreTrainedModel, why: str) -> ValueError:
+def matched(adapter: str | Path, revision: str | None, source: PreTrainedModel, config: PeftConfig) -> Match:
+    """The adapter's file beside the modules of its model.
+
+    Raises:
+        ValueError: If they do not go together.
+    """
+    match = Match(read_weights_header(adapter, revision), source, config)
+    if (why := misplaced(match) or deeper(match)) is not None:
+        raise no_match(adapter, source, why)
+    return match
+
+
+def no_match(adapter: str | Path, source: PreTrainedModel, why: str) -> ValueError:
     name = source.name_or_path or type(source).__name__
     return ValueError(without_secrets(f"The adapter '{adapter}' does not fit the source model '{name}': {why}."))
 
@@ -236,13 +246,13 @@ def _is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.ModuleList)
 
 
-def _check_config(config: PeftConfig, name: str, in_memory: bool = False) -> None:
+def check_config(config: PeftConfig, name: str, in_memory: bool = False) -> None:
     """Refuse by its configuration what cannot be translated."""
     if (why := refusal(config, in_memory)) is not None:
         raise ValueError(f"{name} {why}.")
 
 
-def _check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Embeddings or a head in the adapter's file must have the model's number of rows."""
     for part in (source.get_input_embeddings(), source.get_output_embeddings()):
         name = next((name for name, module in source.named_modules() if module is part), None)
@@ -255,7 +265,7 @@ def _check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapp
             )
 
 
-def _base_name(key: str) -> str:
+def base_name(key: str) -> str:
     """The name that a tensor in the file has in the base model, if it is one of the base model's own."""
     return key.replace(".base_layer.", ".")
 
@@ -265,7 +275,7 @@ def _other_keys(model: PeftModel, own: Mapping[str, nn.Parameter], file: Readabl
     expected = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
 
     def found(keys: Iterable[str]) -> set[str]:
-        return {key for key in keys if key in expected or _base_name(key.removeprefix(_PREFIX)) not in own}
+        return {key for key in keys if key in expected or base_name(key.removeprefix(PREFIX)) not in own}
 
     if (keys := found(file.header)) == expected:
         return None
