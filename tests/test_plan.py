@@ -343,7 +343,7 @@ def test_every_kind_of_adapter_is_planned(kind, tmp_path):
     planned = plan(source, adapter, tiny_config("llama", 420, num_hidden_layers=1, hidden_size=40), **QUICK)
     assert planned.parameters["trained"] > 0 and planned.phases["closed_form"].flops > 0
     # What is read from the adapter's file is no estimate.
-    read = kind in REPORTED and kind != "aLoRA" or kind in list(EXACT)[: list(EXACT).index("PiSSA")]
+    read = kind in REPORTED and kind != "aLoRA" or kind in list(EXACT)[: list(EXACT).index("MiCA")]
     assert bool(planned.assumed["estimated"]) != (read or kind == "layer_replication")
     assert source.num_hidden_layers < 4  # a configuration that was passed is left as it was
 

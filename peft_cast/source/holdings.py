@@ -138,9 +138,11 @@ class Holdings:
         """What a verb does with it, in a few words; "the rest" is what is not carried."""
         if self.refused:
             return {"inspect": "says why", "to_lora": "–"}.get(verb, "refused")
-        if verb in ("plan", "cast_file") and not self.read:
+        if verb == "cast_file" and not self.read:
             return "refused: needs the source's weights"
-        done = "with `source`" if verb == "Bridge.cast" and not self.read else "yes"
+        done = "yes"
+        if not self.read:
+            done = {"Bridge.cast": "with `source`", "plan": "yes, an estimate"}.get(verb, done)
         if not self._left:
             return done
         rest = {"translate": "the refinement imitates the rest", "Bridge.cast": "warns that the rest is lost"}
@@ -170,8 +172,8 @@ class Holdings:
 
 
 _NEEDS_WEIGHTS = (
-    "its weight changes are measured on the source's weights, so `plan` and `cast_file` (`peft-cast cast`) refuse it: "
-    "use `translate`, or `Bridge.cast` with `source`"
+    "its weight changes are measured on the source's weights, so `plan` estimates it and `cast_file` (`peft-cast "
+    "cast`) refuses it: use `translate`, or `Bridge.cast` with `source`"
 )
 
 

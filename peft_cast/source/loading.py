@@ -152,13 +152,14 @@ def adapted_source(
         parameters = dict(source.named_parameters(remove_duplicate=False))
         names = parameters if changes_weights(config) else {base_name(key) for key in shapes} & parameters.keys()
         kept = {name: parameters[name].detach().clone() for name in names}
+        skeleton = source.device.type == "meta"  # until weights of its own come with the adapter
         lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
         try:
             model = _load(source, adapter, file, match, parameters)
             # The others may be spread over processes and given up here.
             parameters = {name: parameters[name] for name in kept}
             changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
-            if changed and source.device.type != "meta":  # a skeleton has no weights to put back
+            if changed and not skeleton:  # which has no weights to put back
                 model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
             read = read_adapter(model.eval(), changed, source_rank)
             yield dataclasses.replace(read, renamed=file.renamed)
