@@ -238,12 +238,14 @@ def test_one_process_writes_the_files(together, alone):
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "monitor.safetensors"} <= names
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(killed):
     assert killed.code != 0 and "SIGKILL" in killed.said and killed.seconds < 30
     assert last_checkpoint(killed.folder / "checkpoints").name == "checkpoint-4"
     assert not (killed.folder / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_identical_result(together):
     for resumed, whole in zip(weights(together, "resumed"), weights(together, "plain")):
         close(resumed, whole, 0)
@@ -252,6 +254,7 @@ def test_a_killed_run_resumes_to_the_identical_result(together):
     assert first["metrics"]["kl"] == found(together, "plain")[0]["metrics"]["kl"]
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_may_resume(killed, models, alone, tmp_path):
     shutil.copytree(killed.folder, tmp_path, dirs_exist_ok=True)
     result = peft_cast.translate(

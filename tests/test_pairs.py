@@ -126,6 +126,7 @@ def assert_saves_loads_and_folds(result, plain, folder):
     torch.testing.assert_close(outputs(loaded.merge_and_unload()), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ARCHITECTURES)
 @pytest.mark.parametrize("source", ARCHITECTURES)
 def test_every_pair_maps_saves_loads_and_folds(source, target, lora_of, byte_tokenizer, piece_tokenizer, tmp_path):
@@ -150,6 +151,7 @@ def spanning_pairs():
     return [(name, names[(2 * i + 5) % len(names)]) for i, name in enumerate(names)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), spanning_pairs())
 def test_every_architecture_trains_as_source_and_target(
     source, target, lora_of, byte_tokenizer, piece_tokenizer, tmp_path

@@ -212,6 +212,7 @@ def test_a_new_run_takes_nothing_from_the_finished_one_before(translate, plain, 
     assert same(adapter(tmp_path), adapter(plain[0]))
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_identical_result(tmp_path):
     kills = int(os.environ.get("PEFT_CAST_KILLS", 4))
     done = subprocess.run(

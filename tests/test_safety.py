@@ -152,6 +152,7 @@ def complaint(error: Exception) -> str | None:
     return next((f"comes from the depths ('{word}')" for word in depths if word in text), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", READ)
 def test_broken_files_work_or_are_one_clear_error(kind, valid, tmp_path, monkeypatch):
     read, stem = READ[kind]
