@@ -392,7 +392,7 @@ WRONG = {
     "a cut list": ({"target_modules": ["q_proj"]}, "is \\['q_proj'\\], and '.*down_proj.*the file has 'down_proj'"),
     "a cut pattern": ({"target_modules": r".*\.q_pro"}, "disagree: `target_modules` .*12 such tensors: correct"),
     "a pattern of one": ({"target_modules": r".*layers\.0\.(self_attn\.q|mlp\.down)_proj"}, "8 such tensors: correct"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("weights", [True, False])

@@ -49,4 +49,5 @@ def _flag(name: str) -> Any:
     field, kinds = group.__dataclass_fields__[name], kinds_of(group)[name]  # type: ignore[arg-type]
     kind = kinds[0] if kinds and kinds[0] in (int, float, bool, Path) else str
     sentence = field.metadata["help"].split(". ")[0].rstrip(".") + "."
-    return Annotated[kind | None, typer.Option(help=sentence, rich_help_panel=group.__name__)]  # type: ignore[operator]
+    flag = typer.Option(help=sentence, rich_help_panel=group.__name__)
+    return Annotated[kind | None, flag]  # type: ignore[operator]
