@@ -77,7 +77,7 @@ def test_its_rate_is_half(whole):
 
 def test_result_report_and_card_tell_of_it(whole, tmp_path):
     whole.save_pretrained(tmp_path)
-    assert "refined" in str(whole) and "On its own answers to " in str(whole)
+    assert "before its own words" in str(whole) and "KL on its own answers to " in str(whole)
     assert "KL on its own answers: from" in (tmp_path / "report.html").read_text()
     assert all("before its own words" in (tmp_path / name).read_text() for name in ("report.html", "README.md"))
     assert json.loads((tmp_path / "cast_metrics.json").read_text())["metrics"]["on_policy"]["steps"] == 6

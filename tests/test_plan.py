@@ -455,6 +455,6 @@ def test_what_cannot_be_counted_is_one_short_error(lora_folder, source_folder, m
     with pytest.raises(ValueError, match="cannot be told without their weights") as error:
         plan(source_folder, lora_folder, source_folder, **QUICK)
     assert len(str(error.value)) < 400
-    with pytest.raises(ValueError, match="The target model is of type 'clip', no causal language model") as error:
+    with pytest.raises(ValueError, match="The target model is of the type 'clip', which is no decoder") as error:
         plan(source_folder, lora_folder, transformers.CLIPConfig(), **QUICK)
     assert len(str(error.value)) < 400

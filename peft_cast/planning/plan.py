@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_modules
 from ..fit import cast_config, held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
-from ..models import check_remote_code, default_dtype, sharding, skeleton
+from ..models import auto_class, check_remote_code, default_dtype, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
 from ..source import base_of, list_not_carried, planned_source
 from ..text import ANCHOR_EVERY, anchor_length
@@ -201,16 +201,12 @@ def plan(
     weights = {"source": _weights(source_model, weight_bits), "target": _weights(target_model, weight_bits)}
     here = sum(weights.values())
     base = (_kept_here((source_model, target_model), here, processes) if sharded else here) + device.runtime
-    with planned_source(source_model, adapter, pairing.adapter_revision, pairing.source_rank) as (
-        read,
-        not_carried,
-        estimate,
-    ):
+    with planned_source(source_model, adapter, pairing.adapter_revision, pairing.source_rank) as planned:
+        read, not_carried, estimate = planned
         estimated = [estimate] if estimate else []
         kernels = dict(read.kernels)
-        layers = map_layers(
-            layer_count(source_model), layer_count(target_model), depth_map
-        )  # the adapter may have replicated some
+        depths = layer_count(source_model), layer_count(target_model)  # the adapter may have replicated some
+        layers = map_layers(*depths, depth_map)
         modules = map_modules(kernels, target_model, layers, pairing.module_map, source_model)
         config = cast_config(kernels, modules, **vars(given.projections))
         together = texts_per_pass(batch_size, fit_samples, max_length, processes)
@@ -347,9 +343,7 @@ def _weights(model: PreTrainedModel, bits: int | None) -> int:
 
 
 def _model(config: PretrainedConfig, which: str, dtype: torch.dtype) -> PreTrainedModel:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
-        # transformers would list all that there are.
-        raise ValueError(f"The {which} model is of type '{config.model_type}', no causal language model.")
+    auto_class(config, f"The {which} model")
     model = skeleton(copy.deepcopy(config)).to(dtype).eval().requires_grad_(False)
     with suppress(ValueError, ImportError):  # a model that has no other attention is planned with its own
         model.set_attn_implementation("sdpa")
