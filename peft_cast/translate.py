@@ -160,6 +160,8 @@ class Job:
             ValueError, OSError: As `translate`.
         """
         pairing, training = self.options.pairing, self.options.training
+        if not self.adapters:
+            raise ValueError("`adapter` is an empty list: pass at least one adapter.")
         distributed.resolve_source_device(pairing.source_device, distributed.training_device(pairing.device))
         check_folder(self.options.run, self.source, *self.adapters, self.target, self.start)
         check_text(self.text)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from conftest import c4_texts, make_lora, save_model
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import peft_cast
@@ -375,3 +375,46 @@ def test_a_model_given_as_adapter_gets_its_own_sentence(source_folder, target_fo
         refused(
             lambda: verb(source_folder, model, target_folder), "`adapter` is a model (LlamaForCausalLM)", "PeftModel"
         )
+
+
+def test_weights_that_are_missing_are_not_made_up(source_folder, lora_folder, target_folder, tmp_path):
+    folder = shutil.copytree(target_folder, tmp_path / "cut")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layers.0.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(
+        lambda: peft_cast.translate(source_folder, lora_folder, folder, **QUICK), "lacks the weights", "layers.0.mlp"
+    )
+
+
+@pytest.mark.parametrize("held", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_weights_that_cannot_be_read_are_one_sentence(held, source_folder, lora_folder, target_folder, tmp_path):
+    folder = shutil.copytree(target_folder, tmp_path / "broken")
+    (folder / "model.safetensors").write_bytes(held)
+    refused(lambda: peft_cast.translate(source_folder, lora_folder, folder, **QUICK), "target model", "could not be")
+
+
+def test_models_that_carry_an_adapter_are_left_alone(source_folder, lora_folder, target_folder, tmp_path):
+    source = AutoModelForCausalLM.from_pretrained(source_folder)
+    source.load_adapter(lora_folder)
+    refused(lambda: peft_cast.translate(source, lora_folder, target_folder, **QUICK), "`source` carries an adapter")
+    assert source.active_adapters() == ["default"]
+    target = AutoModelForCausalLM.from_pretrained(target_folder)
+    make_lora(AutoModelForCausalLM.from_pretrained(target_folder), tmp_path / "own")
+    target.load_adapter(tmp_path / "own")
+    refused(lambda: peft_cast.translate(source_folder, lora_folder, target, **QUICK), "`target` carries an adapter")
+
+
+@pytest.mark.parametrize("given", [{}, 5, [], LoraConfig()])
+def test_what_is_no_adapter_or_model_is_called_by_its_type(given, source_folder, lora_folder, target_folder):
+    said = "empty list" if given == [] else type(given).__name__
+    refused(lambda: peft_cast.translate(source_folder, given, target_folder, **QUICK), "adapter", said)
+    if given != []:
+        refused(lambda: peft_cast.plan(source_folder, given, target_folder), "adapter", said)
+    refused(lambda: peft_cast.translate(source_folder, lora_folder, given, **QUICK), "`target` must be", "got")
+
+
+def test_a_bridge_does_not_write_over_what_it_reads(source_folder, lora_folder, target_folder, tmp_path):
+    bridge = peft_cast.fit_bridge(source_folder, target_folder, text=TEXTS, samples=8, max_length=32, progress=False)
+    folder = shutil.copytree(lora_folder, tmp_path / "lora")
+    refused(lambda: bridge.cast_file(folder, folder), "would be overwritten")

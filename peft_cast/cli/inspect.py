@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -20,7 +19,7 @@ from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
 from ..results.artifacts import not_carried
 from ..source import list_not_carried, read_holdings, weights_file
 from ..tuner import CastConfig
-from ..utils import read_adapter_config
+from ..utils import find_file, read_adapter_config
 
 
 def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -192,7 +191,7 @@ def _file(folder: str | Path, name: str, revision: str | None) -> Path | None:
     if Path(folder).is_dir():
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(str(folder), name, revision=revision))
+        return find_file(folder, name, revision)
     except (EntryNotFoundError, OSError, ValueError):
         return None
 

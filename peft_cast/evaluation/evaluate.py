@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -80,11 +79,6 @@ def evaluate(
     model = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
     tokenizer = load_tokenizer(pairing.target_tokenizer, model, "target", pairing.target_revision)
     texts = read_corpus(drift_text, drift_samples) if drift_text is not None else []
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "`target` carries an adapter already, so it cannot be measured untouched: pass its hub id or folder, or "
-            "take the adapter off first (`result.model.unload()`)."
-        )
     settings = {
         "target": without_secrets(model.name_or_path),
         "dtype": str(model.dtype).removeprefix("torch."),

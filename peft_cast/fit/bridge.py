@@ -33,7 +33,16 @@ from ..results import (
 )
 from ..source import Holdings, LoraKernel, adapted_source, check_adapter, check_is_read, load_source, open_pair
 from ..text import check_text, read_corpus
-from ..utils import change_dtype, complete_folder, distributed, one_line, secrets_removed, without_secrets, write_json
+from ..utils import (
+    change_dtype,
+    check_place,
+    complete_folder,
+    distributed,
+    one_line,
+    secrets_removed,
+    without_secrets,
+    write_json,
+)
 from ..utils.fields import check_count
 from .bridge_config import Side, read_bridge_config
 from .closed_form import fit_closed_form
@@ -141,6 +150,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Raises:
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
+        check_place(folder, adapter)
         check_is_read(adapter, adapter_revision)
         pairing = Pairing(adapter_revision=adapter_revision)
         model, held, metrics = self._cast(adapter, self.target.skeleton(), None, gain, "default", pairing)

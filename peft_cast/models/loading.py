@@ -14,6 +14,7 @@ import psutil
 import torch
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -65,6 +66,11 @@ def load_model(
     if isinstance(model, PeftModel):
         raise ValueError(f"`{which}` is a PeftModel: pass its base model, `{which}.unload()` or a model id.")
     if isinstance(model, nn.Module):
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                f"`{which}` carries an adapter already, and what is made here belongs to the model alone: pass its "
+                "hub id or folder, or take the adapter off first (`result.model.unload()`)."
+            )
         return model
     if not model:
         raise ValueError(f"The adapter does not say which model it was trained on: pass it as `{which}`.")
@@ -78,17 +84,24 @@ def load_model(
         kind = auto_class(read_model_config(model, which, revision), named)
     try:
         with secrets_removed(), _adapter_left_out(model, which) as folder:
-            loaded = kind.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
-        check_remote_code(error, named, which)
-        raise OSError(
-            f"{named} could not be loaded: {one_line(error)} Pass a hub id, a folder or a loaded model."
-        ) from error
+            loaded, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
     except ImportError as error:  # of the package that quantized it
         raise OSError(
             f"{named} is quantized and the package that loads it is missing ({one_line(error)}): install it, or pass "
             f"the unquantized model as `{which}`."
         ) from error
+    except Exception as error:  # of whatever lies in the folder of a stranger
+        check_remote_code(error, named, which)
+        raise OSError(
+            f"{named} could not be loaded: {one_line(error)} Pass a hub id, a folder or a loaded model."
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise OSError(
+            f"{named} lacks the weights of {len(missing)} tensors ('{missing[0]}'), which would be random: get the "
+            "whole model, or pass the one that it was made from."
+        )
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise OSError(
             f"{named} is a repository that holds an adapter too, which transformers loads with the model: download "
@@ -109,7 +122,7 @@ def read_model_config(model: str | Path, which: str, revision: str | None = None
     try:
         with secrets_removed():
             return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a configuration may say anything
         check_remote_code(error, named, which)
         raise OSError(
             f"{named} could not be loaded: {one_line(error)} Pass a hub id or a folder with config.json."
@@ -122,6 +135,8 @@ def check_model(model: Any, which: str, revision: str | None = None) -> None:
     Raises:
         ValueError, OSError: As `load_model`.
     """
+    if model is not None and not isinstance(model, (str, Path, nn.Module)):
+        raise ValueError(f"`{which}` must be a folder, a hub id or a loaded model, got {type(model).__name__}.")
     if isinstance(model, (str, Path)):
         if (why := why_no_model(model)) is not None:
             message = f"The {which} model could not be loaded: {why}. Pass a hub id or a folder with config.json."
@@ -192,9 +207,11 @@ def load_tokenizer(
             raise ValueError("The model does not say where it comes from.")
         with secrets_removed():
             return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of files of strangers
         check_remote_code(error, f"The tokenizer of '{shown}'", argument)
-        raise ValueError(f"No tokenizer was found for the {which} model ('{shown}'): pass `{argument}=`.") from error
+        raise ValueError(
+            f"No tokenizer was found for the {which} model ('{shown}'): pass `{argument}=`. ({one_line(error)})"
+        ) from error
 
 
 def adapter_tokenizer(

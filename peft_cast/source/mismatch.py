@@ -29,7 +29,8 @@ def broken(match: Match) -> str | None:
     if not header:
         return f"its file holds no tensors, {_ZERO3}"
     tuned = [part for part in match.parts if any(step.startswith(match.prefix) for step in part.inner)]
-    if empty := [part for part in tuned if 0 in part.shape]:
+    pruned = isinstance(match.config, AdaLoraConfig)  # leaves modules of rank 0, but not all of them
+    if (empty := [part for part in tuned if 0 in part.shape]) and not (pruned and len(empty) < len(tuned)):
         return f"{len(empty)} of its {len(header)} tensors hold nothing ({_named(empty)}), {_ZERO3}"
     matrices = [part for part in tuned if {"lora_A", "lora_B"} & {*part.inner} and part.inner[-1] != "bias"]
     if match.is_lora and (flat := [part for part in matrices if len(part.shape) < 2]):

@@ -91,7 +91,7 @@ def find_file(adapter: str | Path, name: str, revision: str | None = None) -> Pa
 
 def hub_parts(name: str | Path) -> tuple[str, str | None]:
     """The repository and the subfolder in it that a name on the hub stands for."""
-    parts = str(name).split("/")
+    parts = str(name).strip("/").split("/")
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
@@ -123,6 +123,8 @@ def why_no_model(model: Any) -> str | None:
 
 def _why_no_adapter(adapter: Any) -> str | None:
     """The same for an adapter."""
+    if not isinstance(adapter, (str, Path)):
+        return f"a {type(adapter).__name__} is no name of one: pass a hub id or a folder with {CONFIG_NAME}"
     folder = Path(str(adapter))
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
