@@ -77,8 +77,8 @@ def translate(
         adapter: The LoRA: hub id, path, or a PeftModel, whose base then is the source. DoRA, LoHa, IA³ and other
             adapters that are no plain LoRA are approximated by one; what no LoRA on a linear layer expresses is listed
             in `metrics["source"]` and imitated by the refinement alone (docs/sources.md). A list of folders or hub
-            ids, all on `source`, is translated at once: models are loaded and the closed form's text is read only
-                once.
+            ids, all on `source`, is translated at once: models are loaded, and the closed form's text is read, only
+            once.
         target: The model it shall work on: hub id, path or loaded model. A loaded one is wrapped in place, as
             `get_peft_model` does; `result.model.unload()` gives it back.
         text: What the refinement reads: `SelfWritten` (text that the adapted source writes, which shows the adapter's
@@ -89,8 +89,7 @@ def translate(
         bridge: Maps between the two models that were fitted before, instead of a closed form of this adapter's own: a
             `Bridge`, or the folder or hub id of one. It brings its depth and module map along.
         start: A translation of the same adapter onto the same target, folder or hub id, to go on from instead of the
-            closed
-            form: to train longer, on other text, or on its own (`SelfWritten(on_policy=True)`).
+            closed form: to train longer, on other text, or on its own (`SelfWritten(on_policy=True)`).
         adapter_name (`str`): Name of the adapter on the target. Several adapters get the last parts of their paths, or
             the names in a list.
         pairing (`Pairing`), projections (`Projections`), fit (`Fit`), training (`Training`), run (`Run`): Groups of

@@ -13,18 +13,15 @@ from ..options import GROUPS, names_taken
 from ..utils.fields import kinds_of
 
 
-def with_flags(function: Callable, *left_out: str) -> Callable[[Callable], Callable]:
+def with_flags(function: Callable) -> Callable[[Callable], Callable]:
     """Give a command a flag for each everyday option of a function; those that are given reach it as `flags`.
 
     Args:
         function: The function of the package that the command calls.
-        left_out: Options that the command has in another form.
     """
 
     def decorate(command: Callable) -> Callable:
-        names = [
-            name for name, one in names_taken(function).items() if one.metadata["everyday"] and name not in left_out
-        ]
+        names = [name for name, one in names_taken(function).items() if one.metadata["everyday"]]
 
         def run(**given: Any) -> Any:
             flags = {name: given.pop(name) for name in names}

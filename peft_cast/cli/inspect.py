@@ -187,9 +187,6 @@ def _subfolders(adapter: str | Path) -> list[str]:
 
 
 def _file(folder: str | Path, name: str, revision: str | None) -> Path | None:
-    path = Path(folder, name)
-    if Path(folder).is_dir():
-        return path if path.is_file() else None
     try:
         return find_file(folder, name, revision)
     except (EntryNotFoundError, OSError, ValueError):

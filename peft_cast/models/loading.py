@@ -74,14 +74,10 @@ def load_model(
         return model
     if not model:
         raise ValueError(f"The adapter does not say which model it was trained on: pass it as `{which}`.")
-    check_model(model, which, revision)
+    # What stands in the way of the configuration stands in that of the model, and is said then.
+    kind = check_model(model, which, revision) or AutoModelForCausalLM
     named = f"The {which} model '{without_secrets(model)}'"
     options = {"revision": revision, "dtype": dtype or default_dtype(device), "trust_remote_code": False}
-    kind = AutoModelForCausalLM
-    with suppress(
-        OSError
-    ):  # what stands in the way of the configuration stands in that of the model, and is said then
-        kind = auto_class(read_model_config(model, which, revision), named)
     try:
         with secrets_removed(), _adapter_left_out(model, which) as folder:
             loaded, found = kind.from_pretrained(folder, output_loading_info=True, **options)
@@ -129,8 +125,11 @@ def read_model_config(model: str | Path, which: str, revision: str | None = None
         ) from error
 
 
-def check_model(model: Any, which: str, revision: str | None = None) -> None:
+def check_model(model: Any, which: str, revision: str | None = None) -> Any:
     """Refuse, before gigabytes are loaded, what the configuration of a model tells; one out of reach is told of later.
+
+    Returns:
+        transformers' class that loads the model; `None` for a loaded one, or if its configuration is out of reach.
 
     Raises:
         ValueError, OSError: As `load_model`.
@@ -142,7 +141,10 @@ def check_model(model: Any, which: str, revision: str | None = None) -> None:
             message = f"The {which} model could not be loaded: {why}. Pass a hub id or a folder with config.json."
             raise OSError(without_secrets(message))
         with suppress(OSError):
-            auto_class(read_model_config(model, which, revision), f"The {which} model '{without_secrets(model)}'")
+            return auto_class(
+                read_model_config(model, which, revision), f"The {which} model '{without_secrets(model)}'"
+            )
+    return None
 
 
 def auto_class(config: PretrainedConfig, named: str) -> Any:
@@ -249,11 +251,11 @@ def adapter_tokenizer(
     return tokenizer
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration without weights, on the meta device."""
+def skeleton(config: PretrainedConfig, named: str = "The model") -> PreTrainedModel:
+    """The model of a configuration without weights, on the meta device; what an error calls it is `named`."""
     with torch.device("meta"):
         # Named here, because a configuration may name an attention that is downloaded code; a skeleton never attends.
-        kind = auto_class(config, "The model")
+        kind = auto_class(config, named)
         model = kind.from_config(config, trust_remote_code=False, attn_implementation="eager")
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     return model

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_modules
 from ..fit import cast_config, held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
-from ..models import auto_class, check_remote_code, default_dtype, sharding, skeleton
+from ..models import check_remote_code, default_dtype, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
 from ..source import base_of, list_not_carried, planned_source
 from ..text import ANCHOR_EVERY, anchor_length
@@ -343,8 +343,7 @@ def _weights(model: PreTrainedModel, bits: int | None) -> int:
 
 
 def _model(config: PretrainedConfig, which: str, dtype: torch.dtype) -> PreTrainedModel:
-    auto_class(config, f"The {which} model")
-    model = skeleton(copy.deepcopy(config)).to(dtype).eval().requires_grad_(False)
+    model = skeleton(copy.deepcopy(config), f"The {which} model").to(dtype).eval().requires_grad_(False)
     with suppress(ValueError, ImportError):  # a model that has no other attention is planned with its own
         model.set_attn_implementation("sdpa")
     return model

@@ -28,6 +28,7 @@ from .kinds import (
     EXACT_UP_TO,
     HEAD,
     OUTSIDE,
+    PREFIX,
     SAVED,
     TOKENS,
     called,
@@ -42,7 +43,6 @@ from .kinds import (
 )
 
 
-_PREFIX = "base_model.model."
 _HEADS = ("lm_head", "embed_out", "output_layer")
 _EXPERT = re.compile(r"\.experts\.\d+(\.|$)")
 PICKLED = (
@@ -62,9 +62,10 @@ def read_holdings(adapter: str | Path, revision: str | None = None) -> Holdings:
     if values is not None:
         return _of_unknown(values)
     config = read_adapter_config(adapter, revision)
-    if weights_file(adapter, revision) == SAFETENSORS_WEIGHTS_NAME:
+    file = weights_file(adapter, revision)
+    if file == SAFETENSORS_WEIGHTS_NAME:
         return holdings_of(config, read_weights_header(adapter, revision))
-    return holdings_of(config, None, PICKLED if weights_file(adapter, revision) else _NO_WEIGHTS)
+    return holdings_of(config, None, PICKLED if file else _NO_WEIGHTS)
 
 
 def weights_file(adapter: str | Path, revision: str | None = None) -> str | None:
@@ -174,7 +175,7 @@ def _split(config: PeftConfig, key: str) -> tuple[str | None, list[str]]:
 
     No module for what the modules share (VeRA's projections).
     """
-    parts = key.removeprefix(_PREFIX).split(".")
+    parts = key.removeprefix(PREFIX).split(".")
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) or "\0"
     for number, part in enumerate(parts):
         if part.startswith((prefix, "lora_", "trainable_tokens_")):

@@ -129,16 +129,6 @@ class SourceAdapter:
         return json.dumps([options, ranks], sort_keys=True, default=lambda value: sorted(map(str, value)))
 
 
-def check_rank(rank: int | float | None) -> None:
-    if rank is None or (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
-        return
-    if not isinstance(rank, float) or not 0 < rank <= 1:
-        raise ValueError(
-            "`source_rank` must be a whole number from 1 or a share of the energy from 0 to 1 (such as 0.9), got "
-            f"{rank!r}."
-        )
-
-
 @torch.no_grad()
 def read_adapter(
     model: PeftModel, originals: Mapping[str, torch.Tensor], rank: int | float | None = None

@@ -22,6 +22,8 @@ HEAD = "adapter on the output head"
 OUTSIDE = "adapter outside the layers"
 ALORA = "activation after the invocation tokens only (aLoRA)"
 EVERYWHERE = "every adapted module"
+# What PEFT puts before the names of a model's own modules.
+PREFIX = "base_model.model."
 # Task types that name no head of their own and that people write on decoders.
 MISNAMED = ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "QUESTION_ANS")
 # Methods whose effect is no fixed change of weights.

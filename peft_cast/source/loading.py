@@ -27,15 +27,14 @@ from ..utils import (
     why_no_model,
     without_secrets,
 )
-from .kernels import SourceAdapter, check_rank, read_adapter
-from .kinds import MISNAMED, changes_weights, refusal
+from .kernels import SourceAdapter, read_adapter
+from .kinds import MISNAMED, PREFIX, changes_weights, refusal
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft
 from .names import Match
 from .renamed import Readable, readable
 
 
 _NAME = "peft_cast_source"
-PREFIX = "base_model.model."
 
 
 def load_source(
@@ -130,7 +129,6 @@ def adapted_source(
     Raises:
         ValueError: If the adapter cannot be read, does not fit the model, or nothing of it can be carried over.
     """
-    check_rank(source_rank)
     if isinstance(adapter, PeftModel):
         check_config(adapter.active_peft_config, "The adapter", in_memory=True)
         adapter.eval()

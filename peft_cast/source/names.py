@@ -75,9 +75,6 @@ class Renaming:
     modules: dict[str, str]
     said: str
 
-    def header(self, header: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        return {new: info for old, info in header.items() if (new := self.names[old]) is not None}
-
 
 class Match:
     """An adapter's file beside the modules of its model.

@@ -28,9 +28,9 @@ from ..tuner import CastConfig
 from ..tuner.checks import TensorInfo
 from ..utils import read_adapter_config, without_secrets
 from .files import holdings_of
-from .kernels import SourceAdapter, check_rank, read_adapter
-from .kinds import default_rank, is_read, kept_rank, kind_of, rank_of_change, variants_of
-from .loading import PREFIX, adapted_source, base_name, check_config, check_vocabulary, matched
+from .kernels import SourceAdapter, read_adapter
+from .kinds import PREFIX, default_rank, is_read, kept_rank, kind_of, rank_of_change, variants_of
+from .loading import adapted_source, base_name, check_config, check_vocabulary, matched
 from .renamed import readable
 
 
@@ -58,7 +58,6 @@ def planned_source(
         with adapted_source(source, adapter, revision, source_rank) as read:
             yield read, read.holdings.not_carried, None
         return
-    check_rank(source_rank)
     name = f"The adapter '{without_secrets(adapter)}'"
     check_config(config, name)
     with readable(adapter, revision, matched(adapter, revision, source, config)) as file:

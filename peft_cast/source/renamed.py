@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from ..tuner.checks import TensorInfo
 from ..utils import check_weights, find_file, without_secrets
+from .kinds import PREFIX
 from .names import Match, Renaming
 
 
@@ -103,5 +104,4 @@ def _following(config: PeftConfig, renaming: Renaming, match: Match) -> PeftConf
 
 def _olds(name: str) -> list[str]:
     """What a module may have been called when the adapter was trained, from its name in the file."""
-    root = "base_model.model."
-    return list(dict.fromkeys([name.removeprefix(root), name.rpartition(root)[2], name]))
+    return list(dict.fromkeys([name.removeprefix(PREFIX), name.rpartition(PREFIX)[2], name]))
