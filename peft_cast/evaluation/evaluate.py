@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..models import load_model, load_tokenizer, moved, untouched, with_adapter
 from ..options import Options, Pairing, Run, takes
-from ..results import BASE, Evaluation, Measurement, TranslationResult
+from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
 from ..text import read_corpus
 from ..utils import distributed, environment, without_secrets, write_json
 from ..utils.fields import check_count
@@ -90,11 +90,16 @@ def evaluate(
     measured: list[Measurement] = []
     jobs = [(BASE, 0, None)] + [(name, i, a) for name, group in runs.items() for i, a in enumerate(group)]
     for name, number, adapter in tqdm(jobs, desc="evaluate", disable=not given.run.progress):
-        wanted: list[Task | None] = [*tasks, *([None] if texts and adapter is not None else [])]
-        keys = [_key(target, settings, adapter, task, texts) for task in wanted]
+        wanted: list[tuple[str, Task | None]] = [(name, task) for task in tasks]
+        if adapter is None:
+            asked = [(prompt, other) for task in tasks for prompt, other in getattr(task, "for_base", dict)().items()]
+            wanted += [(f"{BASE}, {prompt}", other) for prompt, other in asked]
+        elif texts:
+            wanted.append((name, None))
+        keys = [_key(target, settings, adapter, task, texts) for _, task in wanted]
         with ExitStack() as stack:
             adapted = None
-            for task, key in zip(wanted, keys):
+            for (row, task), key in zip(wanted, keys):
                 scores = known.get(key)
                 if scores is None:
                     if adapted is None:  # loaded only if there is something left to measure
@@ -104,7 +109,7 @@ def evaluate(
                     if key:
                         known[key] = scores
                 kind = (task.name, task.metric, getattr(task, "higher_is_better", True)) if task else _DRIFT
-                measured.append(Measurement(name, number, *kind, scores.metrics, scores.samples))
+                measured.append(Measurement(row, number, *kind, scores.metrics, scores.samples, scores.each))
                 if output is not None:
                     so_far = Evaluation(tuple(measured), retrained, settings).to_dict()
                     kept = {key: dataclasses.asdict(scores) for key, scores in known.items()}
@@ -127,8 +132,8 @@ def _retrained(retrained, runs: Mapping[str, list], tasks: Sequence[Task]) -> di
     names = [task.name for task in tasks]
     if len(set(names)) < len(names) or "drift" in names:
         raise ValueError(f"Every task needs a name of its own, other than 'drift'; they are {names}.")
-    if BASE in runs:
-        raise ValueError(f"'{BASE}' is the name of the untouched target's row: name the adapter otherwise.")
+    if taken := [name for name in runs if is_base(name)]:
+        raise ValueError(f"'{taken[0]}' is the name of the untouched target's row: name the adapter otherwise.")
     if retrained is None:
         return {}
     by_task = dict.fromkeys(names, retrained) if isinstance(retrained, str) else dict(retrained)

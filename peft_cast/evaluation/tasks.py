@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -29,10 +29,13 @@ class Scores:
     Args:
         metrics (`dict[str, float]`): All metrics of the task.
         samples (`tuple[dict[str, str], ...]`): What the model wrote for the first rows, if it wrote anything.
+        each (`tuple[float, ...]`): The task's metric on every item, 1 and 0 for right and wrong. With it an adapter is
+            compared with the untouched target item by item.
     """
 
     metrics: Mapping[str, float]
     samples: tuple[Mapping[str, str], ...] = ()
+    each: tuple[float, ...] = ()
 
 
 class Task(Protocol):
@@ -63,6 +66,11 @@ class _OnRecords:
     start: int = field(default=0, kw_only=True)
     limit: int | None = field(default=None, kw_only=True)
     batch_size: int = field(default=16, kw_only=True)
+    base_prompts: Mapping[str, Template] = field(default_factory=dict, kw_only=True)
+
+    def for_base(self) -> dict[str, _OnRecords]:
+        """The same task with each of the prompts that the untouched target alone is asked with, by their names."""
+        return {name: replace(self, prompt=prompt, base_prompts={}) for name, prompt in self.base_prompts.items()}
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,10 @@ class AnswerLikelihood(_OnRecords):
         data: Records (mappings), or the path of a jsonl file.
         prompt: Format string over a record's columns, e.g. `"Question: {question}\\nAnswer:"`, or a function of it.
         answer: Likewise, e.g. `" {answer}"`.
-        start, limit (`int`): The records from `start` on, at most `limit` of them. By name alone, as `batch_size`.
+        start, limit (`int`): The records from `start` on, at most `limit` of them. By name alone, as what follows.
         batch_size (`int`): Records per pass.
+        base_prompts (`dict`): Further prompts for the untouched target alone, by name, each like `prompt`: with solved
+            examples, in its chat template, or whatever else it does its best with. They become the rows `base, NAME`.
     """
 
     answer: Template
@@ -92,7 +102,9 @@ class AnswerLikelihood(_OnRecords):
         score = float(nats.sum() / characters.sum())
         # Standard error of a ratio of sums (delta method)
         spread = (nats - score * characters).std(correction=min(1, n - 1)) * n**0.5 / characters.sum()
-        return Scores({self.metric: score, "stderr": float(spread), "items": n})
+        return Scores(
+            {self.metric: score, "stderr": float(spread), "items": n}, each=tuple((nats / characters).tolist())
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ class Classification(_OnRecords):
     """Share of records whose label the model finds the most likely continuation of the prompt.
 
     Args:
-        name, data, prompt, start, limit, batch_size: As in `AnswerLikelihood`.
+        name, data, prompt, start, limit, batch_size, base_prompts: As in `AnswerLikelihood`.
         labels (`tuple[str, ...]`): All labels.
         label (`str`): The column that holds the right one.
         continuation (`str`): How a label follows the prompt.
@@ -121,9 +133,11 @@ class Classification(_OnRecords):
         choices = [self.continuation.format(label=label) for label in self.labels]
         with contiguous_head(model):
             nats = choice_nats(model, tokenizer, [_fill(self.prompt, r) for r in rows], choices, self.batch_size)
-        accuracy = float((nats.argmin(1) == gold).double().mean())
+        right = (nats.argmin(1) == gold).double()
+        accuracy = float(right.mean())
         metrics = {self.metric: accuracy, "stderr": _stderr(accuracy, len(rows))}
-        return Scores({**metrics, "nats_per_label": float(nats.gather(1, gold[:, None]).mean()), "items": len(rows)})
+        metrics |= {"nats_per_label": float(nats.gather(1, gold[:, None]).mean()), "items": len(rows)}
+        return Scores(metrics, each=tuple(right.tolist()))
 
 
 @dataclass(frozen=True)
@@ -131,10 +145,14 @@ class Generation(_OnRecords):
     """Greedy answers: share that matches the gold answer, and share in the wanted format.
 
     Args:
-        name, data, prompt, start, limit, batch_size: As in `AnswerLikelihood`.
+        name, data, prompt, start, limit, batch_size, base_prompts: As in `AnswerLikelihood`.
         answer: Format string or function that gives the gold text, to which `pattern` is applied as well.
         pattern (`str`): Regular expression; its first group is what must match. An answer without it is out of format.
         max_new_tokens (`int`): The most tokens per answer.
+        fallback (`str`, *optional*): Regular expression with a group, whose last match counts in an answer out of
+            format: the last number of an answer at length is fair to a model that was never taught the format.
+        until (`str`, *optional*): What ends an answer; it and what follows are not looked at. A model that never
+            learned to stop goes on with a question of its own.
         metric (`str`): What recovered lift is taken of: `"exact_match"`, or `"in_format"` for models that are too
             small to be right.
     """
@@ -142,13 +160,16 @@ class Generation(_OnRecords):
     answer: Template
     pattern: str
     max_new_tokens: int = 160
+    fallback: str | None = field(default=None, kw_only=True)
+    until: str | None = field(default=None, kw_only=True)
     batch_size: int = field(default=64, kw_only=True)
     metric: str = "exact_match"
     higher_is_better: ClassVar[bool] = True
 
     def __post_init__(self):
-        if re.compile(self.pattern).groups < 1:
-            raise ValueError(f"`pattern` needs a group in brackets, which is what must match, got {self.pattern!r}.")
+        for name, pattern in (("pattern", self.pattern), ("fallback", self.fallback)):
+            if pattern is not None and re.compile(pattern).groups < 1:
+                raise ValueError(f"`{name}` needs a group in brackets, which is what must match, got {pattern!r}.")
         if self.metric not in ("exact_match", "in_format"):
             raise ValueError(f"`metric` must be 'exact_match' or 'in_format', got {self.metric!r}.")
 
@@ -157,18 +178,34 @@ class Generation(_OnRecords):
         prompts, gold = ([_fill(template, row) for row in rows] for template in (self.prompt, self.answer))
         written = generate(model, tokenizer, prompts, self.max_new_tokens, self.batch_size)
         wanted, found = ([self._extract(text) for text in texts] for texts in (gold, written))
-        metrics = {
-            "exact_match": sum(w is not None and w == f for w, f in zip(wanted, found)) / len(rows),
-            "in_format": sum(f is not None for f in found) / len(rows),
-            "items": len(rows),
+        fair = [one if one is not None else self._last(text) for one, text in zip(found, written)]
+        each = {
+            "exact_match": [float(w is not None and w == f) for w, f in zip(wanted, fair)],
+            "in_format": [float(one is not None) for one in found],
         }
+        metrics = {name: sum(values) / len(rows) for name, values in each.items()} | {"items": len(rows)}
         metrics["stderr"] = _stderr(metrics[self.metric], len(rows))
-        samples = zip(prompts[:SHOWN], gold, written)
-        return Scores(metrics, tuple({"prompt": p, "gold": g, "written": w} for p, g, w in samples))
+        shown = zip(prompts[:SHOWN], gold, written)
+        samples = tuple({"prompt": p, "gold": g, "written": w} for p, g, w in shown)
+        return Scores(metrics, samples, tuple(each[self.metric]))
 
     def _extract(self, text: str) -> str | None:
-        match = re.search(self.pattern, text)
-        return match[1].replace(",", "").strip() if match and match[1] is not None else None
+        """What an answer in the format says."""
+        match = re.search(self.pattern, self._cut(text))
+        return _plain(match[1]) if match and match[1] is not None else None
+
+    def _last(self, text: str) -> str | None:
+        """What an answer out of the format says, by the fallback."""
+        found = [match[1] for match in re.finditer(self.fallback, self._cut(text))] if self.fallback else []
+        return _plain(found[-1]) if found else None
+
+    def _cut(self, text: str) -> str:
+        return text.partition(self.until)[0] if self.until else text
+
+
+def _plain(number: str) -> str:
+    """Without what separates thousands, and without cents that are none."""
+    return re.sub(r"\.0*$", "", number.replace(",", "").strip())
 
 
 def generate(

@@ -5,7 +5,8 @@ from .cards import make_card
 from .diagnosis import diagnose
 from .fold import FoldedLora, to_lora
 from .licenses import read_licenses
+from .paired import Paired
 from .publish import add_card, push, push_saved
 from .report import write_report
 from .result import TranslationResult
-from .rows import BASE, Evaluation, Measurement
+from .rows import BASE, Evaluation, Measurement, is_base

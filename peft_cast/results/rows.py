@@ -10,9 +10,15 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..utils import replacing, write_json
+from .paired import Paired
 
 
 BASE = "base"
+
+
+def is_base(adapter: str) -> bool:
+    """Whether a row is of the untouched target, asked as the adapters are (`"base"`) or otherwise (`"base, ..."`)."""
+    return adapter == BASE or adapter.startswith(f"{BASE}, ")
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,13 @@ class Measurement:
     """One model on one task.
 
     Args:
-        adapter (`str`): Name of the adapter, `"base"` for the untouched target.
+        adapter (`str`): Name of the adapter, `"base"` for the untouched target, `"base, NAME"` for the target asked
+            with another prompt.
         run (`int`): Which of the adapter's runs (seeds), counted from 0.
         task (`str`): Name of the task; `"drift"` for the distance from the untouched target.
         metric (`str`): The metric that recovered lift is taken of.
         higher_is_better (`bool`): Its direction.
-        metrics, samples: As in `Scores`.
+        metrics, samples, each: As in `Scores`.
     """
 
     adapter: str
@@ -35,6 +42,7 @@ class Measurement:
     higher_is_better: bool
     metrics: Mapping[str, float]
     samples: Sequence[Mapping[str, str]] = ()
+    each: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class Row:
     @property
     def mean_lift(self) -> float | None:
         """Recovered lift over the runs; `None` for the untouched target and where there is none."""
-        return mean(self.lift) if self.lift and self.adapter != BASE else None
+        return mean(self.lift) if self.lift and not is_base(self.adapter) else None
 
     @property
     def score_text(self) -> str:
@@ -116,7 +124,36 @@ class Evaluation:
     @property
     def judged(self) -> list[str]:
         """Those that are neither the target nor a retrained one."""
-        return [name for name in self.adapters if name != BASE and name not in self.retrained.values()]
+        return [name for name in self.adapters if not is_base(name) and name not in self.retrained.values()]
+
+    @property
+    def paired(self) -> list[Paired]:
+        """Each adapter beside the untouched target on the same items, for tasks that say how each item went.
+
+        The target is taken with the prompt that it does best with: a model that is worse than that was made worse.
+        """
+        groups: dict[tuple[str, str], list[Measurement]] = {}
+        for m in self.measurements:
+            if m.each:
+                groups.setdefault((m.task, m.adapter), []).append(m)
+        found = []
+        for (task, adapter), runs in groups.items():
+            of_base = [group[0] for (other, name), group in groups.items() if other == task and is_base(name)]
+            if is_base(adapter) or not of_base:
+                continue
+            sign = 1 if runs[0].higher_is_better else -1
+            best = max(of_base, key=lambda m: sign * m.metrics[m.metric])
+            if all(len(run.each) == len(best.each) for run in runs):
+                found.append(Paired.of(adapter, task, best.adapter, best.each, [run.each for run in runs]))
+        return found
+
+    def paired_table(self) -> str:
+        """A markdown table of `paired`; empty where there is none."""
+        if not (found := self.paired):
+            return ""
+        head = "| adapter | task | difference from the untouched target | newly right | newly wrong | its prompt |"
+        rows = [f"| {one.adapter} | {one.task} | {' | '.join(one.cells)} |" for one in found]
+        return "\n".join([head, "|---" * 6 + "|", *rows])
 
     def row(self, adapter: str, task: str) -> Row:
         """The row of an adapter on a task.
@@ -157,7 +194,7 @@ class Evaluation:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        return self.table()
+        return "\n\n".join(part for part in (self.table(), self.paired_table()) if part)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: settings, raw measurements and the rows made of them."""
@@ -166,6 +203,7 @@ class Evaluation:
             "retrained": dict(self.retrained),
             "measurements": [asdict(m) for m in self.measurements],
             "rows": [asdict(row) for row in self.rows],
+            "paired": [asdict(one) for one in self.paired],
         }
 
     def save(self, path: str | Path) -> None:
