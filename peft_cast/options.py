@@ -40,8 +40,8 @@ def _source_rank(value: Any) -> str | None:
 
 
 def _teacher(value: Any) -> str | None:
-    named = value in ("source", "delta") if isinstance(value, str) else is_a(value, Real) and 0 <= value <= 1
-    return None if named else "be 'source', 'delta' or a number from 0 to 1"
+    named = value in ("source", "shown", "delta") if isinstance(value, str) else is_a(value, Real) and 0 <= value <= 1
+    return None if named else "be 'source', 'shown', 'delta' or a number from 0 to 1"
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,12 @@ class Training(Group):
         least=0,
     )
     temperature: float = option(1.0, "Temperature T of the KL divergence.", above=0)
-    teacher: Literal["source", "delta"] | float = option(
+    teacher: Literal["source", "shown", "delta"] | float = option(
         "source",
-        "`source` imitates the adapted source model. `delta` adds only what the LoRA changes to the target's own "
-        "prediction; a number from 0 (`source`) to 1 (`delta`) mixes them (docs/results.md).",
+        "`source` imitates the adapted source model. `shown`, for a target that is the better model, imitates the "
+        "target itself as it answers when it is shown three of the adapted source's answers: their form and its own "
+        "knowledge. `delta` adds only what the LoRA changes to the target's own prediction; a number from 0 "
+        "(`source`) to 1 (`delta`) mixes them (docs/results.md).",
         check=_teacher,
     )
     teacher_top_k: int | None = option(
@@ -207,6 +209,10 @@ class Training(Group):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.teacher == "shown" and self.beta:
+            raise ValueError(
+                "The teacher `shown` has no hidden states of a source, which `beta` compares: pass `beta=0`."
+            )
         known = [one.name for one in fields(TrainingArguments) if one.init]
         for name in self.training_args or {}:
             if name not in known:
@@ -214,10 +220,10 @@ class Training(Group):
 
     @property
     def target_share(self) -> float:
-        """The share of the target's own prediction in the teacher: 0 for `"source"`, 1 for `"delta"`, or the number
-        given.
+        """The share of the target's own prediction in the adapted source's: 0 for `"source"`, 1 for `"delta"`, or the
+        number given.
         """
-        return float({"source": 0.0, "delta": 1.0}.get(self.teacher, self.teacher))  # type: ignore[arg-type]
+        return float({"source": 0.0, "shown": 0.0, "delta": 1.0}.get(self.teacher, self.teacher))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

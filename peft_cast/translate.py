@@ -33,7 +33,6 @@ from .models import freeze_adapter, load_model, seeded, sharding, unload_adapter
 from .options import Fit, Options, Pairing, Projections, Run, Training
 from .refine import (
     RunFolder,
-    Teacher,
     TrainingTexts,
     check_folder,
     check_prompts,
@@ -42,7 +41,8 @@ from .refine import (
     imitate,
     imitate_on_own_words,
     open_run,
-    teacher_cache,
+    open_teacher,
+    shown_if_asked,
 )
 from .results import TranslationResult
 from .source import Pair, check_pair, load_source, open_pair
@@ -166,7 +166,7 @@ class Job:
         check_text(self.text)
         check_text(self.options.fit.fit_text)
         written = self.text is None or isinstance(self.text, Mapping) or is_written(self.text)
-        check_prompts(written or not training.on_policy_steps)
+        check_prompts(training, written)
         shard = sharding.is_requested(training.training_args)
         distributed.batch_per_process(training.batch_size)
         if isinstance(self.adapter, (list, tuple)):
@@ -187,8 +187,8 @@ class Job:
             raise ValueError(
                 "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
             )
-        if training.on_policy_steps and shard:
-            raise ValueError("`on_policy_steps` goes with no FSDP or ZeRO-3: leave one of them out.")
+        if shard and (training.on_policy_steps or training.teacher == "shown"):
+            raise ValueError("`on_policy_steps` and `teacher='shown'` go with no FSDP or ZeRO-3: leave them out.")
         if self.start is not None and (self.bridge is not None or training.beta > 0 or shard):
             raise ValueError("`start` goes with no `bridge`, no `beta` and no FSDP or ZeRO-3: leave it or them out.")
 
@@ -213,7 +213,7 @@ def _translate_one(job: Job) -> TranslationResult:
         with phases.measure("closed_form"):
             maps, pair = initial_maps(pair, texts.fit, options, bridge=bridge, start=earlier, cache=run.cache)
         hidden = {path: (layer_pairs(pair.modules)[path], weight) for path, weight in maps.hidden_maps.items()}
-        teacher = Teacher(pair.adapted, training, hidden, teacher_cache(pair, training, run.cache))
+        teacher = open_teacher(pair, training, hidden, run.cache)
         known = {**_origin(job, pair), "not_carried": pair.given.holdings.reasons}
         config = cast_config(pair.kernels, pair.modules, **vars(options.projections), **known)
         with unloaded_on_error(pair.target):
@@ -246,7 +246,8 @@ def _translate_one(job: Job) -> TranslationResult:
                 own = imitate_on_own_words(pair, model, teacher, texts, run, phases, progress=show)
             # 6. The result, with what the report shows.
             with phases.measure("report"):
-                report = gather_report(pair, model, texts, reached.excitement, job.arguments())
+                tokenizer = pair.tokenizers[teacher.reads_with]
+                report = gather_report(pair, model, texts, reached.excitement, job.arguments(), tokenizer)
         trained = freeze_adapter(model)
     metrics = {
         "kl": _distances(reached.kl, own and own[0], earlier is not None),
@@ -280,10 +281,12 @@ def _read(job: Job, pair: Pair, run: RunFolder) -> tuple[PairTexts, ClosedForm[K
             keep=run.written,
         )
         texts = run.texts(read)
-        check_prompts(bool(texts.answers) or not options.training.on_policy_steps)
-        if translated is None:
-            return texts, None
-        return texts, projections_of(translated, pair.kernels, pair.modules, without_secrets(start))
+        check_prompts(options.training, bool(texts.answers))
+        earlier = None
+        if translated is not None:
+            earlier = projections_of(translated, pair.kernels, pair.modules, without_secrets(start))
+    show = partial(shown_if_asked, pair, texts, options.training, job.text, bar=job.bar, keep=run.written)
+    return (run.texts(show, "shown") if options.training.teacher == "shown" else texts), earlier
 
 
 def _origin(job: Job, pair: Pair) -> dict[str, str | None]:

@@ -315,7 +315,7 @@ def test_memory_that_runs_out_in_one_process_ends_the_run(monkeypatch):
 def test_fsdp_spreads_no_quantized_models():
     quantized = SimpleNamespace(is_quantized=True, name_or_path="some/model-4bit")
     with pytest.raises(ValueError, match="'some/model-4bit' is quantized, which FSDP cannot spread"):
-        sharding._shard(quantized, set(), torch.device("cpu"), None)
+        sharding.spread(quantized, set(), torch.device("cpu"), None)
 
 
 def test_what_does_not_go_together_is_one_clear_error(models, monkeypatch):

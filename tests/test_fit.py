@@ -434,10 +434,10 @@ def test_excitement_is_zero_without_a_lora_and_positive_with_one(source_folder, 
     batch = collate_pairs(peft_cast.align.align_texts(c4_texts(2), byte_tokenizer, byte_tokenizer, max_length=40))
     adapted = PeftModel.from_pretrained(source, lora_folder).eval()
     teacher = Teacher(adapted, Training(gamma=0.0))
-    excited = teacher.excitement(batch)
+    excited = teacher.excitement(adapted, batch)
     assert excited.shape == batch["rows"].shape and excited.mean() > 0.01
     with adapted.disable_adapter():
-        assert teacher.excitement(batch).abs().max() < 1e-6
+        assert teacher.excitement(adapted, batch).abs().max() < 1e-6
 
 
 def closed_form(source, lora, target, tokenizer, **options):

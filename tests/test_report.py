@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast.align.tokens import align_texts
-from peft_cast.evaluation.gather import _prompt_end, describe, quote
+from peft_cast.evaluation.gather import describe, prompt_end, quote
 from peft_cast.results.report.contents import contents, verdict
 from peft_cast.results.report.figures import color, curve, heat_map, ticks_up_to
 from peft_cast.results.report.markdown import to_markdown
@@ -131,6 +131,18 @@ def test_an_evaluation_is_added_to_the_report_of_a_saved_folder(result, tmp_path
     assert "| translated | 0.500 | 0.75 | 0.010 |" in summary
     elsewhere = peft_cast.write_report(result, tmp_path / "new" / "folder")
     assert set(Page(elsewhere.read_text(encoding="utf-8")).sections) == SECTIONS - {"tasks"}
+
+
+def test_flips_stand_in_the_verdict_and_in_the_report(result, tmp_path):
+    each = {"base": (1.0, 1.0, 0.0, 0.0), "translated": (1.0, 0.0, 1.0, 1.0)}
+    found = [
+        Measurement(n, 0, "sums", "exact_match", True, {"exact_match": sum(e) / 4}, (), e) for n, e in each.items()
+    ]
+    file = peft_cast.write_report(result, tmp_path, evaluation=Evaluation(tuple(found), {}, {}))
+    summary = file.with_suffix(".md").read_text(encoding="utf-8")
+    for text in (summary, Page(file.read_text(encoding="utf-8")).text):
+        assert "On sums it turns 2 of 4 items right and 1 wrong" in text
+    assert "| translated | sums | +0.250 ± 0.938 | 2 | 1 | base |" in summary
 
 
 def test_lift_is_not_claimed_when_it_is_unclear_whose_it_is():
@@ -437,17 +449,17 @@ def test_a_quote_is_the_text_and_its_marks_are_in_their_places(byte_tokenizer, p
     assert cut["cut"] and len(cut["pieces"]) == len(cut["nats"]) == 160
 
 
-def test_a_sample_ends_where_the_prompt_ends(byte_tokenizer, piece_tokenizer):
+def test_a_sample_ends_where_theprompt_ends(byte_tokenizer, piece_tokenizer):
     prompt, answer = "Question: how many boxes are there on the long table?\nAnswer:", " there are seven boxes on it"
     with_prompt = align_texts(
         [answer], byte_tokenizer, piece_tokenizer, source_prompts=[prompt], target_prompts=[prompt]
     )[0]
-    beginning = piece_tokenizer.decode(with_prompt.target_ids[: _prompt_end(with_prompt)], skip_special_tokens=True)
+    beginning = piece_tokenizer.decode(with_prompt.target_ids[: prompt_end(with_prompt)], skip_special_tokens=True)
     assert beginning == prompt
     without = align_texts([answer * 6], byte_tokenizer, piece_tokenizer)[0]
-    assert 20 <= _prompt_end(without) < len(without.target_ids) - 10
+    assert 20 <= prompt_end(without) < len(without.target_ids) - 10
     short = align_texts(["seven boxes"], byte_tokenizer, piece_tokenizer)[0]
-    assert 0 < _prompt_end(short) <= len(short.target_ids)
+    assert 0 < prompt_end(short) <= len(short.target_ids)
 
 
 def test_arguments_are_described_without_their_texts_and_tokens():

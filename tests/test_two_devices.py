@@ -73,7 +73,7 @@ def test_hidden_states_and_excitement_keep_them_apart(pair):
         _, goals = teacher.goals(model, batch)
         _, states = teacher.student(model, model, batch)
     assert normalized_mse(states["model.layers.0"], goals["model.layers.0"]).device.type == "cpu"
-    assert teacher.excitement(batch).device.type == THERE
+    assert teacher.excitement(model, batch).device.type == THERE
 
 
 def test_what_mixes_them_is_refused_here(pair):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from ..align import AlignedPair
 from ..fit import layer_similarity
@@ -29,7 +30,12 @@ CHARACTERS = 600  # of a quoted prompt, its end
 
 
 def gather_report(
-    pair: Pair, model: PeftModel, texts: PairTexts, excitement: Sequence[torch.Tensor], arguments: Mapping[str, Any]
+    pair: Pair,
+    model: PeftModel,
+    texts: PairTexts,
+    excitement: Sequence[torch.Tensor],
+    arguments: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     """The parts of `TranslationResult.metrics["report"]`, JSON-ready, without access tokens.
 
@@ -42,6 +48,7 @@ def gather_report(
         excitement: For each held-out text KL(source + LoRA ‖ source) in nats at its aligned positions, shape
             (positions,).
         arguments: What `translate` was called with, by name. With `report_samples` 0 no text gets into the report.
+        tokenizer: What the teacher reads with.
 
     Returns:
         `models`, `arguments`, `environment`; `excitement`: `by_text` (nats per position of each held-out text), `most`
@@ -55,8 +62,7 @@ def gather_report(
     def quotes() -> dict[str, Any]:
         chosen = {"most": order[:samples], "least": order[samples:][-samples:]}
         return {
-            name: [quote(pair.tokenizers[0], held_out[i], excitement[i]) for i in indices]
-            for name, indices in chosen.items()
+            name: [quote(tokenizer, held_out[i], excitement[i]) for i in indices] for name, indices in chosen.items()
         }
 
     def compared() -> dict[str, Any]:
@@ -129,7 +135,7 @@ def continued(tokenizer, model: PeftModel, texts: Sequence[AlignedPair]) -> list
     Returns:
         For each text `prompt`, `untouched`, `translated` and how the `text` itself goes on.
     """
-    ends = [_prompt_end(text) for text in texts]
+    ends = [prompt_end(text) for text in texts]
     prompts = [text.target_ids[:end] for text, end in zip(texts, ends)]
     answers = [text.target_ids[end : end + NEW_TOKENS] for text, end in zip(texts, ends)]
     with model.disable_adapter():
@@ -140,7 +146,7 @@ def continued(tokenizer, model: PeftModel, texts: Sequence[AlignedPair]) -> list
     return [redact(dict(zip(("prompt", "untouched", "translated", "text"), row))) for row in zip(*columns)]
 
 
-def _prompt_end(text: AlignedPair) -> int:
+def prompt_end(text: AlignedPair) -> int:
     """How many of the target's tokens are the prompt: up to the first compared position, which predicts the answer."""
     first = text.target_positions[0] + 1
     if first > BEGINNING // 2:

@@ -90,7 +90,7 @@ def without_sharding_arguments(training_args: Mapping[str, Any] | None) -> dict[
     return {name: value for name, value in (training_args or {}).items() if name not in _ARGUMENTS}
 
 
-def _shard(model: PreTrainedModel, own: set[nn.Parameter], device: torch.device, over: DeviceMesh) -> None:
+def spread(model: PreTrainedModel, own: set[nn.Parameter], device: torch.device, over: DeviceMesh) -> None:
     """Keep a part of the model's large matrices, on the device, and freeze it. For good: there is no way back.
 
     The model is on the CPU, the same in all processes, with its adapter if it has one; `own` are its parameters
@@ -147,10 +147,10 @@ def open_sharded(
                     "The adapter changes the source's own weights (trained biases, PiSSA, OLoRA, KaSA), which is not "
                     "possible when FSDP spreads them: translate it without, or convert it to a plain LoRA first."
                 )
-            _shard(source, own, device, over)
+            spread(source, own, device, over)
             own.clear()  # nothing else may hold the whole ones, or they stay
             target = load_target(device=torch.device("cpu"))
-            _shard(target, set(target.parameters()), device, over)
+            spread(target, set(target.parameters()), device, over)
         yield source, target, adapter
 
 

@@ -7,5 +7,6 @@ from .imitate import Imitation, imitate
 from .losses import Logits, Predictions, TopKDivergence, kl_divergence, rows_at_once
 from .on_policy import check_prompts, imitate_on_own_words
 from .run import NotSavedError, RunFolder, check_folder, clear_run, described, open_run
-from .teacher import Teacher, teacher_cache
+from .shown import open_teacher, shown_if_asked
+from .teacher import Teacher
 from .trainer import training_precision

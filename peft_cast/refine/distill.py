@@ -22,7 +22,7 @@ from ..text import read_texts
 from ..utils import Phases, distributed
 from .batches import TrainingTexts
 from .imitate import imitate
-from .teacher import Teacher, teacher_cache
+from .shown import open_teacher, shown_if_asked
 
 
 @takes(
@@ -65,14 +65,16 @@ def distill_lora(
         with phases.measure("load"):
             pair = stack.enter_context(open_pair(source, adapter, target, given.pairing))
         with phases.measure("text"):
-            texts = read_texts(pair, text, given.fit, training, bar=partial(tqdm, disable=not progress))
+            bar = partial(tqdm, disable=not progress)
+            texts = read_texts(pair, text, given.fit, training, bar=bar)
+            texts = shown_if_asked(pair, texts, training, text, bar=bar)
         if given.pairing.depth_map == "similarity":
             pair = map_by_similarity(pair, texts.fit, given.pairing.module_map)
         stacked: dict[str, int] = defaultdict(int)
         for place, sources in pair.modules.kernels.items():
             stacked[split_place(place)[0]] += sum(len(pair.kernels[s].A) for s in sources)
         r = r or max(stacked.values())
-        teacher = Teacher(pair.adapted, training, cache=teacher_cache(pair, training, given.run.cache_dir))
+        teacher = open_teacher(pair, training, folder=given.run.cache_dir)
         config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(stacked), task_type="CAUSAL_LM")
         with unloaded_on_error(pair.target):
             with seeded(training.seed):

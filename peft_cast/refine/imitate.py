@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from peft import PeftModel
 
 from ..align import AlignedPair, collate_pairs
-from ..models import shared_head
 from ..source import Pair, count_parameters
 from ..text import PairTexts
 from ..utils import Phases, distributed, within_memory
@@ -104,7 +102,7 @@ def imitate(
     """Refine, and measure the distance to the teacher on held-out texts before and after.
 
     Args:
-        pair (`Pair`): The models, whose heads are cut to the shared vocabulary meanwhile.
+        pair (`Pair`): The models, whose heads are cut meanwhile to what the teacher is compared on.
         model, teacher, texts, output_dir, progress, checkpoint: As in `refine`.
         held_out: Texts that are not in `texts`.
         phases: Where the costs are noted, as `evaluate` and `refine`.
@@ -117,12 +115,12 @@ def imitate(
     def excited(size: int) -> list[torch.Tensor]:
         batches = []
         for own, read in _parts(held_out, size):
-            nats = teacher.excitement(collate_pairs(read)).cpu()
+            nats = teacher.excitement(model, collate_pairs(read)).cpu()
             batches.append(list(nats.split([len(one.source_positions) for one in read]))[: len(own)])
         of_each = distributed.gather([batches])
         return [nats for batch in zip(*of_each) for part in batch for nats in part]
 
-    with on_shared_vocabulary(pair):
+    with teacher.heads(pair):
         with phases.measure("evaluate"):
             excitement = within_memory(excited, batch_size)
             with model.disable_adapter():
@@ -133,11 +131,3 @@ def imitate(
         with phases.measure("evaluate"):
             kl["end"] = distance() if refinement.steps else kl["start"]
     return Imitation(kl, refinement, excitement)
-
-
-@contextmanager
-def on_shared_vocabulary(pair: Pair) -> Iterator[None]:
-    """Within the context the logits of both models are those of the tokens that both have, in one order."""
-    ids = pair.vocabulary
-    with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
-        yield

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from ..options import Training
 from ..source import Pair
-from ..text import Keep, PairTexts, SelfWritten, align_samples, how_many_held_out, write_answers
+from ..text import Keep, PairTexts, SelfWritten, how_many_held_out, write_answers
 from ..utils import Phases, within_memory
 from .batches import TrainingTexts
-from .imitate import distance_to_teacher, imitate, on_shared_vocabulary
+from .imitate import distance_to_teacher, imitate
 from .run import RunFolder
 from .teacher import Teacher
 
@@ -57,7 +57,7 @@ def imitate_on_own_words(
     further = replace(training, steps=training.on_policy_steps, learning_rate=training.learning_rate / 2)
     with phases.measure("text"):
         bar = partial(tqdm, disable=not progress, desc="writing answers")
-        own = run.texts(lambda: _answers(pair, model, texts, further, bar, run.written), "own_answers")
+        own = run.texts(lambda: _answers(pair, model, teacher, texts, further, bar, run.written), "own_answers")
     reached = imitate(
         pair,
         model,
@@ -69,7 +69,7 @@ def imitate_on_own_words(
         checkpoint=run.on_policy_checkpoint,
         progress=progress,
     )
-    with phases.measure("evaluate"), on_shared_vocabulary(pair):
+    with phases.measure("evaluate"), teacher.heads(pair):
         distance = within_memory(partial(distance_to_teacher, model, teacher, texts.held_out), training.batch_size)
     return distance, {
         "texts": len(own.train),
@@ -79,22 +79,25 @@ def imitate_on_own_words(
     }
 
 
-def check_prompts(there: bool) -> None:
-    """Refuse text that has no prompts to answer.
+def check_prompts(training: Training, there: bool) -> None:
+    """Refuse text that has no prompts to answer where answers are needed.
 
     Raises:
         ValueError: If they are not there.
     """
-    if not there:
+    needed = {"on_policy_steps": training.on_policy_steps, "teacher='shown'": training.teacher == "shown"}
+    by = next((name for name, wanted in needed.items() if wanted), None)
+    if by and not there:
+        who = "translated model" if training.on_policy_steps else "target"
         raise ValueError(
-            "`on_policy_steps` needs prompts for the translated model to answer, and the text has none: pass "
-            "`text=SelfWritten(...)`, or leave it out."
+            f"`{by}` needs prompts for the {who} to answer, and the text has none: pass `text=SelfWritten(...)`, or "
+            "leave it out."
         )
 
 
 @torch.no_grad()
 def _answers(
-    pair: Pair, model: PeftModel, texts: PairTexts, training: Training, bar: Callable, keep: Keep
+    pair: Pair, model: PeftModel, teacher: Teacher, texts: PairTexts, training: Training, bar: Callable, keep: Keep
 ) -> PairTexts:
     before, tokenizer, length = texts.answers, pair.tokenizers[1], training.max_length
     longest = max(len(tokenizer(sample.text, add_special_tokens=False).input_ids) for sample in before)
@@ -102,7 +105,7 @@ def _answers(
     count = training.steps * training.batch_size + training.eval_samples
     asked = [before[i % len(before)] for i in range(count)]
     samples = write_answers(model, tokenizer, asked, spec, training.seed, bar, keep)
-    pairs = list(dict.fromkeys(align_samples(pair.tokenizers, samples, length)))
+    pairs = list(dict.fromkeys(teacher.align(pair, samples)))
     if len(pairs) < 2:
         raise ValueError(
             f"The translated model's own answers give {len(pairs)} usable samples, at least 2 are needed: leave "

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..align import AlignedPair, anchor_positions, anchors_of, collate_pairs, side_of
 from ..fit import with_bias
-from ..models import ends_in_head, in_eval_mode, layer_outputs, logits_at, sharding, states_at
+from ..models import ends_in_head, in_eval_mode, layer_outputs, logits_at, sharding, shared_head, states_at
 from ..options import Training
 from ..source import Pair
+from ..text import TextSample, align_samples
 from .cache import TeacherCache, TopKLogProbs
 from .losses import Logits, MixedLogits, Predictions, joined, kl_divergence, whole
 
@@ -27,6 +30,8 @@ APART = 0.9
 class Teacher:
     """Teacher logits and hidden states at the aligned positions of a batch.
 
+    `reads_with` is the index in `Pair.tokenizers` of what it reads with.
+
     Args:
         source (`PeftModel`): The source model with its LoRA.
         training (`Training`): Weights of the losses, what the teacher mixes, and how much of its predictions is kept.
@@ -35,9 +40,11 @@ class Teacher:
         cache (`TeacherCache`, *optional*): Where predictions are kept; one of its own when not given.
     """
 
+    reads_with: ClassVar[int] = 0
+
     def __init__(
         self,
-        source: PeftModel,
+        source: PreTrainedModel | PeftModel,
         training: Training,
         hidden_maps: Mapping[str, tuple[str, torch.Tensor]] | None = None,
         cache: TeacherCache | None = None,
@@ -56,6 +63,14 @@ class Teacher:
         other = copy.copy(self)
         other.training = training
         return other
+
+    def heads(self, pair: Pair) -> AbstractContextManager[None]:
+        """Within the context both models predict the tokens that this teacher is compared on."""
+        return on_shared_vocabulary(pair)
+
+    def align(self, pair: Pair, samples: Sequence[TextSample]) -> list[AlignedPair]:
+        """Texts as this teacher, on the source side, and the target read them."""
+        return align_samples(pair.tokenizers, samples, self.training.max_length)
 
     def _predict(self, model, base, inputs: dict, rows: torch.Tensor, positions: torch.Tensor) -> Logits:
         """What the model predicts at m positions, (m, vocabulary), in blocks if its architecture allows it."""
@@ -164,13 +179,21 @@ class Teacher:
             return self._predict(target, target.get_base_model(), *_anchors(batch, target.device))
 
     @torch.no_grad()
-    def excitement(self, batch: dict) -> torch.Tensor:
+    def excitement(self, target: PeftModel, batch: dict) -> torch.Tensor:
         """KL(source + LoRA ‖ source) in nats at the m aligned positions: how much the text shows of the adapter."""
         source = (self.source, self.source.get_base_model(), batch, "source")
         adapted, _ = self._run(*source)
         with self.source.disable_adapter():
             plain, _ = self._run(*source)
         return kl_divergence(adapted, plain)
+
+
+@contextmanager
+def on_shared_vocabulary(pair: Pair) -> Iterator[None]:
+    """Within the context the logits of both models are those of the tokens that both have, in one order."""
+    ids = pair.vocabulary
+    with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
+        yield
 
 
 def _anchors(batch: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:

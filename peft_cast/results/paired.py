@@ -7,6 +7,17 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 
+# What `Paired.cells` gives.
+PAIRED_COLUMNS = (
+    "adapter",
+    "task",
+    "difference from the untouched target",
+    "newly right",
+    "newly wrong",
+    "its prompt",
+)
+
+
 @dataclass(frozen=True)
 class Paired:
     """One adapter and the untouched target on the same items.
@@ -45,7 +56,17 @@ class Paired:
         return cls(adapter, task, base, len(differences), mean(differences), margin, *flips)
 
     @property
-    def cells(self) -> tuple[str, str, str, str]:
-        """Difference with its interval, gained, lost, and what it is compared with, as text."""
+    def cells(self) -> tuple[str, ...]:
+        """The row under `PAIRED_COLUMNS`, as text."""
         flips = ("" if value is None else f"{value:g}" for value in (self.gained, self.lost))
-        return (f"{self.difference:+.3f} ± {self.margin:.3f}", *flips, self.base)
+        return (self.adapter, self.task, f"{self.difference:+.3f} ± {self.margin:.3f}", *flips, self.base)
+
+    @property
+    def sentence(self) -> str:
+        """The flips in words; empty where there are none to count."""
+        if self.gained is None:
+            return ""
+        return (
+            f"On {self.task} it turns {self.gained:g} of {self.items} items right and {self.lost:g} wrong that the "
+            "untouched target has the other way."
+        )

@@ -156,7 +156,7 @@ def _read(folder: Path, evaluation: Evaluation | None, name: str | None) -> Arti
         return artifact
     if artifact.kind == "bridge":
         raise ValueError("A bridge is evaluated by the adapters it carries over: leave `evaluation` out.")
-    kept = {"table": evaluation.table(), "rows": [asdict(row) for row in evaluation.of(name)]}
+    kept = {"table": str(evaluation), "rows": [asdict(row) for row in evaluation.of(name)]}
     write_json({**artifact.report, "evaluation": kept}, folder / METRICS_NAME)
     return read_artifact(folder)
 

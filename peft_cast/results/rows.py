@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from ..utils import replacing, write_json
-from .paired import Paired
+from .paired import PAIRED_COLUMNS, Paired
 
 
 BASE = "base"
@@ -151,9 +151,8 @@ class Evaluation:
         """A markdown table of `paired`; empty where there is none."""
         if not (found := self.paired):
             return ""
-        head = "| adapter | task | difference from the untouched target | newly right | newly wrong | its prompt |"
-        rows = [f"| {one.adapter} | {one.task} | {' | '.join(one.cells)} |" for one in found]
-        return "\n".join([head, "|---" * 6 + "|", *rows])
+        rows = [PAIRED_COLUMNS, ("---",) * len(PAIRED_COLUMNS), *(one.cells for one in found)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     def row(self, adapter: str, task: str) -> Row:
         """The row of an adapter on a task.

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from ...source import by_reason, list_not_carried
 from ..diagnosis import KL_NAMES, diagnose, fit_by_role, way_covered
+from ..paired import PAIRED_COLUMNS
 from ..rows import Evaluation
 from ..settings import flat, is_comparable
 from .figures import color_scale, curve, heat_map
@@ -44,6 +45,7 @@ class Contents:
     remarks: Sequence[str]  # of its own words and of the source adapter, for the summary
     kl: Sequence[tuple[str, str, float]]  # name, nats, and share of the largest, from 0 to 1
     tasks: Sequence[Sequence[str]]  # the table of an evaluation
+    paired: Sequence[Sequence[str]]  # the adapters beside the untouched target, item by item
     samples: Sequence[Mapping[str, str]]  # `prompt`, `untouched`, `translated`, `text` of each
     # `most` and `least`, lists of quotes: `mean`, `before`, `marked` (pairs of level 0 to 3 and text), `cut`
     excitement: Mapping[str, Sequence[Mapping[str, Any]]]
@@ -95,6 +97,7 @@ def contents(
         remarks=list(_remarks(metrics)),
         kl=_bars(metrics.get("kl", {})),
         tasks=_tasks(evaluation) if evaluation else (),
+        paired=_paired(evaluation),
         samples=gathered.get("samples", ()),
         excitement={
             end: [_marked(quote) for quote in excitement[end]] for end in ("most", "least") if excitement.get(end)
@@ -134,15 +137,29 @@ def verdict(metrics: Mapping[str, Any], evaluation: Evaluation | None = None) ->
             f"(KL {kl['target']:.3f} → {kl['translated']:.3f} nats)."
         )
     tasks = " and ".join(f"{value:.2f} of the lift on {task}" for task, value in lift.items())
-    return f"{said} It recovers {tasks}." if lift else said
+    paired = evaluation.paired if evaluation else ()
+    flips = [redact(one.sentence) for one in paired if one.adapter == _translated(evaluation)]
+    return " ".join([said, *([f"It recovers {tasks}."] if lift else []), *filter(None, flips)])
+
+
+def _translated(evaluation: Evaluation | None) -> str | None:
+    """The translated adapter: the one of that name, else the only one there is that was not trained on the target."""
+    judged = evaluation.judged if evaluation else []
+    chosen = [name for name in judged if name == "translated"] or judged
+    return chosen[0] if len(chosen) == 1 else None
 
 
 def _lift(evaluation: Evaluation | None) -> dict[str, float]:
-    """Mean recovered lift by task of the translated adapter: the one of that name, else the only one there is."""
-    judged = evaluation.judged if evaluation else []
-    chosen = [name for name in judged if name == "translated"] or judged
-    rows = evaluation.of(chosen[0]) if evaluation and len(chosen) == 1 else []
+    """Mean recovered lift by task of the translated adapter."""
+    name = _translated(evaluation)
+    rows = evaluation.of(name) if evaluation and name else []
     return {redact(row.task): row.mean_lift for row in rows if row.mean_lift is not None}
+
+
+def _paired(evaluation: Evaluation | None) -> list[Sequence[str]]:
+    """Adapters beside the untouched target, item by item; nothing where no task says how its items went."""
+    rows = [one.cells for one in evaluation.paired] if evaluation else []
+    return redact([PAIRED_COLUMNS, *rows]) if rows else []
 
 
 def _facts(metrics: Mapping[str, Any], evaluation: Evaluation | None) -> list[tuple[str, str]]:

@@ -44,6 +44,8 @@ def to_markdown(report: Contents) -> str:
         parts += ["## What limits it, and what to do", advice]
     if report.tasks:
         parts += ["## On tasks", table(report.tasks)]
+    if report.paired:
+        parts.append(table(report.paired))
     if report.kl:
         rows = [("KL from the teacher on held-out text", "nats per position"), *(line[:2] for line in report.kl)]
         parts += ["## Distance from the adapted source", table(rows)]

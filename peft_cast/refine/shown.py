@@ -1,0 +1,137 @@
+"""The target as its own teacher: shown a few answers of the adapted source, it answers as the adapter wants and knows
+what it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ..align import AlignedPair
+from ..models import in_eval_mode
+from ..options import Training
+from ..source import Pair
+from ..text import (
+    Keep,
+    PairTexts,
+    SelfWritten,
+    TextSample,
+    align_shown,
+    how_many_held_out,
+    shown_prompts,
+    write_answers,
+)
+from .cache import TeacherCache
+from .losses import Logits, kl_divergence
+from .teacher import Teacher, teacher_cache
+
+
+TEMPERATURE = 0.7  # at which the target answers: at 1 a small model slips more often than its examples
+
+
+class ShownTeacher(Teacher):
+    """The untouched target with examples before the prompt, for the target without them (context distillation, arXiv
+    2112.00861).
+
+    Of a text its source side is what this teacher reads. Both are one model, so its whole vocabulary is compared.
+
+    Args:
+        target: The target, which the teacher takes without its adapter.
+        training (`Training`): Weights of the losses, and how much of the predictions is kept.
+        folder: Where the predictions are kept between runs too.
+        identity (`str`): What tells them from others there.
+    """
+
+    reads_with = 1
+
+    def __init__(
+        self, target: PreTrainedModel, training: Training, folder: str | Path | None = None, identity: str = ""
+    ) -> None:
+        k, vocabulary = training.teacher_top_k, target.get_output_embeddings().weight.shape[0]
+        kept = TeacherCache(k, training.temperature, folder, f"{identity} shown", vocabulary=vocabulary) if k else None
+        super().__init__(target, training, cache=kept)
+
+    def heads(self, pair: Pair) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def align(self, pair: Pair, samples: Sequence[TextSample]) -> list[AlignedPair]:
+        return align_shown(pair.tokenizers[1], samples, self.training.max_length)
+
+    @torch.no_grad()
+    def _imitated(self, target: PeftModel, batch: dict) -> tuple[Logits, dict[str, torch.Tensor]]:
+        with target.disable_adapter(), in_eval_mode(target):
+            return self._run(target, target.get_base_model(), batch, "source")
+
+    @torch.no_grad()
+    def excitement(self, target: PeftModel, batch: dict) -> torch.Tensor:
+        """KL(target shown examples ‖ target) in nats at the m aligned positions: how much the examples change."""
+        shown, _ = self._imitated(target, batch)
+        with target.disable_adapter(), in_eval_mode(target):
+            plain, _ = self._run(target, target.get_base_model(), batch, "target")
+        return kl_divergence(shown, plain)
+
+
+def shown_if_asked(
+    pair: Pair,
+    texts: PairTexts,
+    training: Training,
+    text: Any,
+    *,
+    bar: Callable = lambda items, **_: items,
+    keep: Keep = lambda key, write: write(),
+) -> PairTexts:
+    """For the teacher `shown` what the target answers to the prompts of a text, with the adapted source's answers as
+    examples; for others the text as it is.
+
+    Args:
+        pair (`Pair`): The models, the target without an adapter.
+        texts: What was read: its prompts are answered again, its anchors and general texts stay.
+        training (`Training`): Which teacher, seed, lengths, and how many texts are held out.
+        text: What the user gave as text: a `SelfWritten` says how answers are written.
+        bar, keep: As in `write_texts`.
+
+    Raises:
+        ValueError: If too few answers can be shown or read.
+    """
+    if training.teacher != "shown":
+        return texts
+    spec, tokenizer = text if isinstance(text, SelfWritten) else SelfWritten(), pair.tokenizers[1]
+    spec = replace(spec, temperature=min(spec.temperature, TEMPERATURE), on_policy=False)
+    prompts = shown_prompts(texts.answers, tokenizer, training.seed, spec.max_new_tokens)
+    samples = write_answers(pair.target, tokenizer, prompts, spec, training.seed, partial(bar, desc="showing"), keep)
+    pairs = list(dict.fromkeys(align_shown(tokenizer, samples, training.max_length)))
+    if len(pairs) < 3:
+        raise ValueError(
+            f"The target, shown examples, gives {len(pairs)} usable answers, at least 3 are needed: pass more "
+            "`steps`, which read more text, or a larger `max_length`."
+        )
+    held_out = how_many_held_out(pairs, training.eval_samples)
+    metrics = {**texts.metrics, "shown": len(pairs)}
+    return PairTexts(pairs[held_out:], pairs[:held_out], texts.fit, texts.anchors, metrics, samples)
+
+
+def open_teacher(
+    pair: Pair,
+    training: Training,
+    hidden_maps: Mapping[str, tuple[str, torch.Tensor]] | None = None,
+    folder: str | Path | None = None,
+) -> Teacher:
+    """The teacher that the settings name. To be made before the target gets its adapter.
+
+    Args:
+        pair (`Pair`): The models.
+        training (`Training`): The settings.
+        hidden_maps: As in `Teacher`.
+        folder: Where predictions are kept between runs too.
+    """
+    if training.teacher == "shown":
+        return ShownTeacher(pair.target, training, folder, pair.identity if folder is not None else "")
+    return Teacher(pair.adapted, training, hidden_maps, teacher_cache(pair, training, folder))

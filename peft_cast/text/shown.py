@@ -1,0 +1,83 @@
+"""What the target writes itself once it has seen the adapted source's answers: form from the LoRA, content from the
+target.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from ..align import AlignedPair, align_texts
+from .samples import TextSample
+
+
+EXAMPLES = 3  # answers of the adapted source before each prompt
+
+
+def shown_prompts(
+    samples: Sequence[TextSample], tokenizer: PreTrainedTokenizerBase, seed: int = 0, longest: int | None = None
+) -> list[TextSample]:
+    """The same prompts for the target, each after some of the other prompts with what the adapted source answered.
+
+    The answers end in the tokenizer's end-of-text token, so that the target ends its own there too.
+
+    Args:
+        samples: What the adapted source answered, with its prompts.
+        tokenizer: The target's.
+        seed (`int`): Seed of the draw; every prompt has its own examples, so that none is learned by heart.
+        longest (`int`, *optional*): The most tokens of an answer that is shown, if enough are shorter: an answer that
+            was cut shows no end.
+
+    Returns:
+        Samples without a text, whose `source_prompt` has the examples before the `target_prompt`.
+
+    Raises:
+        ValueError: If there are too few answers.
+    """
+    end, draw = f"{tokenizer.eos_token or ''}\n\n", random.Random(seed)
+    lengths = [len(tokenizer(sample.text, add_special_tokens=False).input_ids) for sample in samples]
+    whole = [i for i, length in enumerate(lengths) if longest is None or length < longest]
+    if len(whole) <= EXAMPLES:  # an adapter that never ends has no end to show
+        whole = list(range(len(samples)))
+    if len(whole) <= EXAMPLES:
+        raise ValueError(
+            f"The adapted source gave {len(samples)} answers, and more than {EXAMPLES} are needed to show the target "
+            "how to answer: pass more prompts, or more `steps`, which read more text."
+        )
+    prompts = []
+    for i, sample in enumerate(samples):
+        few = [samples[j] for j in draw.sample([j for j in whole if j != i], EXAMPLES)]
+        before = "".join(f"{one.target_prompt}{one.text}{end}" for one in few)
+        prompts.append(replace(sample, text="", source_prompt=before + sample.target_prompt))
+    return prompts
+
+
+def align_shown(
+    tokenizer: PreTrainedTokenizerBase, samples: Sequence[TextSample], max_length: int
+) -> list[AlignedPair]:
+    """What the target wrote after examples, as it reads it with them (the source side) and without (the target side).
+
+    Args:
+        tokenizer: The target's.
+        samples: Answers to `shown_prompts`.
+        max_length (`int`): Most tokens of a prompt with its answer; the examples come on top.
+    """
+    pairs = align_texts(
+        [s.text for s in samples],
+        tokenizer,
+        tokenizer,
+        source_prompts=[s.source_prompt for s in samples],
+        target_prompts=[s.target_prompt for s in samples],
+        rendered=[s.rendered for s in samples],
+        max_length=10**6,
+    )
+    return [_cut(pair, max_length) for pair in pairs if pair.target_positions[0] < max_length]
+
+
+def _cut(pair: AlignedPair, max_length: int) -> AlignedPair:
+    kept = sum(position < max_length for position in pair.target_positions)
+    source, target = pair.source_positions[:kept], pair.target_positions[:kept]
+    return AlignedPair(pair.source_ids[: source[-1] + 1], pair.target_ids[: target[-1] + 1], source, target)
