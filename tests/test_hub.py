@@ -36,7 +36,7 @@ try:
 except ValueError as error:
     assert "holds no bridge" in str(error), error
     print("worked")
-for adapter, message in (("user/pickled", "(adapter_model.bin) are not read"), ("user/absent", "could not be read")):
+for adapter, message in (("user/pickled", "which are not read"), ("user/absent", "could not be read")):
     try:
         peft_cast.translate(None, adapter, "user/target", text=CORPUS)
     except ValueError as error:

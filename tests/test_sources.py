@@ -462,7 +462,7 @@ def test_pickled_weights_are_refused(source, byte_tokenizer, tmp_path):
     adapter = make_lora(source, tmp_path)
     torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"adapter_model.bin\) are not read.*convert them to safetensors"):
+    with pytest.raises(ValueError, match=r"adapter_model.bin\), which are not read.*convert them to safetensors"):
         closed_form(source, adapter, byte_tokenizer)
 
 
