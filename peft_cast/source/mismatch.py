@@ -61,7 +61,7 @@ def misplaced(match: Match) -> str | None:
     if match.layers and max(match.layers) >= (depth := layer_count(match.source)):
         return (
             f"its `layer_replication` speaks of layer {max(match.layers)}, counted from 0, and {match.model} has "
-            f"{depth}: correct it in adapter_config.json, or pass the model that it was trained on as `source`"
+            f"{depth}: correct it in adapter_config.json, or pass the model that it belongs to as `source`"
         )
     if (match.as_it_is or match.read_by_peft or match.renaming) and (match.read_by_peft or not _too_wide(match)):
         return None
