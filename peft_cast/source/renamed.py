@@ -81,12 +81,13 @@ def _following(match: Match) -> PeftConfig:
         def meant(name: str) -> bool:
             return bool(check_target_module_exists(config, name))
 
-        lost = not all(meant(new) for _, new in pairs) and all(
+        renamed = not all(meant(new) for _, new in pairs) and all(
             meant(new) or any(map(meant, _olds(old))) for old, new in pairs
         )
         reached = {halves(new.split("."))[0] for _, new in pairs}
-        beyond = [name for name, size in match.modules.items() if size and name not in held.values() and meant(name)]
-        if lost or (
+        others = match.modules.keys() - set(held.values())
+        beyond = [name for name in others if match.modules[name] and meant(name)]
+        if renamed or (
             beyond
             and not getattr(config, "target_parameters", None)
             and all(sees_or_hears(name) and halves(name.split("."))[0] not in reached for name in beyond)
