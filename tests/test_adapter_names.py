@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import peft_cast
 from peft_cast import fit_bridge
 from peft_cast.models import skeleton
+from peft_cast.source import TOWER, planned_source, read_holdings
 
 
 ROOT = "base_model.model."
@@ -193,7 +194,30 @@ def test_older_names_of_vision_language_models_are_read(kind, towers, tmp_path):
     changed(adapter, older, target_modules=rf"({towers})\..*\.(q_proj|down_proj)")
     with pytest.warns(UserWarning, match="vision-language"), opened(source, adapter) as on_source:
         torch.testing.assert_close(outputs(on_source.model), expected, rtol=0, atol=0)
-        assert "model.language_model.layers.1.self_attn.q_proj" in on_source.kernels
+        assert {name.partition(".layers")[0] for name in on_source.kernels} == {"model.language_model"}
+        seen = [part for part in on_source.holdings.not_carried if part["what"] == TOWER]
+        assert all("vision" in part["module"] for part in seen) and bool(seen) == ("vision" in towers)
+        assert {part["what"] for part in read_holdings(adapter).not_carried} == {part["what"] for part in seen}
+        assert ("use the adapter on its own model" in (on_source.holdings.lost("a") or "")) == bool(seen)
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+def test_modules_of_a_tower_that_the_file_has_nothing_of_are_left_alone(dora, older, tmp_path):
+    source = vision_language_model("llava")
+    config = lora(target_modules=r".*language_model.*\.(q_proj|v_proj)", use_dora=dora)
+    adapter = save_adapter(source, config, tmp_path)
+    expected = from_file(source, adapter)
+    rename = instead("model.model.language_model.", "model.model.") if older else None
+    changed(adapter, rename, target_modules=["q_proj", "v_proj"])
+    with opened(source, adapter) as on_source:
+        torch.testing.assert_close(outputs(on_source.model), expected, rtol=0, atol=0)
+        assert len(on_source.kernels) == 4 and on_source.not_carried == ()
+    with planned_source(skeleton(source.config), adapter) as (read, _, _):
+        assert len(read.kernels) == 4
+    changed(adapter, edit=lambda t: {name: x for name, x in t.items() if "layers.1" not in name})
+    with pytest.raises(ValueError, match="was made for 1 layers|disagree"):
+        opened(source, adapter).__enter__()
 
 
 def test_every_way_that_reads_an_adapter_reads_renamed_ones(source_folder, lora_folder, tmp_path):
@@ -391,6 +415,10 @@ WRONG = {
     "another rank": ({"r": 8}, "configuration says rank 8 for '.*' and '.*' of shape .* has 4: correct `r` or"),
     "a cut list": ({"target_modules": ["q_proj"]}, "is \\['q_proj'\\], and '.*down_proj.*the file has 'down_proj'"),
     "a cut pattern": ({"target_modules": r".*\.q_pro"}, "disagree: `target_modules` .*12 such tensors: correct"),
+    "layers left out": ({"layers_to_transform": [0]}, "`layers_to_transform` in .* leaves it out; 8 such tensors"),
+    "modules left out": ({"exclude_modules": ["q_proj"]}, "`exclude_modules` in .* leaves it out; 6 such tensors"),
+    "layers too far": ({"layer_replication": [[0, 2], [1, 9]]}, "speaks of layer 8, .* has 3: correct it in adapter"),
+    "no whole module": ({"modules_to_save": ["lm_head"]}, "`modules_to_save` .* means 'lm_head', .*: correct `"),
     "a pattern of one": ({"target_modules": r".*layers\.0\.(self_attn\.q|mlp\.down)_proj"}, "8 such tensors: correct"),
 }
 
@@ -433,6 +461,29 @@ def test_tensors_that_would_land_on_one_place_are_not_renamed(source, tmp_path):
     changed(adapter, edit=lambda t: t | {"module." + name: tensor + 1 for name, tensor in t.items()})
     with pytest.raises(ValueError, match="could belong to several|rename the tensors"):
         opened(source, adapter).__enter__()
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_a_plan_says_which_layers_there_are_not(dora, source, tmp_path):
+    adapter = changed(save_adapter(source, lora(use_dora=dora), tmp_path), layer_replication=[[0, 4]])
+    with pytest.raises(ValueError, match="`layer_replication` speaks of layer 3"):
+        planned_source(skeleton(source.config), adapter).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([7, 8, 9], "names 3 tokens: correct it"),
+        ([7, 999], "not among the 300"),
+        ({"odd": [7, 9]}, "the module 'odd'"),
+    ],
+)
+def test_trained_tokens_that_are_others_than_the_files_are_named(tokens, message, source, tmp_path):
+    adapter = save_adapter(source, lora(trainable_token_indices=[7, 9]), tmp_path)
+    changed(adapter, trainable_token_indices=tokens)
+    for on in (source, skeleton(source.config)):
+        with pytest.raises(ValueError, match=f"`trainable_token_indices` in adapter_config.json .*{message}"):
+            opened(on, adapter).__enter__()
 
 
 def test_a_renamed_adapter_is_checked_as_any_other(source, tmp_path):

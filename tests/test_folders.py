@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import peft_cast
-from peft_cast.cli.inspect import inspect
+from peft_cast.cli.inspect import describe, inspect
 from peft_cast.source.pair import open_pair
 
 
@@ -269,6 +269,13 @@ def test_a_quantized_base_whose_package_is_missing_names_the_remedy(
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, ["virtual tokens"]),
         ({"r": -1}, ["`r`"]),
         ({"init_lora_weights": "corda"}, ["corda"]),
+        ({"init_lora_weights": "best"}, ["'best'", "correct `init_lora_weights` in adapter_config.json"]),
+        ({"bias": "some"}, ["`bias`", "'some'", "correct adapter_config.json"]),
+        ({"lora_alpha": 0}, ["changes nothing", "`lora_alpha`"]),
+        *(
+            ({option: value}, [f"`{option}` is set", "Correct it in adapter_config.json"])
+            for option, value in (("use_dora", True), ("lora_bias", True), ("trainable_token_indices", [7]))
+        ),
     ],
 )
 def test_what_the_configuration_tells_is_told_before_a_model_is_loaded(
@@ -289,7 +296,7 @@ def test_so_are_weights_that_cannot_be_read(source_folder, lora_folder, target_f
     file.write_bytes(file.read_bytes()[:-100])
     with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
         refused(lambda: peft_cast.translate(source_folder, pickled, target_folder, **QUICK), "safetensors")
-        refused(lambda: peft_cast.translate(source_folder, cut, target_folder, **QUICK), "corrupt")
+        refused(lambda: peft_cast.translate(source_folder, cut, target_folder, **QUICK), "is broken", "get it again")
     assert loads.call_count == 0
 
 
@@ -304,6 +311,35 @@ def test_an_adapter_that_was_never_trained_is_said_to_do_nothing(source_folder, 
                 "Pass one that was trained",
             )
         assert loads.call_count == 0
+        assert "cannot be a source: it changes nothing" in describe(inspect(tmp_path / name))
+
+
+WEIGHTS = {
+    "parts": (lambda file: file.rename(file.with_name("adapter_model-00001-of-00002.safetensors")), "in parts"),
+    "MLX's": (lambda file: file.rename(file.with_name("adapters.safetensors")), "but 'adapters.safetensors'"),
+    "a link": (lambda file: (file.unlink(), file.symlink_to("/no/where")), "to '/no/where', which is not there"),
+    "none": (lambda file: file.unlink(), "has no adapter_model.safetensors: get the whole folder"),
+    "Git LFS": (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), "`git lfs pull`"),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_not_there_are_told_apart(kind, source_folder, lora_folder, target_folder, tmp_path):
+    change, message = WEIGHTS[kind]
+    adapter = edited(lora_folder, tmp_path / "a")
+    change(Path(adapter) / "adapter_model.safetensors")
+    sentence = refused(lambda: peft_cast.translate(source_folder, adapter, target_folder, **QUICK), message)
+    assert "pickled" not in sentence
+    if kind != "Git LFS":
+        assert message in describe(inspect(adapter))
+
+
+@pytest.mark.parametrize(
+    ("values", "tool"), [({"fine_tune_type": "lora"}, "MLX"), ({"model_class": "A"}, "AdapterHub"), ({}, "another")]
+)
+def test_configurations_of_other_tools_are_called_so(values, tool, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    refused(lambda: inspect(tmp_path), f"has no `peft_type`, so it is of {tool}, not of PEFT: convert it")
 
 
 def test_adalora_without_the_length_of_its_training_is_read(source_folder, target_folder, tmp_path):

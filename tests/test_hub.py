@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import peft_cast
+from peft_cast.cli.inspect import inspect
 
 
 SCRIPT = """
@@ -36,13 +40,22 @@ try:
 except ValueError as error:
     assert "holds no bridge" in str(error), error
     print("worked")
-for adapter, message in (("user/pickled", "(adapter_model.bin) are not read"), ("user/absent", "could not be read")):
+for adapter, message in (("user/pickled", "which are not read"), ("user/absent", "could not be read")):
     try:
         peft_cast.translate(None, adapter, "user/target", text=CORPUS)
     except ValueError as error:
         assert f"The adapter '{adapter}'" in str(error) and message in str(error), error
         print("worked")
 """
+
+
+def test_adapters_in_subfolders_of_a_repository_are_named(hub, lora_folder, target_folder, tmp_path):
+    shutil.copytree(lora_folder, tmp_path / "first")
+    hub.add("user/several", tmp_path)
+    for work in (inspect, lambda name: peft_cast.plan(None, name, target_folder)):
+        with pytest.raises(ValueError, match="in subfolders, first: pass one, as 'user/several/first'"):
+            work("user/several")
+    assert inspect("user/several/first")["kind"] == "LORA"
 
 
 def test_hub_ids_everywhere(hub, source_folder, lora_folder, target_folder, tmp_path):

@@ -22,9 +22,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peft_cast
+from peft_cast.models import skeleton
 from peft_cast.models.restoring import untouched
 from peft_cast.source.kernels import _cut, _leading
-from peft_cast.source.loading import adapted_source
+from peft_cast.source.loading import adapted_source, check_adapter
 
 
 FEW = ["q_proj", "down_proj"]
@@ -462,7 +463,7 @@ def test_pickled_weights_are_refused(source, byte_tokenizer, tmp_path):
     adapter = make_lora(source, tmp_path)
     torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"adapter_model.bin\) are not read.*convert them to safetensors"):
+    with pytest.raises(ValueError, match=r"adapter_model.bin\), which are not read.*convert them to safetensors"):
         closed_form(source, adapter, byte_tokenizer)
 
 
@@ -482,6 +483,16 @@ def test_pissa_converted_by_peft_is_a_plain_lora(source, tmp_path):
     with pytest.raises(ValueError, match="save it with `save_pretrained\\(folder\\)` and pass the folder"):
         with opened(adapted.get_base_model(), adapted):
             pass
+
+
+@pytest.mark.parametrize("config", [lora(target_modules=["q_proj", name]) for name in ("lm_head", "embed_tokens")])
+@pytest.mark.parametrize("weights", [True, False])
+def test_so_does_one_under_a_lora_on_the_head_or_the_embeddings(weights, config, source, tmp_path):
+    larger = copy.deepcopy(source)
+    larger.resize_token_embeddings(305, mean_resizing=False)
+    adapter = save_adapter(larger, config, tmp_path)
+    with pytest.raises(ValueError, match=r"vocabulary of 305 tokens.* has 300: .*`resize_token_embeddings\(305\)`"):
+        opened(source if weights else skeleton(source.config), adapter).__enter__()
 
 
 def test_a_resized_vocabulary_says_what_to_do(source, byte_tokenizer, tmp_path):
@@ -529,11 +540,61 @@ def test_an_approximated_adapter_in_memory(kind, source, byte_tokenizer, tmp_pat
 
 def test_trained_biases_of_an_adapter_in_memory_are_named(byte_tokenizer, tmp_path):
     source = tiny_model("opt", len(byte_tokenizer))
-    adapted = get_peft_model(source, lora(target_modules=["q_proj"], bias="lora_only"))
+    config = lora(target_modules=["q_proj"], bias="lora_only", init_lora_weights=False)
+    adapted = get_peft_model(source, config)
     with opened(source, adapted) as on_source:
         assert on_source.not_carried == tuple(
             (f"model.decoder.layers.{i}.self_attn.q_proj", "trained bias") for i in range(3)
         )
+
+
+def filled(part: str, value: float):
+    def change(model):
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.data.fill_(value)
+
+    return change
+
+
+IDLE = {
+    "B": (lora(init_lora_weights=True), lambda model: None, "changes nothing: all of its B is zero"),
+    "A": (lora(init_lora_weights=False), filled("lora_A", 0), "changes nothing: all of its A is zero"),
+    "alpha": (lora(init_lora_weights=False, lora_alpha=0), lambda model: None, "`lora_alpha` is 0"),
+    "DoRA": (lora(use_dora=True), lambda model: None, r"\(use_dora\) adapter changes nothing"),
+    "LoHa": (peft.LoHaConfig(r=2, target_modules=FEW), lambda model: None, "LOHA adapter changes nothing"),
+    "all but the head": (lora(modules_to_save=["lm_head"]), filled("lm_head", 1), "changes no linear layer: all of"),
+    "all but biases": (lora(lora_bias=True), filled("lora_B.default.bias", 1), "Nothing .*: trained bias"),
+    "disabled": (
+        lora(init_lora_weights=False),
+        lambda model: model.base_model.disable_adapter_layers(),
+        "`adapter.base_model.enable_adapter_layers",
+    ),
+    "NaN": (lora(init_lora_weights=False), filled("lora_A", float("nan")), "NaN or infinite numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", IDLE)
+def test_adapters_that_do_nothing_are_refused_in_memory_and_in_files(kind, source, tmp_path):
+    config, change, message = IDLE[kind]
+    adapted = get_peft_model(copy.deepcopy(source), copy.deepcopy(config))
+    change(adapted)
+    adapted.save_pretrained(tmp_path)
+    cases = [(adapted.get_base_model(), adapted), (source, tmp_path)]
+    for model, adapter in cases[:1] if kind == "disabled" else cases:  # a file does not say so
+        with pytest.raises(ValueError, match=message):
+            opened(model, adapter).__enter__()
+
+
+def test_dora_with_trained_magnitudes_alone_is_read(source, tmp_path):
+    adapted = get_peft_model(copy.deepcopy(source), lora(use_dora=True))
+    for name, parameter in adapted.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1.2
+    adapted.save_pretrained(tmp_path)
+    check_adapter(tmp_path)
+    with opened(source, tmp_path) as on_source:
+        assert len(on_source.kernels) == 6
 
 
 def test_baselines_take_other_adapters_too(source, tmp_path):

@@ -50,6 +50,8 @@ _HINTS = {
 }
 
 
+# In the names of what lies beside the decoder in models that see or hear, which no text passes through.
+SENSES = re.compile("vision|visual|image|audio|speech|multi_?modal|mm_projector")
 _LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 _PART = re.compile(r"^(?P<module>.*)\[(?P<start>\d+):(?P<stop>\d+)(?:/(?P<stride>\d+))?\]$")
 
@@ -88,6 +90,12 @@ def split_name(name: str) -> tuple[int, str] | None:
     """Layer number and last part of a module's name, `None` for modules outside the layers (embeddings, head)."""
     match = _LAYER.match(name)
     return (int(match["index"]), match["rest"].rsplit(".", 1)[-1]) if match else None
+
+
+def sees_or_hears(name: str) -> bool:
+    """Whether a module's name says that it lies beside the decoder, in a part that no text passes through."""
+    match = _LAYER.match(name)
+    return bool(SENSES.search(match["stem"] if match else name))
 
 
 def layer_path(name: str) -> str:

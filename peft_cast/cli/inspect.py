@@ -17,9 +17,9 @@ from ..align import split_name
 from ..fit import Bridge
 from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
 from ..results.artifacts import not_carried
-from ..source import list_not_carried, read_holdings, weights_file
+from ..source import list_not_carried, read_files, weights_file
 from ..tuner import CastConfig
-from ..utils import find_file, read_adapter_config
+from ..utils import find_file
 
 
 def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
         accounts = {name: inspect(Path(adapter, name)) for name in inner}
         base = next(iter(accounts.values()))["base_model"]
         return {"kind": f"{len(inner)} adapters in subfolders", "base_model": base, "file": {}, "adapters": accounts}
-    holdings = read_holdings(adapter, revision)
+    config, holdings = read_files(adapter, revision)
     account: dict[str, Any] = {
         "kind": holdings.kind.partition(" ")[0],
         "base_model": holdings.base_model,
@@ -55,7 +55,6 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
     }
     if inner:
         account["also"] = inner
-    config = read_adapter_config(adapter, revision) if holdings.is_known else None
     if isinstance(config, CastConfig):
         account |= {"kind": "CAST adapter", **_cast(config)}
     elif config is not None and hasattr(config, "r"):

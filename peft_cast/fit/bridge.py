@@ -120,6 +120,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: If the adapter or the target does not fit the bridge.
         """
         chosen = Options.of(options, Bridge.cast, pairing=pairing).pairing
+        check_adapter(adapter, chosen.adapter_revision)
         device = distributed.init(chosen.device)
         target = load_model(target or self.target.name, "target", device, self.target.revision, chosen.dtype)
         return self._cast(adapter, target, source, gain, adapter_name, chosen)[0].eval()
@@ -152,6 +153,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         """
         check_place(folder, adapter)
         check_is_read(adapter, adapter_revision)
+        check_adapter(adapter, adapter_revision)
         pairing = Pairing(adapter_revision=adapter_revision)
         model, held, metrics = self._cast(adapter, self.target.skeleton(), None, gain, "default", pairing)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
@@ -197,7 +199,6 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         self, adapter, target, source, gain, adapter_name, pairing: Pairing
     ) -> tuple[PeftModel, Holdings, dict[str, Any]]:
         """The target with the adapter, what that held, and the metrics."""
-        check_adapter(adapter, pairing.adapter_revision)
         if source is None and not isinstance(adapter, PeftModel):
             on = self.source.skeleton()
         else:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ..source import list_not_carried
+from ..source import TOWER, list_not_carried
 from .settings import is_comparable, settings_of
 
 
@@ -55,12 +55,14 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
             "dozen prompts of the kind it answers."
         )
     if source.get("not_carried"):
-        imitated = (
-            "The teacher has them, so that the refinement imitates them as far as the other parts' kernels can: judge "
-            "the result on your task."
-            if settings.get("steps", 1) or settings.get("on_policy_steps")
-            else "Nothing was refined, so they are lost: pass `steps`, and the refinement imitates them."
-        )
+        imitated = "They are lost."
+        if any(part["what"] != TOWER for part in source["not_carried"]):
+            imitated = (
+                "The teacher has them, so that the refinement imitates them as far as the other parts' kernels can: "
+                "judge the result on your task."
+                if settings.get("steps", 1) or settings.get("on_policy_steps")
+                else "Nothing was refined, so they are lost: pass `steps`, and the refinement imitates them."
+            )
         found.append(
             f"No kernel expresses these parts of the adapter: {list_not_carried(source['not_carried'])}. {imitated}"
         )

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import file_exists
-from peft import PeftConfig
+import torch
+from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
 
-from ..align import split_name
+from ..align import sees_or_hears, split_name
 from ..tuner import CastConfig
-from ..tuner.checks import TensorInfo, is_name, read_json, shown
-from ..utils import read_adapter_config, without_secrets
-from ..utils.safety import find_file, hub_parts, read_weights_header
+from ..tuner.checks import FLOATS, TensorInfo, is_name, read_json, shown
+from ..utils import files_of, find_file, read_adapter_config, read_weights_header, why_no_weights, without_secrets
 from .holdings import Fate, Holdings, kernel_parts, left_parts, options_of
 from .kinds import (
     ALORA,
@@ -27,29 +27,32 @@ from .kinds import (
     EVERYWHERE,
     EXACT_UP_TO,
     HEAD,
-    OUTSIDE,
     PREFIX,
     SAVED,
     TOKENS,
     called,
+    changes_weights,
     default_rank,
     is_read,
     kind_of,
     on_a,
     on_parameter,
+    outside,
     rank_of_change,
     refusal,
     type_of,
 )
 
 
+# Options of a LoRA, and what the names of tensors have that it has for them alone.
+_MARKS = {
+    "use_dora": "lora_magnitude_vector",
+    "lora_bias": r"lora_B\.(.+\.)?bias$",
+    "trainable_token_indices": "trainable_tokens_",
+    "kasa_config": "lora_diag",
+}
 _HEADS = ("lm_head", "embed_out", "output_layer")
 _EXPERT = re.compile(r"\.experts\.\d+(\.|$)")
-PICKLED = (
-    f"has only pickled weights ({WEIGHTS_NAME}), which are not read, because they can run code: convert them to "
-    f"safetensors (load the adapter with PEFT where you trust it, `save_pretrained` writes {SAFETENSORS_WEIGHTS_NAME})"
-)
-_NO_WEIGHTS = f"has no {SAFETENSORS_WEIGHTS_NAME}: get the whole folder, or save the adapter again"
 
 
 def read_holdings(adapter: str | Path, revision: str | None = None) -> Holdings:
@@ -58,27 +61,71 @@ def read_holdings(adapter: str | Path, revision: str | None = None) -> Holdings:
     Raises:
         ValueError: If there is no adapter, or a file of it is broken.
     """
-    values = _unknown_kind(adapter, revision)
-    if values is not None:
-        return _of_unknown(values)
-    config = read_adapter_config(adapter, revision)
-    file = weights_file(adapter, revision)
-    if file == SAFETENSORS_WEIGHTS_NAME:
-        return holdings_of(config, read_weights_header(adapter, revision))
-    return holdings_of(config, None, PICKLED if file else _NO_WEIGHTS)
+    return read_files(adapter, revision)[1]
+
+
+def read_files(adapter: str | Path, revision: str | None = None) -> tuple[PeftConfig | None, Holdings]:
+    """The configuration of an adapter, `None` if the installed PEFT does not know its type, and what it holds."""
+    try:
+        config = read_adapter_config(adapter, revision)
+    except ValueError:
+        if (values := _unknown_kind(adapter, revision)) is None:
+            raise
+        return None, _of_unknown(values)
+    if weights_file(adapter, revision) != SAFETENSORS_WEIGHTS_NAME:
+        return config, holdings_of(config, None, why_no_weights(adapter, revision))
+    header = read_weights_header(adapter, revision)
+    return config, holdings_of(config, header, unusable(adapter, revision, config, header))
 
 
 def weights_file(adapter: str | Path, revision: str | None = None) -> str | None:
     """Which file of weights an adapter has: safetensors, else a pickle, which is not fetched."""
-    if Path(adapter).is_dir():
-        return next((n for n in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (Path(adapter) / n).is_file()), None)
     with suppress(Exception):  # the hub may not be reached; what is in the cache will do
         find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision)
         return SAFETENSORS_WEIGHTS_NAME
-    repository, folder = hub_parts(adapter)
-    with suppress(Exception):
-        if file_exists(repository, f"{folder}/{WEIGHTS_NAME}" if folder else WEIGHTS_NAME, revision=revision):
-            return WEIGHTS_NAME
+    return WEIGHTS_NAME if WEIGHTS_NAME in files_of(adapter, revision) else None
+
+
+def unusable(
+    adapter: str | Path, revision: str | None, config: PeftConfig, header: Mapping[str, TensorInfo]
+) -> str | None:
+    """Why a LoRA cannot be a source, as its file and its configuration tell side by side: what follows "it" in a
+    sentence, without the stop; `None` if nothing speaks against it.
+    """
+    for option, mark in _MARKS.items() if header and type(config) is LoraConfig else ():
+        key = next((key for key in header if re.search(mark, key)), None)
+        if bool(getattr(config, option, None)) != (key is not None):
+            said = (
+                f"is not set, and '{key[:200]}' is in its file"
+                if key
+                else "is set, and no tensor of its file is for it"
+            )
+            return f"has a configuration that is not its file's: `{option}` {said}. Correct it in {CONFIG_NAME}"
+    if any(info.dtype not in FLOATS or 0 in info.shape for info in header.values()):
+        return None  # is refused where it is loaded
+    with safe_open(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision), framework="pt") as tensors:
+        return idle(config, list(header), tensors.get_tensor)
+
+
+def idle(config: PeftConfig, names: Sequence[str], tensor: Callable[[str], torch.Tensor]) -> str | None:
+    """Why a LoRA changes nothing: what follows "it" in a sentence, without the stop; `None` if it does, or if that
+    is only seen on its model.
+
+    Args:
+        config: Its configuration.
+        names: Of its tensors.
+        tensor: The tensor of a name.
+    """
+    halves = {half: [name for name in names if f"{half}." in f"{name}."] for half in (".lora_A", ".lora_B")}
+    plain = type(config) is LoraConfig and not config.use_dora and not changes_weights(config)
+    if not plain or not all(halves.values()) or any("base_layer" in name for name in names):
+        return None
+    what = "no linear layer" if sum(map(len, halves.values())) < len(names) else "nothing"
+    if not any((config.lora_alpha, *config.alpha_pattern.values())):
+        return f"changes {what}: its `lora_alpha` is 0. Give it the one that it was trained with"
+    for half, own in halves.items():
+        if not any(tensor(name).float().any() for name in own):
+            return f"changes {what}: all of its {half[-1]} is zero, as before training. Pass one that was trained"
     return None
 
 
@@ -94,7 +141,7 @@ def holdings_of(config: PeftConfig, header: Mapping[str, TensorInfo] | None, unr
     parts = [*kernel_parts(called(config), kernels), *left_parts(rest)]
     why = refusal(config) or unread
     if why is None and not kernels:
-        why = "changes no linear layer, so there is nothing to carry over: only adapters that do can be translated"
+        why = "changes no linear layer of a decoder, so there is nothing to carry over: only others can be translated"
     measured = any(where.rpartition(".")[2] == "weight" for where in getattr(config, "target_parameters", None) or ())
     return Holdings(
         kind_of(config),
@@ -204,8 +251,8 @@ def _what(
         return [(module, on_parameter(name)) for name in wrapped]
     if _EXPERT.search(module):
         return [(module, "adapter on an expert")]
-    if split_name(module) is None:
-        return [(module, HEAD if last in _HEADS else OUTSIDE)]
+    if split_name(module) is None or sees_or_hears(module):
+        return [(module, HEAD if last in _HEADS else outside(module))]
     if own[0] == "lora_A" and len(info.shape) > 2:
         return [(module, on_a(f"Conv{len(info.shape) - 2}d"))]
     return [(module, BIAS)] if own[-1] == "bias" else None

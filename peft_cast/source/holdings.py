@@ -16,7 +16,7 @@ from peft import PeftConfig
 
 from ..align import split_name
 from ..utils import without_secrets
-from .kinds import BASE, DEFAULT_RANK, EXACT_UP_TO
+from .kinds import BASE, DEFAULT_RANK, EXACT_UP_TO, TOWER
 
 
 Fate = Literal["exact", "approximated", "measured", "left"]
@@ -58,6 +58,8 @@ class Part:
             return f"approximated by rank {self.rank} (`source_rank`){known}"
         if self.fate == "measured":
             return f"carried exactly up to rank {EXACT_UP_TO}, else approximated by rank {self.rank} (`source_rank`)"
+        if self.what == TOWER:
+            return "not carried, no kernel expresses it: lost, also in `translate`, whose texts do not pass through it"
         if self.what == BASE:
             return "not carried where they differ from the base model's: imitated by the refinement, lost on a bridge"
         return "not carried, no kernel expresses it: imitated by the refinement of `translate`, lost on a bridge"
@@ -145,7 +147,9 @@ class Holdings:
             done = {"Bridge.cast": "with `source`", "plan": "yes, an estimate"}.get(verb, done)
         if not self._left:
             return done
-        rest = {"translate": "the refinement imitates the rest", "Bridge.cast": "warns that the rest is lost"}
+        rest = {"Bridge.cast": "warns that the rest is lost"}
+        if any(part.what != TOWER for part in self._left):
+            rest["translate"] = "the refinement imitates the rest"
         rest["cast_file"] = rest["Bridge.cast"]
         return f"{done}, {rest.get(verb, 'names the rest')}"
 
@@ -157,9 +161,12 @@ class Holdings:
             without_place: Modules whose kernels do not land, and why (`what`).
         """
         lost = []
-        if self._left:
+        beside, left = ([p for p in self.not_carried if (p["what"] == TOWER) == one] for one in (True, False))
+        if beside:
+            lost.append(f"{list_not_carried(beside)}: use the adapter on its own model where that matters")
+        if left:
             lost.append(
-                f"{list_not_carried(self.not_carried)}, which no kernel expresses and a bridge, that trains nothing, "
+                f"{list_not_carried(left)}, which no kernel expresses and a bridge, that trains nothing, "
                 "does not imitate: use `translate`, whose refinement does"
             )
         if without_place:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..align import find_places, split_name, split_place
+from ..align import find_places, layer_paths, split_name, split_place
 from .holdings import Fate, Holdings, kernel_parts, left_parts, options_of
 from .kinds import (
     ALORA,
@@ -32,7 +32,6 @@ from .kinds import (
     EVERYWHERE,
     EXACT_UP_TO,
     HEAD,
-    OUTSIDE,
     SAVED,
     TOKENS,
     called,
@@ -42,6 +41,7 @@ from .kinds import (
     kind_of,
     on_a,
     on_parameter,
+    outside,
 )
 
 
@@ -86,6 +86,11 @@ class SourceAdapter:
     converted: dict[str, float]
     not_carried: tuple[tuple[str, str], ...]
     renamed: str | None = None
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether a kernel is another than zero: untrained ones are not."""
+        return any(kernel.scaling and kernel.A.any() and kernel.B.any() for kernel in self.kernels.values())
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -133,7 +138,7 @@ class SourceAdapter:
 def read_adapter(
     model: PeftModel, originals: Mapping[str, torch.Tensor], rank: int | float | None = None
 ) -> SourceAdapter:
-    """Read the active adapter of `model`.
+    """Read the active adapter of `model`, of which there is one.
 
     Args:
         model: The source with its adapter.
@@ -141,14 +146,11 @@ def read_adapter(
         rank: How far measured deltas are cut, `source_rank` in `translate`.
 
     Raises:
-        ValueError: If not exactly one adapter is active, a module's effect is no fixed matrix, or nothing can be
-            carried.
+        ValueError: If a module's effect is no fixed matrix, or nothing can be carried.
     """
-    if len(model.active_adapters) != 1:
-        raise ValueError(f"Exactly one adapter of the source must be active, not {model.active_adapters}.")
     (adapter,) = model.active_adapters
     config, base = model.active_peft_config, model.get_base_model()
-    head = base.get_output_embeddings()
+    head, layers = base.get_output_embeddings(), tuple(f"{path}." for path in layer_paths(base))
     kernels: dict[str, LoraKernel] = {}
     errors: dict[str, float] = {}
     rest: dict[tuple[str, str], None] = dict.fromkeys(_replaced(config, base, originals))
@@ -165,7 +167,7 @@ def read_adapter(
         layer, plain_name = module.get_base_layer(), name.replace(".base_layer", "")
         if module is head:
             rest[name, HEAD] = None
-        elif _is_plain(module, adapter, name, originals) and split_name(name):
+        elif _is_plain(module, adapter, name, originals) and name.startswith(layers):
             kernels[name] = _read(module, adapter)
             bias = module.lora_B[adapter].bias
             if bias is not None and bias.any():
@@ -174,8 +176,8 @@ def read_adapter(
             rest[plain_name, on_parameter(module.parameter_name)] = None
         elif not isinstance(layer, (nn.Linear, Conv1D)):
             rest[plain_name, on_a(type(layer).__name__)] = None
-        elif not split_name(name):
-            rest[name, OUTSIDE] = None
+        elif not name.startswith(layers):
+            rest[name, outside(name)] = None
         else:
             delta, bias = _measure(name, module, originals)
             if bias.any():
@@ -186,12 +188,20 @@ def read_adapter(
         rest[EVERYWHERE, ALORA] = None
     kind = kind_of(config)
     if not kernels:
-        found = ", ".join(f"{module}: {what}" for module, what in list(rest)[:4]) or "it changes no module"
-        raise ValueError(
-            f"Nothing of the {kind} adapter can be carried over ({found}): a translation needs at least one adapter "
-            "that changes a linear layer."
-        )
+        raise nothing_carried(kind, rest)
     return SourceAdapter(model, kind, _by_place(kernels, base), errors, tuple(rest))
+
+
+def nothing_carried(kind: str, rest: Iterable[tuple[str, str]]) -> ValueError:
+    """The error of an adapter without kernels that do something; `rest` is what it holds besides."""
+    first = {what: module for module, what in reversed(list(rest))}
+    found = ", ".join(f"{module}: {what}" for what, module in first.items())
+    if not found:
+        return ValueError(f"The {kind} adapter changes nothing, as before training: pass one that was trained.")
+    return ValueError(
+        f"Nothing of the {kind} adapter can be carried over ({found}): a translation needs at least one adapter that "
+        "changes a linear layer of the decoder."
+    )
 
 
 def _by_place(kernels: Mapping[str, LoraKernel], base: nn.Module) -> dict[str, LoraKernel]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
+from ..align import sees_or_hears
 from ..tuner import CastConfig
 
 
@@ -20,6 +21,7 @@ BIAS = "trained bias"
 BASE = "weights of the base model in the adapter's file"
 HEAD = "adapter on the output head"
 OUTSIDE = "adapter outside the layers"
+TOWER = "adapter on a part that no text passes through (vision, audio)"
 ALORA = "activation after the invocation tokens only (aLoRA)"
 EVERYWHERE = "every adapted module"
 # What PEFT puts before the names of a model's own modules.
@@ -32,6 +34,8 @@ _NO_DELTA = {
     "POLY": "needs task ids",
     "LILY": "routes by its input and is not linear in the module's input",
 }
+# What PEFT calls the initializations of a LoRA, or what their names begin with.
+_STARTS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "lora_ga", "orthogonal", "mica")
 # The rank of a method's weight change is a power of its `r`; that of others in `_FULL` is full, of the rest unknown.
 _POWERS = {"ADALORA": 1, "LOHA": 2, "VERA": 1, "HRA": 1, "DELORA": 1, "MISS": 1, "VBLORA": 1, "TINYLORA": 1}
 _FULL = ("IA3", "LOKR", "OFT", "BOFT", "FOURIERFT", "RANDLORA", "SHIRA", "HIRA", "C3A", "WAVEFT")
@@ -42,6 +46,11 @@ ELSEWHERE = {"LN_TUNING": "adapter on a normalization layer", "BEFT": BIAS, "TRA
 def on_a(layer: Any) -> str:
     """What is said of an adapter on a layer that is none of the linear ones, by the name of its class."""
     return f"adapter on a {layer}"
+
+
+def outside(module: str) -> str:
+    """What is said of an adapter on a linear layer outside the decoder's layers, by the layer's name."""
+    return TOWER if sees_or_hears(module) else OUTSIDE
 
 
 def on_parameter(name: str) -> str:
@@ -147,6 +156,11 @@ def refusal(config: PeftConfig, in_memory: bool = False) -> str | None:
             "adapters of causal language models can be translated"
         )
     start = _start(config)
+    if start and not start.startswith(_STARTS):
+        return (
+            f"names the initialization '{start[:80]}', which PEFT does not know: correct `init_lora_weights` in "
+            "adapter_config.json (true, if the file holds the trained weights)"
+        )
     lost = start.startswith(("pissa_niter", "corda", "lora_ga", "loftq"))
     if lost or (in_memory and changes_weights(config)):
         remedy = (

@@ -10,26 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors import safe_open
+from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..models import as_peft_reads, load_model, load_on_skeleton, unload_adapters
-from ..utils import (
-    adapter_folder,
-    find_file,
-    one_line,
-    read_adapter_config,
-    read_weights_header,
-    why_no_model,
-    without_secrets,
-)
-from .kernels import SourceAdapter, read_adapter
+from ..tuner.checks import check_finite, shown
+from ..utils import adapter_folder, one_line, read_adapter_config, read_weights_header, why_no_model, without_secrets
+from .disagreement import other_tokens
+from .files import idle, unusable
+from .kernels import SourceAdapter, nothing_carried, read_adapter
 from .kinds import MISNAMED, PREFIX, changes_weights, refusal
-from .mismatch import deeper, disagreement, misplaced, refused_by_peft
+from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
 from .names import Match
 from .renamed import Readable, readable
 
@@ -89,7 +83,7 @@ def check_adapter(adapter: Any, revision: str | None = None) -> None:
         ValueError: If it is no adapter, cannot be translated, or was never trained.
     """
     if isinstance(adapter, PeftModel):
-        return
+        return _check_in_memory(adapter)
     if isinstance(adapter, nn.Module):
         raise ValueError(
             f"`adapter` is a model ({type(adapter).__name__}), not an adapter: pass the LoRA's folder or hub id, or a "
@@ -97,14 +91,34 @@ def check_adapter(adapter: Any, revision: str | None = None) -> None:
         )
     config, named = read_adapter_config(adapter, revision), f"The adapter '{without_secrets(adapter)}'"
     check_config(config, named)
-    header = read_weights_header(adapter, revision)
-    outputs = [name for name in header if ".lora_B." in name or name.endswith(".lora_B")]
-    if outputs and type(config) is LoraConfig and all(".lora_" in name for name in header):
-        with safe_open(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision), framework="pt") as tensors:
-            if not any(tensors.get_tensor(name).any() for name in outputs):
-                raise ValueError(
-                    f"{named} changes nothing: all of its B is zero, as before training. Pass one that was trained."
-                )
+    if (why := unusable(adapter, revision, config, read_weights_header(adapter, revision))) is not None:
+        raise ValueError(f"{named} {why}.")
+
+
+def _check_in_memory(adapter: PeftModel) -> None:
+    """The same for an adapter on its model."""
+    if len(adapter.active_adapters) != 1:
+        raise ValueError(
+            f"Exactly one adapter of the source must be active, not {adapter.active_adapters}: call `set_adapter`."
+        )
+    config = adapter.active_peft_config
+    check_config(config, "The adapter", in_memory=True)
+    if any(isinstance(layer, BaseTunerLayer) and layer.disable_adapters for layer in adapter.modules()):
+        raise ValueError(
+            "The adapter is disabled, so that it changes nothing: call `adapter.base_model.enable_adapter_layers()` "
+            "first."
+        )
+    state = get_peft_model_state_dict(adapter, adapter_name=adapter.active_adapter, save_embedding_layers=False)
+    for name, tensor in state.items():
+        try:
+            check_finite(name, tensor)
+        except ValueError:
+            raise ValueError(
+                f"The adapter holds NaN or infinite numbers ({shown(name)}), as after a training that diverged: pass "
+                "an earlier state of it."
+            ) from None
+    if (why := idle(config, list(state), state.__getitem__)) is not None:
+        raise ValueError(f"The adapter {why}.")
 
 
 @contextmanager
@@ -129,26 +143,23 @@ def adapted_source(
     Raises:
         ValueError: If the adapter cannot be read, does not fit the model, or nothing of it can be carried over.
     """
+    check_adapter(adapter, revision)
     if isinstance(adapter, PeftModel):
-        check_config(adapter.active_peft_config, "The adapter", in_memory=True)
         adapter.eval()
         with _unmerged(adapter):
-            yield read_adapter(adapter, {}, source_rank)
+            yield _acting(read_adapter(adapter, {}, source_rank))
         return
     config = read_adapter_config(adapter, revision)
-    named = f"The adapter '{without_secrets(adapter)}'"
-    check_config(config, named)
     match = matched(adapter, revision, source, config)
     if config.task_type in MISNAMED:
         warnings.warn(
-            f"{named} names the task type {config.task_type}, but its model is a decoder: it is read as CAUSAL_LM."
+            f"The adapter '{without_secrets(adapter)}' names the task type {config.task_type}, but its model is a "
+            "decoder: it is read as CAUSAL_LM."
         )
         config.task_type = "CAUSAL_LM"
     with readable(adapter, revision, match) as file:
-        shapes = {name.removeprefix(PREFIX): info.shape for name, info in file.header.items()}
-        check_vocabulary(source, adapter, shapes)
         parameters = dict(source.named_parameters(remove_duplicate=False))
-        names = parameters if changes_weights(config) else {base_name(key) for key in shapes} & parameters.keys()
+        names = parameters if changes_weights(config) else _base_names(file.header) & parameters.keys()
         kept = {name: parameters[name].detach().clone() for name in names}
         skeleton = source.device.type == "meta"  # until weights of its own come with the adapter
         lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
@@ -159,7 +170,7 @@ def adapted_source(
             changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
             if changed and not skeleton:  # which has no weights to put back
                 model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
-            read = read_adapter(model.eval(), changed, source_rank)
+            read = _acting(read_adapter(model.eval(), changed, source_rank))
             yield dataclasses.replace(read, renamed=file.renamed)
         finally:
             unload_adapters(source)
@@ -167,6 +178,12 @@ def adapted_source(
                 parameters[name].data = value
             for parent, name, child in lists:  # layer_replication makes a longer list
                 setattr(parent, name, child)
+
+
+def _acting(read: SourceAdapter) -> SourceAdapter:
+    if not read.has_effect:
+        raise nothing_carried(read.kind, read.not_carried)
+    return read
 
 
 def _load(
@@ -195,7 +212,7 @@ def matched(adapter: str | Path, revision: str | None, source: PreTrainedModel, 
         ValueError: If they do not go together.
     """
     match = Match(read_weights_header(adapter, revision), source, config)
-    if (why := misplaced(match) or deeper(match)) is not None:
+    if (why := misplaced(match) or resized(match) or other_tokens(match) or deeper(match)) is not None:
         raise no_match(adapter, source, why)
     return match
 
@@ -251,22 +268,13 @@ def check_config(config: PeftConfig, name: str, in_memory: bool = False) -> None
         raise ValueError(f"{name} {why}.")
 
 
-def check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Embeddings or a head in the adapter's file must have the model's number of rows."""
-    for part in (source.get_input_embeddings(), source.get_output_embeddings()):
-        name = next((name for name, module in source.named_modules() if module is part), None)
-        shape = shapes.get(f"{name}.weight") or shapes.get(f"{name}.base_layer.weight")
-        if shape and shape[0] != part.weight.shape[0]:
-            raise ValueError(
-                f"The adapter '{without_secrets(adapter)}' was trained with a vocabulary of {shape[0]} tokens and the "
-                f"source model has {part.weight.shape[0]}: load the model, call `resize_token_embeddings({shape[0]})` "
-                "and pass it with the adapter's tokenizer as `source_tokenizer`."
-            )
-
-
 def base_name(key: str) -> str:
     """The name that a tensor in the file has in the base model, if it is one of the base model's own."""
     return key.replace(".base_layer.", ".")
+
+
+def _base_names(header: Iterable[str]) -> set[str]:
+    return {base_name(key.removeprefix(PREFIX)) for key in header}
 
 
 def _other_keys(model: PeftModel, own: Mapping[str, nn.Parameter], file: Readable, match: Match) -> str | None:

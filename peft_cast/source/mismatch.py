@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 from peft import AdaLoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from transformers import PreTrainedModel
 
+from ..align import layer_count
 from ..tuner import CastConfig
 from ..tuner.checks import shown
+from .disagreement import limits_of, other_rank, unsaved
 from .names import OTHER_TOWERS, ROOT, WITH_NAMES, Match, Part, halves
 
 
@@ -28,7 +30,7 @@ def broken(match: Match) -> str | None:
         return None  # is compared with its configuration elsewhere
     if not header:
         return f"its file holds no tensors, {_ZERO3}"
-    tuned = [part for part in match.parts if any(step.startswith(match.prefix) for step in part.inner)]
+    tuned = match.tuned
     pruned = isinstance(match.config, AdaLoraConfig)  # leaves modules of rank 0, but not all of them
     if (empty := [part for part in tuned if 0 in part.shape]) and not (pruned and len(empty) < len(tuned)):
         return f"{len(empty)} of its {len(header)} tensors hold nothing ({_named(empty)}), {_ZERO3}"
@@ -56,6 +58,11 @@ def misplaced(match: Match) -> str | None:
     """Why tensors of a LoRA's file have no place in the model, whatever the configuration says."""
     if (why := broken(match)) or not match.is_lora:
         return why
+    if match.layers and max(match.layers) >= (depth := layer_count(match.source)):
+        return (
+            f"its `layer_replication` speaks of layer {max(match.layers)}, counted from 0, and {match.model} has "
+            f"{depth}: correct it in adapter_config.json, or pass the model that it belongs to as `source`"
+        )
     if (match.as_it_is or match.read_by_peft or match.renaming) and (match.read_by_peft or not _too_wide(match)):
         return None
     if astray := _astray(match):
@@ -73,7 +80,7 @@ def misplaced(match: Match) -> str | None:
             f"{_other_model(match.config, match.source)}"
         )
     return (
-        f"{_named(match.parts)} could belong to several modules of {_kind(match)}, or several tensors to one: rename "
+        f"{_named(match.parts)} could belong to several modules of {match.model}, or several tensors to one: rename "
         "the tensors to those of `get_peft_model_state_dict`"
     )
 
@@ -106,7 +113,7 @@ def _lost(match: Match, astray: list[Part]) -> str:
     if beyond and len(beyond) == len(astray):
         most = max(int(part.tail[0]) for part in beyond)
         return (
-            f"it was made for at least {most + 1} layers and {_kind(match)} has {depth} ({_named(beyond)} is in the "
+            f"it was made for at least {most + 1} layers and {match.model} has {depth} ({_named(beyond)} is in the "
             f"file, not in the model; {len(beyond)} such tensors): {other_model}"
         )
     in_layers = [part for part in astray if part.tail]
@@ -117,7 +124,7 @@ def _lost(match: Match, astray: list[Part]) -> str:
         if any(OTHER_TOWERS.search(step) for step in part.head):
             return (
                 f"it changes another part of a model, '{'.'.join(part.head)}...' ({_named([part])}), which "
-                f"{_kind(match)} does not have: {other_model}"
+                f"{match.model} does not have: {other_model}"
             )
         old, new = ".".join(part.head), ".".join(("base_model.model", *head))
         return (
@@ -126,7 +133,7 @@ def _lost(match: Match, astray: list[Part]) -> str:
         )
     if not any(step.startswith(match.prefix) for part in astray for step in part.inner):
         return (
-            f"it holds whole modules that {_kind(match)} does not have ({_named(astray)} is in the file, not in the "
+            f"it holds whole modules that {match.model} does not have ({_named(astray)} is in the file, not in the "
             "model), as the head of a classifier or of a reward model: only adapters of causal language models are "
             "translated, so train it without, or delete them from the file and from `modules_to_save`"
         )
@@ -134,8 +141,30 @@ def _lost(match: Match, astray: list[Part]) -> str:
     has = sorted({name.rpartition(".")[2] for name, size in match.modules.items() if size})
     return (
         f"it is for a model of another class, with modules named {_list(missing)} ({_named(astray)} is in the file, "
-        f"not in the model; {len(astray)} such tensors), where {_kind(match)} has {_list(has)}: {other_model}"
+        f"not in the model; {len(astray)} such tensors), where {match.model} has {_list(has)}: {other_model}"
     )
+
+
+def resized(match: Match) -> str | None:
+    """Whether embeddings or a head in the file have another number of rows than the model's."""
+    for part in match.parts:
+        modules = {match.module(head, part) for head in match.heads.get(match.reduced(part.head), [])}
+        name = next((name for name in match.vocabulary if name in modules), None)
+        if name is None or len(part.shape) != 2:
+            continue
+        tokens, own = match.vocabulary[name], {*part.inner}
+        if part.inner[-1] == "weight" and not own & {"lora_A", "original_module"} or "lora_B" in own:
+            found = part.shape[0]
+        else:
+            found = part.shape[1] if "lora_embedding_A" in own else tokens
+        if found != tokens:
+            trained_on = match.config.base_model_name_or_path
+            return (
+                f"it was trained with a vocabulary of {found} tokens and {match.model} has {tokens}: load the model "
+                f"that it was trained on{f' ({trained_on})' if trained_on else ''}, call "
+                f"`resize_token_embeddings({found})` and pass it with the adapter's tokenizer as `source_tokenizer`"
+            )
+    return None
 
 
 def deeper(match: Match) -> str | None:
@@ -155,7 +184,7 @@ def deeper(match: Match) -> str | None:
         missing = [name for name in names if name not in held]
         if reached >= 0 and missing and all(names[name] > reached for name in missing):
             return (
-                f"it was made for {reached + 1} layers and {_kind(match)} has {_layers(match, head)} ('{missing[0]}' "
+                f"it was made for {reached + 1} layers and {match.model} has {_layers(match, head)} ('{missing[0]}' "
                 f"is in the model, not in the file): {_other_model(config, match.source)}"
             )
     return None
@@ -169,10 +198,15 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
         expected: Names of tensors by the configuration, as PEFT would save them.
         found: Names of those in the file.
     """
-    if why := _other_rank(match) or _other_class(match):
+    if why := other_rank(match) or unsaved(match) or _other_class(match):
         return why
     unpaired = _unpaired(found)
     extra, absent = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+    if absent and not extra and all(key.endswith(".bias") and ".lora_" not in key for key in absent):
+        return (
+            f"its configuration and its file disagree: by `bias` in adapter_config.json '{absent[0][:200]}' would be "
+            "in the file, and it is not: correct `bias`, or get both files again"
+        )
     if unpaired:
         return (
             f"its file is cut: '{unpaired}' is in the model, not in the file, while its other half is there: get the "
@@ -183,12 +217,17 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
     beyond, reached = [_layer(key) for key in absent], max(map(_layer, found), default=-1)
     if not extra and reached >= 0 and min(beyond) > reached:
         return (
-            f"it was made for {reached + 1} layers and {_kind(match)} has {max(beyond) + 1} ('{absent[0][:200]}' is "
+            f"it was made for {reached + 1} layers and {match.model} has {max(beyond) + 1} ('{absent[0][:200]}' is "
             f"in the model, not in the file): {_other_model(match.config, match.source)}"
         )
     targets = getattr(match.config, "target_modules", None)
     named = sorted({part.tail[-1] for part in match.parts if part.tail and match.prefix in ".".join(part.inner)})
     said = shown(sorted(targets) if isinstance(targets, set) else targets)
+    if extra and (limits := limits_of(match.config, extra[0])):
+        return (
+            f"its configuration and its file disagree: '{extra[0][:200]}' is in the file, and {limits} in "
+            f"adapter_config.json leaves it out; {len(extra)} such tensors: correct {limits}"
+        )
     if extra:
         return (
             f"its configuration and its file disagree: `target_modules` in adapter_config.json is {said}, and "
@@ -206,35 +245,23 @@ def refused_by_peft(match: Match, said: str) -> str:
     """Why PEFT could not load a file whose tensors have their modules, from what it said."""
     if any(part.is_expert for part in match.parts) and match.read_by_peft:
         return _no_room_for(match, [part for part in match.parts if part.is_expert])
-    if why := _other_rank(match) or _other_class(match):
+    if why := other_rank(match) or unsaved(match) or _other_class(match):
         return why
     if match.is_lora and "target" in said.lower():
         return disagreement(match, (), [part.key for part in match.parts])
-    return f"PEFT could not put it there ({said.rstrip('.')}): {_other_model(match.config, match.source)}"
+    if "size mismatch" in said or "shape" in said:
+        remedy = _other_model(match.config, match.source)
+    else:
+        options = [name for name in vars(match.config) if re.search(rf"\b{name}\b", said)]
+        named = " or ".join(f"`{name}`" for name in options[:3]) or "its settings"
+        remedy = f"correct {named} in adapter_config.json"
+    return f"PEFT could not put it there ({said.rstrip('.')}): {remedy}"
 
 
 def _other_class(match: Match) -> str | None:
     """For adapters that are no LoRA, whose names are looked into only when PEFT could not place them."""
     astray = [] if match.is_lora else _astray(match)
     return _lost(match, astray) if astray else None
-
-
-def _other_rank(match: Match) -> str | None:
-    """Whether the matrices have another rank than the configuration says."""
-    config = match.config
-    if not match.is_lora or isinstance(config, AdaLoraConfig) or getattr(config, "target_parameters", None):
-        return None
-    for part in match.parts:
-        if "lora_A" not in part.inner or len(part.shape) != 2 or part.is_expert:
-            continue
-        name = ".".join(part.head[2:] + part.tail)
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
-        if part.shape[0] != rank:
-            return (
-                f"its configuration says rank {rank} for '{name}' and {_named([part])} has {part.shape[0]}: correct "
-                "`r` or `rank_pattern` in adapter_config.json, or get both files again"
-            )
-    return None
 
 
 def _unpaired(found: Collection[str]) -> str | None:
@@ -275,18 +302,13 @@ def _no_room_for(match: Match, experts: list[Part]) -> str:
     names = _list(sorted({part.tail[-1] for part in experts}))
     return (
         f"it has a LoRA for each expert ({_named(experts)}), as transformers 4 laid them out, and PEFT cannot put "
-        f"them ({names}) on the experts of {_kind(match)}: merge it into its model with transformers 4, or train it "
+        f"them ({names}) on the experts of {match.model}: merge it into its model with transformers 4, or train it "
         "without the experts"
     )
 
 
-def _kind(match: Match) -> str:
-    return f"the model ({type(match.source).__name__})"
-
-
 def _named(parts: Iterable[Part]) -> str:
-    part = next(iter(parts))
-    return f"'{part.key[:200]}' of shape {part.shape}"
+    return next(iter(parts)).named
 
 
 def _list(names: list[str]) -> str:

@@ -19,6 +19,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from transformers import PreTrainedModel
 
+from ..align import SENSES
 from ..models import as_peft_reads
 from ..tuner import CastConfig
 from ..tuner.checks import TensorInfo
@@ -39,7 +40,7 @@ WRAPPERS = {
 # Steps on the way to the layers that say nothing of which layers they are.
 _LANGUAGE = {"language_model", "text_model", "llm", "lm", "backbone", "transformer"}
 _NEUTRAL = {*ROOT, *WRAPPERS, *_LANGUAGE, "default", "wrapped_model", "policy", "actor", "student"}
-OTHER_TOWERS = re.compile("vision|visual|image|audio|speech|encoder|decoder|draft|critic|value|reward|teacher|ref")
+OTHER_TOWERS = re.compile(f"{SENSES.pattern}|encoder|decoder|draft|critic|value|reward|teacher|ref")
 # Behind them a name speaks of what PEFT puts into a module, no longer of the module.
 _INNER = ("base_layer", "modules_to_save", "original_module", "token_adapter")
 WITH_NAMES = re.compile(r"lora_(embedding_)?[AB]|lora_magnitude_vector")
@@ -54,6 +55,11 @@ class Part(NamedTuple):
     tail: tuple[str, ...]
     inner: tuple[str, ...]
     shape: tuple[int, ...]
+
+    @property
+    def named(self) -> str:
+        """What it is called in a message."""
+        return f"'{self.key[:200]}' of shape {self.shape}"
 
     @property
     def is_expert(self) -> bool:
@@ -94,6 +100,16 @@ class Match:
         self.layers = replicated_layers(config)
         self.parts = [self._part(key, info.shape) for key, info in header.items()]
 
+    @property
+    def model(self) -> str:
+        """What the model is called in a message."""
+        return f"the model ({type(self.source).__name__})"
+
+    @cached_property
+    def tuned(self) -> list[Part]:
+        """The adapter's own tensors, without those of the base model."""
+        return [part for part in self.parts if any(step.startswith(self.prefix) for step in part.inner)]
+
     @cached_property
     def adapter_names(self) -> set[str]:
         """Names of adapters that were left in the tensors' names."""
@@ -114,6 +130,12 @@ class Match:
             head, _ = halves(name.split("."))
             found[self.reduced(head)][head] = None
         return {reduced: list(heads) for reduced, heads in found.items()}
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The embeddings and the head, with their rows."""
+        parts = (self.source.get_input_embeddings(), self.source.get_output_embeddings())
+        return {name: len(part.weight) for name, part in self.source.named_modules() for own in parts if part is own}
 
     @cached_property
     def stacks(self) -> list[tuple[str, ...]]:
@@ -143,14 +165,16 @@ class Match:
         return None
 
     def fits(self, module: str, part: Part) -> bool:
-        """Whether a LoRA's matrix has the width of the module; of other tensors nothing is known here."""
+        """Whether a LoRA's matrix has the width of the module; of other tensors, and of how many tokens there are,
+        nothing is known here.
+        """
         size = self.modules.get(module)
         special = getattr(self.config, "use_bdlora", None) or getattr(self.config, "target_parameters", None)
         if not self.is_lora or size is None or special or len(part.shape) != 2 or "base_layer" in part.inner:
             return True
         if "lora_A" in part.inner:
             return part.shape[1] == size[0]
-        return "lora_B" not in part.inner or part.shape[0] == size[1]
+        return "lora_B" not in part.inner or part.shape[0] == size[1] or module in self.vocabulary
 
     def lands(self, head: tuple[str, ...], group: Iterable[Part], experts: bool = False) -> bool:
         """Whether every tensor of a group has its module; `experts` takes those that PEFT will fuse on trust."""

@@ -22,15 +22,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..align import split_name
+from ..align import layer_paths
 from ..models import unload_adapters
 from ..tuner import CastConfig
 from ..tuner.checks import TensorInfo
-from ..utils import read_adapter_config, without_secrets
+from ..utils import one_line, read_adapter_config, without_secrets
 from .files import holdings_of
 from .kernels import SourceAdapter, read_adapter
 from .kinds import PREFIX, default_rank, is_read, kept_rank, kind_of, rank_of_change, variants_of
-from .loading import adapted_source, base_name, check_config, check_vocabulary, matched
+from .loading import adapted_source, base_name, check_adapter, matched, no_match
+from .mismatch import refused_by_peft
 from .renamed import readable
 
 
@@ -59,12 +60,15 @@ def planned_source(
             yield read, read.holdings.not_carried, None
         return
     name = f"The adapter '{without_secrets(adapter)}'"
-    check_config(config, name)
-    with readable(adapter, revision, matched(adapter, revision, source, config)) as file:
+    check_adapter(adapter, revision)
+    match = matched(adapter, revision, source, config)
+    with readable(adapter, revision, match) as file:
         config, header = file.config, file.header
-    check_vocabulary(source, adapter, {key.removeprefix(PREFIX): info.shape for key, info in header.items()})
     if layers := getattr(config, "layer_replication", None):
-        replicate_layers(source, layers)
+        try:
+            replicate_layers(source, layers)
+        except ValueError as error:  # of a model whose layers PEFT does not find
+            raise no_match(adapter, source, refused_by_peft(match, one_line(error))) from error
     ranks = _ranks(source, config, header, name, source_rank)
     if not ranks:
         raise ValueError(
@@ -118,10 +122,10 @@ def _ranks(
         if not module or isinstance(modules[module], nn.ModuleList):
             raise ValueError(f"{name} does not fit the source model: it has no place for '{key[:200]}'.")
         tensors[module][plain.removeprefix(f"{module}.")] = info.shape
-    head, ranks = source.get_output_embeddings(), {}
+    head, ranks, layers = source.get_output_embeddings(), {}, tuple(f"{path}." for path in layer_paths(source))
     for module, shapes in tensors.items():
         layer = modules[module]
-        if layer is head or not isinstance(layer, (nn.Linear, Conv1D)) or not split_name(module):
+        if layer is head or not isinstance(layer, (nn.Linear, Conv1D)) or not module.startswith(layers):
             continue
         widths = _get_in_out_features(layer)
         first = shapes.get("lora_A.weight", ())

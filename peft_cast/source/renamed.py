@@ -18,10 +18,11 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..align import sees_or_hears
 from ..tuner.checks import TensorInfo
-from ..utils import check_weights, find_file, without_secrets
+from ..utils import check_weights, find_file
 from .kinds import PREFIX
-from .names import Match, Renaming
+from .names import Match, Part, halves
 
 
 @dataclass(frozen=True)
@@ -52,37 +53,44 @@ def readable(adapter: str | Path, revision: str | None, match: Match) -> Iterato
     Raises:
         ValueError: If what its file holds cannot be used.
     """
-    config, renaming = match.config, match.renaming
+    config, renaming = _following(match), match.renaming
     header = check_weights(adapter, config, revision, match.source)
     if renaming is None:
         yield Readable(str(adapter), revision, config, header)
         return
     with TemporaryDirectory(prefix="peft_cast_") as folder:
-        config = _following(config, renaming, match)
         config.save_pretrained(folder)
         with safe_open(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision), framework="pt") as file:
             tensors = {new: file.get_tensor(old) for old, new in renaming.names.items() if new is not None}
         save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        try:
-            header = check_weights(folder, config, None, match.source)
-        except ValueError as error:
-            raise ValueError(str(error).replace(folder, without_secrets(adapter))) from None
+        header = {new: header[old] for old, new in renaming.names.items() if new is not None}
         warnings.warn(renaming.said)
         yield Readable(folder, None, config, header, renaming.said)
 
 
-def _following(config: PeftConfig, renaming: Renaming, match: Match) -> PeftConfig:
-    """The configuration with its patterns, which may speak of the old names too, speaking of the new ones."""
-    config = copy.deepcopy(config)
-    pairs = renaming.modules.items()
+def _following(match: Match) -> PeftConfig:
+    """The configuration with its patterns, which may speak of the old names, or of other towers' modules of the same
+    names too, speaking of the modules that the file has tensors for.
+    """
+    config = copy.deepcopy(match.config)
+    held = match.renaming.modules if match.renaming else {name: name for name in map(_own_name, match.tuned)}
+    pairs = held.items()
     targets = getattr(config, "target_modules", None)
     if targets and targets != "all-linear" and not any(part.is_expert for part in match.parts):
 
         def meant(name: str) -> bool:
             return bool(check_target_module_exists(config, name))
 
-        if not all(meant(new) for _, new in pairs) and all(
+        renamed = not all(meant(new) for _, new in pairs) and all(
             meant(new) or any(map(meant, _olds(old))) for old, new in pairs
+        )
+        reached = {halves(new.split("."))[0] for _, new in pairs}
+        others = match.modules.keys() - set(held.values())
+        beyond = [name for name in others if match.modules[name] and meant(name)]
+        if renamed or (
+            beyond
+            and not getattr(config, "target_parameters", None)
+            and all(sees_or_hears(name) and halves(name.split("."))[0] not in reached for name in beyond)
         ):
             config.target_modules = {new for _, new in pairs}
             for option in ("exclude_modules", "layers_to_transform", "layers_pattern"):
@@ -100,6 +108,10 @@ def _following(config: PeftConfig, renaming: Renaming, match: Match) -> PeftConf
                 lost[f"^{re.escape(new)}"] = before
         setattr(config, option, {**lost, **pattern})
     return config
+
+
+def _own_name(part: Part) -> str:
+    return ".".join(part.head + part.tail).removeprefix(PREFIX)
 
 
 def _olds(name: str) -> list[str]:

@@ -167,8 +167,11 @@ def read_header(file: str | Path) -> dict[str, TensorInfo]:
     """
     file = Path(file)
     size = file.stat().st_size
-    with file.open("rb") as start:
-        declared = int.from_bytes(start.read(8), "little")
+    with file.open("rb") as opened:
+        start = opened.read(8)
+    if start == b"version ":
+        raise ValueError(f"'{file}' is a pointer of Git LFS, not the file itself: run `git lfs pull`, or download it.")
+    declared = int.from_bytes(start, "little")
     if size < 8 or declared > min(size - 8, MAX_HEADER_BYTES):
         raise ValueError(
             f"'{file}' is no safetensors file, or cut off: its header has {declared} of {size} bytes: get it again."

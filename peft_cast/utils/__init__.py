@@ -20,6 +20,7 @@ from .safety import (
     adapter_folder,
     check_model_config,
     check_weights,
+    files_of,
     find_file,
     hub_parts,
     looks_like_path,
@@ -29,5 +30,6 @@ from .safety import (
     replicated_layers,
     secrets_removed,
     why_no_model,
+    why_no_weights,
     without_secrets,
 )

@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
@@ -37,6 +37,8 @@ _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 # Settings with which PEFT would import a module that the file names.
 _IMPORTS = ("megatron_config",)
+# What the configurations of other tools' adapters have in a file of the same name.
+_OTHER_TOOLS = {"fine_tune_type": "MLX", "lora_parameters": "MLX", "model_class": "AdapterHub", "swift_type": "swift"}
 
 
 def without_secrets(text: Any, same_length: bool = False) -> str:
@@ -103,6 +105,18 @@ def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
     return find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision).parent
 
 
+def files_of(adapter: str | Path, revision: str | None = None) -> list[str]:
+    """Names of the files in an adapter's folder and one level below, or in a repository; none if out of reach."""
+    if (folder := Path(adapter)).is_dir():
+        return sorted(file.relative_to(folder).as_posix() for level in ("*", "*/*") for file in folder.glob(level))
+    repository, inner = hub_parts(adapter)
+    start = f"{inner}/" if inner else ""
+    with suppress(Exception):  # whatever the hub says: what is wanted is said without the list
+        names = list_repo_files(repository, revision=revision)
+        return sorted(name.removeprefix(start) for name in names if name.startswith(start))
+    return []
+
+
 def looks_like_path(name: Any) -> bool:
     """Whether a name can be no hub id (`name`, `user/name`, or with a subfolder)."""
     if "://" in str(name):
@@ -127,14 +141,21 @@ def _why_no_adapter(adapter: Any) -> str | None:
         return f"a {type(adapter).__name__} is no name of one: pass a hub id or a folder with {CONFIG_NAME}"
     folder = Path(str(adapter))
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
-        named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
-        if named:
-            return f"'{folder}' has its adapters in subfolders, {', '.join(named[:5])}: pass one of them"
-        kind = "a model, no adapter" if (folder / "config.json").is_file() else f"no {CONFIG_NAME}"
-        return f"'{folder}' holds {kind}: pass a hub id or a folder with {CONFIG_NAME}"
+        return f"'{folder}' {_held_instead(adapter, None)}"
     if not folder.exists() and looks_like_path(adapter):
         return f"there is no folder '{adapter}': pass a hub id or a folder with {CONFIG_NAME}"
     return f"'{folder}' is a file: pass the folder that it is in" if folder.is_file() else None
+
+
+def _held_instead(adapter: str | Path, revision: str | None) -> str:
+    """What a folder or repository holds that has no adapter's configuration, and what to pass."""
+    files = files_of(adapter, revision)
+    inner = [name.rpartition("/")[0] for name in files if name.endswith(f"/{CONFIG_NAME}")]
+    if inner:
+        more = f" and {len(inner) - 5} more" * (len(inner) > 5)
+        return f"has its adapters in subfolders, {', '.join(inner[:5])}{more}: pass one, as '{adapter}/{inner[0]}'"
+    kind = "a model, no adapter" if "config.json" in files else f"no {CONFIG_NAME}"
+    return f"holds {kind}: pass a hub id or a folder with {CONFIG_NAME}"
 
 
 def read_adapter_config(adapter: str | Path, revision: str | None = None) -> PeftConfig:
@@ -156,7 +177,7 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
     except Exception as error:  # PEFT's configurations raise whatever their values lead to
         named, (repo_id, subfolder) = f"The adapter '{without_secrets(adapter)}'", hub_parts(str(adapter))
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            why = f"it has no {CONFIG_NAME}, so it is no adapter. Pass a hub id or a folder with {CONFIG_NAME}."
+            why = f"it {_held_instead(adapter, revision)}."
         elif isinstance(error, (LocalEntryNotFoundError, HTTPError, HFValidationError)):
             where = f" in the subfolder '{subfolder}' of the repository '{repo_id}'" if subfolder else ""
             why = f"there is no such folder here, and on the Hub{where} it could not be reached: {one_line(error)}"
@@ -183,12 +204,21 @@ def check_adapter_values(values: Mapping[str, Any]) -> None:
         ValueError: Naming the first field that is wrong.
     """
     kind = values.get("peft_type")
+    if kind is None:
+        tool = next((tool for name, tool in _OTHER_TOOLS.items() if name in values), "another tool")
+        raise ValueError(
+            f"its {CONFIG_NAME} has no `peft_type`, so it is of {tool}, not of PEFT: convert it to PEFT's format with "
+            "the tool that made it."
+        )
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"`peft_type` must be one of PEFT's, got {shown(kind)}: update PEFT, or correct the file.")
     if odd := {"self", "cls"} & values.keys():
         raise ValueError(f"'{odd.pop()}' is no setting: delete it.")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     check_fields(config_class, values)
+    bias = values.get("bias")
+    if isinstance(bias, str) and bias not in ("none", "all") and not bias.endswith("_only"):
+        raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {shown(bias)}: correct {CONFIG_NAME}.")
     for name in _IMPORTS:
         if values.get(name):
             raise ValueError(
@@ -212,15 +242,35 @@ def read_weights_header(adapter: str | Path, revision: str | None = None) -> dic
     except LocalEntryNotFoundError as error:
         raise ValueError(f"The weights of the adapter {named} could not be reached: {error}") from error
     except EntryNotFoundError as error:
-        raise ValueError(
-            f"The adapter {named} has no {SAFETENSORS_WEIGHTS_NAME}. Pickled weights (adapter_model.bin) are not "
-            "read, because they can run code: convert them to safetensors first."
-        ) from error
+        raise ValueError(f"The adapter {named} {why_no_weights(adapter, revision)}.") from error
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The weights of the adapter {named} could not be read ({one_line(error)}): the file is corrupt, get it "
-            "again."
-        ) from error
+        raise ValueError(f"The weights of the adapter {named} could not be read: {one_line(error)}") from error
+
+
+def why_no_weights(adapter: str | Path, revision: str | None = None) -> str:
+    """Why an adapter has no weights that are read: what follows "it" in a sentence, without the stop."""
+    link, files = Path(adapter, SAFETENSORS_WEIGHTS_NAME), files_of(adapter, revision)
+    if link.is_symlink():
+        return f"has a link as {SAFETENSORS_WEIGHTS_NAME}, to '{link.readlink()}', which is not there: get that file"
+    if WEIGHTS_NAME in files:
+        return (
+            f"has only pickled weights ({WEIGHTS_NAME}), which are not read, because they can run code: convert them "
+            "to safetensors (load the adapter with PEFT where you trust it, `save_pretrained` writes "
+            f"{SAFETENSORS_WEIGHTS_NAME})"
+        )
+    weights = [name for name in files if name.endswith((".safetensors", ".bin", ".npz", ".gguf")) and "/" not in name]
+    weights = [name for name in weights if name != SAFETENSORS_WEIGHTS_NAME]
+    if any(re.search(r"-\d+-of-\d+\.", name) for name in weights):
+        return (
+            f"has its weights in parts ('{weights[0]}', ...), which PEFT does not load: put their "
+            f"tensors into one {SAFETENSORS_WEIGHTS_NAME}"
+        )
+    if weights:
+        return (
+            f"has no {SAFETENSORS_WEIGHTS_NAME}, but '{weights[0]}', which PEFT does not load: convert it to PEFT's "
+            "format with the tool that made it"
+        )
+    return f"has no {SAFETENSORS_WEIGHTS_NAME}: get the whole folder, or save the adapter again"
 
 
 def check_weights(
