@@ -5,5 +5,5 @@ from .depth import map_layers
 from .modules import ModuleMap, layer_pairs, map_modules
 from .places import Place, find_places, layer_count, layer_path, layer_paths, linear_layers, split_name, split_place
 from .similarity import linear_cka, monotone_map
-from .tokens import AlignedPair, align_texts
+from .tokens import AlignedPair, align_texts, check_offsets
 from .vocab import SharedVocabulary, shared_vocabulary

@@ -370,7 +370,7 @@ def _config(model: str | Path | PretrainedConfig, which: str, revision: str | No
     try:
         with secrets_removed():
             return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a configuration may say anything
         check_remote_code(error, f"The {which} model '{without_secrets(model)}'", which)
         raise ValueError(
             f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {one_line(error)} "

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import as_peft_reads, load_model, load_on_skeleton, unload_adapters
+from ..models import as_peft_reads, check_loaded, load_model, load_on_skeleton, unload_adapters
 from ..utils import (
     adapter_folder,
     find_file,
@@ -56,6 +56,7 @@ def load_source(
         model = adapter.get_base_model()
         if isinstance(source, nn.Module) and source is not model:
             raise ValueError("`adapter` is a PeftModel on another model object than `source`: pass `source=None`.")
+        check_loaded(model, "source")
         return model
     if source is None:
         source, named = base_of(adapter, adapter_revision)

@@ -34,6 +34,11 @@ _COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|experts?|blocks?|stages?)|depths?
 HIDDEN = "***"
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+# A page of the Hub, or any other address.
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:[^/@]*@)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?(?:/(?P<subfolder>[^?#]*[^?#/]))?/?(?:[?#].*)?|\w+://.*"
+)
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 # Settings with which PEFT would import a module that the file names.
 _IMPORTS = ("megatron_config",)
@@ -110,9 +115,27 @@ def looks_like_path(name: Any) -> bool:
     return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or "\\" in str(name)
 
 
+def _why_no_name(name: str | Path) -> str | None:
+    """What is wrong with what is neither a folder nor a hub id, but a web address or llama.cpp's format."""
+    text, folder = str(name), Path(str(name))
+    if text.endswith(".gguf") or (not list(folder.glob("*.json")) and list(folder.glob("*.gguf"))):
+        return f"'{text}' is in llama.cpp's format GGUF, made from what is wanted here"
+    if folder.exists() or not (found := _ADDRESS.fullmatch(text)):
+        return None
+    repo_id, revision, subfolder = found["repo"], found["revision"], found["subfolder"]
+    if not repo_id:
+        return f"'{text}' is an address of something else than a repository of the Hub"
+    named = f"its hub id is '{repo_id}{f'/{subfolder}' if subfolder else ''}'"
+    return f"'{text}' is a web address, {named}" + (
+        f", its revision '{revision}'" if revision not in (None, "main") else ""
+    )
+
+
 def why_no_model(model: Any) -> str | None:
     """What is wrong with what was passed as a model, if that can be seen in the folder; `None` if not."""
     folder = Path(str(model))
+    if (why := _why_no_name(model)) is not None:
+        return why
     if folder.is_dir() and not (folder / "config.json").is_file():
         kind = "an adapter, not a model" if (folder / CONFIG_NAME).is_file() else "no model: it has no config.json"
         return f"'{folder}' holds {kind}"
@@ -126,6 +149,8 @@ def _why_no_adapter(adapter: Any) -> str | None:
     if not isinstance(adapter, (str, Path)):
         return f"a {type(adapter).__name__} is no name of one: pass a hub id or a folder with {CONFIG_NAME}"
     folder = Path(str(adapter))
+    if (why := _why_no_name(adapter)) is not None:
+        return f"{why}: pass a hub id or a folder with {CONFIG_NAME}"
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
         if named:
@@ -335,6 +360,8 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # PEFT lists every mismatched tensor below a heading; one is enough.
     line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
-    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not line:
+    if line.endswith(":"):  # what follows is what it says
+        line = " ".join(lines)
+    if isinstance(error, (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)) or not line:
         line = f"its settings do not make sense together, {type(error).__name__}"
     return line if line.endswith((".", "!", "?")) else f"{line}."
