@@ -121,6 +121,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         """
         chosen = Options.of(options, Bridge.cast, pairing=pairing).pairing
         device = distributed.init(chosen.device)
+        check_adapter(adapter, chosen.adapter_revision)
         target = load_model(target or self.target.name, "target", device, self.target.revision, chosen.dtype)
         return self._cast(adapter, target, source, gain, adapter_name, chosen)[0].eval()
 
@@ -151,6 +152,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
         check_place(folder, adapter)
+        check_adapter(adapter, adapter_revision)
         check_is_read(adapter, adapter_revision)
         pairing = Pairing(adapter_revision=adapter_revision)
         model, held, metrics = self._cast(adapter, self.target.skeleton(), None, gain, "default", pairing)
@@ -197,7 +199,6 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         self, adapter, target, source, gain, adapter_name, pairing: Pairing
     ) -> tuple[PeftModel, Holdings, dict[str, Any]]:
         """The target with the adapter, what that held, and the metrics."""
-        check_adapter(adapter, pairing.adapter_revision)
         if source is None and not isinstance(adapter, PeftModel):
             on = self.source.skeleton()
         else:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import is_zipfile
 
 import psutil
 import torch
@@ -70,9 +71,10 @@ def load_model(
     named = f"The {which} model '{without_secrets(model)}'"
     kind = auto_class(config, named)
     options = {"revision": revision, "dtype": dtype or default_dtype(device), "trust_remote_code": False}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told of below, in words of ours
     try:
         with secrets_removed(), _adapter_left_out(model, which) as folder:
-            loaded, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+            loaded, found = kind.from_pretrained(folder, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except ImportError as error:
@@ -91,6 +93,12 @@ def load_model(
         raise OSError(
             f"{named} lacks the weights of {len(missing)} tensors ('{missing[0]}'), which would be random: get the "
             "whole model, or pass the one that it was made from."
+        )
+    if odd := sorted(found["mismatched_keys"]):
+        name, held, wanted = odd[0]
+        raise OSError(
+            f"{named} has the tensor '{name}' of shape {tuple(held)} in its file, and by its config.json it has "
+            f"{tuple(wanted)}: the two do not belong together, get both again."
         )
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise OSError(
@@ -195,6 +203,8 @@ def _check_files(folder: Path, named: str) -> None:
         try:
             if shard.endswith(".safetensors"):
                 read_header(folder / shard)
+            elif not is_zipfile(folder / shard) and (folder / shard).open("rb").read(1) != b"\x80":
+                raise ValueError(f"'{shard}' is no file that PyTorch wrote, or cut off: get it again.")
         except (OSError, ValueError) as error:
             raise OSError(f"{named} could not be loaded: {one_line(error)}") from error
 

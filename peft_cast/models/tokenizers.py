@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils import hub_parts, one_line, secrets_removed, without_secrets
-from ..utils.safety import find_file
+from ..utils.safety import find_file, why_no_name
 from .loading import check_loaded, check_model, check_remote_code
 
 
@@ -39,37 +39,33 @@ def load_tokenizer(
         ValueError, OSError: As `check_model`.
     """
     argument, rows = f"{which}_tokenizer", _rows(model, which, revision)
-    own = model.name_or_path if isinstance(model, nn.Module) else model
     if tokenizer is not None and not isinstance(tokenizer, (str, Path, PreTrainedTokenizerBase)):
         raise ValueError(
             f"`{argument}` must be a tokenizer, or a folder or hub id of one, got {type(tokenizer).__name__}."
         )
-    named = f"`{argument}`"
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        path = tokenizer or own
-        shown = without_secrets(path)
-        named = f"The tokenizer of the {which} model ('{shown}')"
-        try:
-            if not path:
-                raise OSError("The model does not say where it comes from.")
-            tokenizer = _read(path, revision if str(path) == str(own) else None)
-        except Exception as error:  # of files of strangers
-            check_remote_code(error, f"The tokenizer of '{shown}'", argument)
-            instead = f"pass `{argument}=`. ({one_line(error)})"
-            if isinstance(error, ImportError):
-                why = f"{named} needs a package that is missing: install it, or {instead}"
-            elif isinstance(error, OSError) or "instantiate the backend tokenizer" in str(error):
-                why = f"No tokenizer was found for the {which} model ('{shown}'): {instead}"
-            else:
-                why = f"{named} cannot be read: get its files again, or {instead}"
-            raise ValueError(why) from error
-    if (why := _misfit(tokenizer, rows)) is not None:
-        raise ValueError(f"{named} {why}: pass the {which} model's own as `{argument}`.")
-    if not _knows_text(tokenizer):
-        warnings.warn(
-            f"{named} knows hardly a token of plain English text: pass another as `{argument}` if it should."
+    own = model.name_or_path if isinstance(model, nn.Module) else model
+    path = getattr(tokenizer, "name_or_path", tokenizer or own)
+    shown = without_secrets(path)
+    named = f"The tokenizer of the {which} model ('{shown}')" if path else f"`{argument}`"
+    try:
+        found = _read(tokenizer or own, revision if str(path) == str(own) else None)
+    except Exception as error:  # of files of strangers
+        check_remote_code(error, f"The tokenizer of '{shown}'", argument)
+        instead = f"pass `{argument}=`. ({one_line(error)})"
+        if isinstance(error, ImportError):
+            why = f"{named} needs a package that is missing: install it, or {instead}"
+        elif isinstance(error, OSError):
+            why = f"No tokenizer was found for the {which} model ('{shown}'): {instead}"
+        else:
+            why = f"{named} cannot be read: get its files again, or {instead}"
+        raise ValueError(why) from error
+    if (why := _beyond(found, rows)) is not None:
+        raise ValueError(
+            f"{named} {why}: pass one that belongs to the model as `{argument}`, or the model with resized embeddings."
         )
-    return tokenizer
+    if not _knows_text(found):
+        warnings.warn(f"{named} knows hardly a token of plain English text: if it should, pass another `{argument}`.")
+    return found
 
 
 def adapter_tokenizer(
@@ -89,8 +85,8 @@ def adapter_tokenizer(
         parts = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
         if part := next((name for name in parts if _holds(adapter, name, revision)), None):
             warnings.warn(
-                f"{named} is {part} without a tokenizer_config.json, the source model's own is used: pass "
-                "`source_tokenizer` if the adapter was trained with another."
+                f"The folder of the adapter '{without_secrets(adapter)}' holds {part} without tokenizer_config.json: "
+                "the source model's own tokenizer is used. Pass `source_tokenizer` if it was trained with another."
             )
         return None
     try:
@@ -98,7 +94,7 @@ def adapter_tokenizer(
     except Exception as error:  # of a folder of strangers: the source's own is there
         warnings.warn(f"{named} could not be loaded, the source model's own is used: {one_line(error)}")
         return None
-    why = _misfit(tokenizer, _rows(model, "source", of_model))
+    why = _beyond(tokenizer, _rows(model, "source", of_model))
     if why is None and not _knows_text(tokenizer):
         why = "knows hardly a token of plain English text"
     if why is not None:
@@ -132,13 +128,27 @@ def render_chats(
         ) from error
 
 
-def _read(name: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or the hub, `user/repo` or `user/repo/subfolder`."""
-    place, subfolder = (str(name), None) if Path(name).exists() else hub_parts(name)
-    with secrets_removed():
-        return AutoTokenizer.from_pretrained(
-            place, subfolder=subfolder or "", revision=revision, trust_remote_code=False
-        )
+def _read(tokenizer: PreTrainedTokenizerBase | str | Path, revision: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer that is given, or lies in a folder or on the hub, `user/repo` or `user/repo/subfolder`."""
+    if isinstance(tokenizer, (str, Path)):
+        if not str(tokenizer):
+            raise FileNotFoundError("The model does not say where it comes from.")
+        if (why := why_no_name(tokenizer)) is not None:
+            raise FileNotFoundError(f"{why}.")
+        place, subfolder = (str(tokenizer), None) if Path(tokenizer).is_dir() else hub_parts(tokenizer)
+        options = {"subfolder": subfolder or "", "revision": revision, "trust_remote_code": False}
+        try:
+            with secrets_removed():
+                tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        except ValueError as error:
+            if "instantiate the backend tokenizer" in str(error):
+                why = "There is no tokenizer.json, and no other vocabulary that the installed packages can read."
+                raise FileNotFoundError(why) from error
+            raise
+    added = tokenizer.added_tokens_decoder
+    if sum(number not in added for number in tokenizer.get_vocab().values()) < 2:
+        raise ValueError("It has no vocabulary but its special tokens, so a file of it is missing.")
+    return tokenizer
 
 
 def _holds(adapter: str | Path, name: str, revision: str | None) -> bool:
@@ -157,24 +167,25 @@ def _rows(model: PreTrainedModel | str | Path, which: str, revision: str | None)
     return getattr(check_model(model, which, revision).get_text_config(), "vocab_size", None)
 
 
-def _misfit(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str | None:
+def _beyond(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str | None:
     """Why a model with so many embeddings cannot read what the tokenizer writes; `None` if it can.
 
     Tokens of other kinds of input may lie beyond the embeddings (Gemma 3's `<image_soft_token>`), and so may one for
     padding: no text has them.
     """
-    added = tokenizer.added_tokens_decoder
-    vocabulary = tokenizer.get_vocab()
-    if len([number for number in vocabulary.values() if number not in added]) < 2:
-        return "has no vocabulary but its special tokens, a file of it is missing"
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     template, always = str(tokenizer.chat_template or ""), {tokenizer.eos_token_id, *tokenizer("").input_ids}
-    for token, number in vocabulary.items():
-        if rows is None or number < rows:
-            continue
-        if number in always or number not in added or not added[number].special or token in template:
-            most = max(vocabulary.values())
-            return f"has tokens up to number {most}, such as '{token}', and the model has {rows} rows for them"
-    return None
+    beyond = {
+        number: token
+        for token, number in vocabulary.items()
+        if rows is not None
+        and number >= rows
+        and (number not in added or not added[number].special or number in always or token in template)
+    }
+    if not beyond:
+        return None
+    most = max(beyond)
+    return f"has tokens up to number {most} ('{beyond[most]}'), and the model has {rows} rows for them"
 
 
 def _knows_text(tokenizer: PreTrainedTokenizerBase) -> bool:
