@@ -13,10 +13,13 @@ import transformers
 from conftest import c4_texts, make_lora, save_model
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
 
 import peft_cast
 from peft_cast.cli.inspect import describe, inspect
+from peft_cast.models import continuations
 from peft_cast.source.pair import open_pair
 
 
@@ -129,13 +132,11 @@ def test_the_revision_of_the_base_in_the_adapters_configuration_is_the_one_loade
     lora_folder, target_folder, tmp_path
 ):
     adapter = edited(lora_folder, tmp_path / "a", base_model_name_or_path="someone/base", revision="v2")
-    target = "transformers.AutoModelForCausalLM.from_pretrained"
-    with mock.patch(target, side_effect=OSError("stop")) as asked:
+    with mock.patch("transformers.AutoConfig.from_pretrained", side_effect=OSError("stop")) as asked:
         refused(lambda: peft_cast.translate(None, adapter, target_folder, **QUICK), "stop")
         assert asked.call_args.kwargs["revision"] == "v2"
         refused(lambda: peft_cast.translate(None, adapter, target_folder, source_revision="v3", **QUICK), "stop")
         assert asked.call_args.kwargs["revision"] == "v3"
-    with mock.patch("transformers.AutoConfig.from_pretrained", side_effect=OSError("stop")) as asked:
         refused(lambda: peft_cast.plan(None, adapter, target_folder), "stop")
         assert asked.call_args.kwargs["revision"] == "v2"
 
@@ -454,3 +455,181 @@ def test_a_bridge_does_not_write_over_what_it_reads(source_folder, lora_folder, 
     bridge = peft_cast.fit_bridge(source_folder, target_folder, text=TEXTS, samples=8, max_length=32, progress=False)
     folder = shutil.copytree(lora_folder, tmp_path / "lora")
     refused(lambda: bridge.cast_file(folder, folder), "would be overwritten")
+
+
+def folder_of(model: str, to, change) -> str:
+    change(Path(shutil.copytree(model, to)))
+    return str(to)
+
+
+def settings(**values):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
+def in_shards(folder):
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").write_bytes(b"version https://git-lfs")
+
+
+def without_vocabulary(folder):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+
+
+def written(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def more_tokens(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (written("config.json", "{"), ["could not be loaded", "not a valid JSON"]),
+        (settings(vocab_size="many"), ["could not be loaded", "'vocab_size' expected int"]),
+        (lambda folder: (folder / "model.safetensors").unlink(), ["no weights", "get the whole model"]),
+        (in_shards, ["'two.safetensors'", "is missing"]),
+        (written("model.safetensors", ""), ["model.safetensors", "cut off", "get it again"]),
+        (pickled, ["pytorch_model.bin", "cut off", "get it again"]),
+        (
+            lambda folder: (
+                (folder / "tokenizer_config.json").write_text("{}") and (folder / "tokenizer.json").unlink()
+            ),
+            ["tokenizer", "pass `target_tokenizer=`"],
+        ),
+        (written("tokenizer.json", "{"), ["cannot be read", "get its files again"]),
+        (without_vocabulary, ["no vocabulary but its special tokens", "`target_tokenizer"]),
+        (more_tokens, ["tokens up to number 420 ('<new>')", "420 rows", "`target_tokenizer`"]),
+    ],
+)
+def test_what_is_wrong_with_a_models_folder_is_told_before_a_model_is_loaded(
+    change, words, source_folder, lora_folder, target_folder, tmp_path
+):
+    target = folder_of(target_folder, tmp_path / "target", change)
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        for adapter in (lora_folder, [lora_folder, shutil.copytree(lora_folder, tmp_path / "other")]):
+            refused(lambda: peft_cast.translate(source_folder, adapter, target, **QUICK), "target model", *words)
+        refused(lambda: peft_cast.evaluate(target, {}, []), *words)
+        refused(lambda: peft_cast.fit_bridge(source_folder, target, text=TEXTS), *words)
+    assert loads.call_count == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (settings(intermediate_size=64), ["mlp.down_proj", "(40, 48)", "(40, 64)", "do not belong together"]),
+        (settings(attn_implementation="flash_attention_2"), ["needs a package that is missing", "load the model"]),
+    ],
+)
+def test_what_loading_tells_has_its_cause(change, words, source_folder, lora_folder, target_folder, tmp_path):
+    target = folder_of(target_folder, tmp_path / "target", change)
+    sentence = refused(lambda: peft_cast.translate(source_folder, lora_folder, target, **QUICK), *words)
+    assert "quantized" not in sentence
+
+
+@pytest.mark.parametrize(
+    "values", [{"vocab_size": "many"}, {"hidden_activation": "no such"}, {"num_attention_heads": 3}]
+)
+def test_plans_of_configurations_that_make_no_sense_are_one_sentence(
+    values, source_folder, lora_folder, target_folder, tmp_path
+):
+    target = folder_of(target_folder, tmp_path / "target", settings(**values))
+    refused(lambda: peft_cast.plan(source_folder, lora_folder, target), "target model", "configuration")
+
+
+def test_objects_that_are_no_language_models_are_called_what_they_are(source_folder, lora_folder, target_folder):
+    whole = AutoModelForCausalLM.from_pretrained(source_folder)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(whole.config)
+    t5 = transformers.T5Config(vocab_size=300, d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8)
+    for given, words in {
+        transformers.T5ForConditionalGeneration(t5): ["T5ForConditionalGeneration", "no decoder-only"],
+        transformers.AutoModel.from_pretrained(source_folder): ["LlamaModel", "no language-modeling head"],
+        torch.nn.Linear(2, 2): ["a Linear, no language model"],
+        torch.nn.DataParallel(whole): ["wrapped in DataParallel", ".module`"],
+        empty: ["meta device"],
+    }.items():
+        refused(lambda: peft_cast.translate(given, lora_folder, target_folder, **QUICK), *words)
+        refused(lambda: peft_cast.translate(source_folder, lora_folder, given, **QUICK), *words)
+        refused(lambda: peft_cast.evaluate(given, {}, []), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("https://huggingface.co/user/repo", ["hub id is 'user/repo'"]),
+        ("https://huggingface.co/user/repo/tree/main/a/b?x=1", ["hub id is 'user/repo/a/b'"]),
+        ("hf.co/user/repo/blob/v2/config.json", ["hub id is 'user/repo'", "revision 'v2'"]),
+        ("s3://bucket/model", ["something else than a model or adapter on the Hub"]),
+        ("model-Q4_K_M.gguf", ["GGUF"]),
+    ],
+)
+def test_web_addresses_and_ggufs_are_told(name, words, source_folder, lora_folder, target_folder):
+    for given in ((name, lora_folder, target_folder), (source_folder, name, target_folder)):
+        refused(lambda: peft_cast.translate(*given, **QUICK), *words)
+        refused(lambda: peft_cast.plan(*given), *words)
+    refused(lambda: peft_cast.to_lora(name), *words)
+    refused(lambda: peft_cast.translate(source_folder, lora_folder, target_folder, source_tokenizer=name), *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (written("chat_template.jinja", TEMPLATE), "holds chat_template.jinja without tokenizer_config.json"),
+        (written("tokenizer_config.json", '{"tokenizer_class": "LlamaTokenizer"}'), "no vocabulary but its special"),
+    ],
+)
+def test_a_tokenizer_of_an_adapter_that_is_not_whole_is_told(
+    change, said, source_folder, lora_folder, target_folder, tmp_path
+):
+    adapter = folder_of(lora_folder, tmp_path / "a", change)
+    with pytest.warns(UserWarning, match=f"{said}.*"), open_pair(source_folder, adapter, target_folder) as pair:
+        assert len(pair.tokenizers[0]) == 300
+
+
+def test_a_tokenizer_that_knows_no_english_is_told(source_folder, lora_folder, target_folder):
+    words = Tokenizer(WordLevel({"<unk>": 0, "ab": 1, "cd": 2, "ef": 3}, unk_token="<unk>"))
+    given = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    with pytest.warns(UserWarning, match="knows hardly a token of plain English"):
+        refused(
+            lambda: peft_cast.translate(source_folder, lora_folder, target_folder, target_tokenizer=given, **QUICK)
+        )
+
+
+def test_tokens_that_no_text_has_may_lie_beyond_the_embeddings(source_folder, lora_folder, target_folder):
+    given = AutoTokenizer.from_pretrained(target_folder)
+    given.add_tokens(["<image_soft_token>"], special_tokens=True)
+    given.add_special_tokens({"pad_token": "[PAD]"})
+    pairing = peft_cast.Pairing(target_tokenizer=given)
+    with open_pair(source_folder, lora_folder, target_folder, pairing) as pair:
+        assert len(continuations(pair.target, given, ["one", "one two three four"], 4)) == 2
+
+
+def test_a_slow_tokenizer_of_an_adapter_on_the_hub_is_read_with_its_files(
+    hub, source_folder, lora_folder, target_folder, tmp_path
+):
+    folder = Path(shutil.copytree(lora_folder, tmp_path / "repo" / "last"))
+    known = json.loads((Path(source_folder) / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(known["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, known["merges"])]))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **special}))
+    hub.add("user/loras", tmp_path / "repo")
+    with open_pair(source_folder, "user/loras/last", target_folder) as pair:
+        read = pair.tokenizers[0]
+    own = AutoTokenizer.from_pretrained(source_folder)
+    assert read.chat_template == TEMPLATE and read(TEXTS[0]).input_ids == own(TEXTS[0]).input_ids

@@ -1,5 +1,6 @@
 """What is read as text."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -177,6 +178,14 @@ def test_chat_template_when_the_tokenizer_has_one(writer, byte_tokenizer, piece_
     expected = f"<bos>[target] {TEXTS[0]}\n" if target_has_template else samples[0].source_prompt
     assert samples[0].target_prompt == expected
     assert TEXTS[0] not in samples[0].text and samples[0].rendered
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no users') }}", "{% for m in %}", "{{ messages.a.b }}"])
+def test_a_chat_template_that_fails_is_one_clear_error(template, writer, byte_tokenizer, piece_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="chat template of the source tokenizer fails .*`prompts`"):
+        write(writer, tokenizer, piece_tokenizer, corpus=TEXTS)
 
 
 def test_without_a_chat_template_snippets_are_continued(writer, byte_tokenizer, piece_tokenizer):

@@ -16,5 +16,5 @@ from .places import (
     split_place,
 )
 from .similarity import linear_cka, monotone_map
-from .tokens import AlignedPair, align_texts
+from .tokens import AlignedPair, align_texts, check_offsets
 from .vocab import SharedVocabulary, shared_vocabulary

@@ -69,6 +69,18 @@ def align_texts(
     return pairs
 
 
+def check_offsets(tokenizer: PreTrainedTokenizerBase, which: str) -> None:
+    """
+    Raises:
+        ValueError: If the tokenizer of `which` model, source or target, gives no character offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"The {which} model's tokenizer ({type(tokenizer).__name__}) gives no character offsets, which are needed "
+            "to align two tokenizers: load its fast version with AutoTokenizer.from_pretrained(..., use_fast=True)."
+        )
+
+
 def _tokenize(
     tokenizer,
     texts: Sequence[str],
@@ -80,11 +92,7 @@ def _tokenize(
     """For each text its token ids and a map from end offset in the text (characters) to the last token ending
     there.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(
-            f"The {which} model's tokenizer ({type(tokenizer).__name__}) gives no character offsets, which are needed "
-            "to align two tokenizers: load its fast version with AutoTokenizer.from_pretrained(..., use_fast=True)."
-        )
+    check_offsets(tokenizer, which)
     for text, prompt, is_rendered in zip(texts, prompts or [""] * len(texts), rendered):
         encoded = tokenizer(
             prompt + text,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..align import layer_count, map_layers, map_modules, split_place
-from ..models import load_model, unload_adapters, untouched
+from ..models import check_model, load_model, unload_adapters, untouched
 from ..options import Options, Pairing, takes
 from ..refine import distill_lora
 from ..source import LoraKernel, adapted_source, load_source
@@ -154,6 +154,7 @@ def lora_from_factors(
 
 def _load(source, adapter, target, pairing: Pairing) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
     device = distributed.init(pairing.device)
+    check_model(target, "target", pairing.target_revision)
     source = load_source(source, adapter, device, pairing.source_revision, pairing.adapter_revision, pairing.dtype)
     target = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
     layers = layer_count(source)

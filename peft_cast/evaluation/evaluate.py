@@ -76,8 +76,8 @@ def evaluate(
     runs = {n: list(a) if isinstance(a, (list, tuple)) else [a] for n, a in adapters.items()}
     retrained = _retrained(retrained, runs, tasks)
     device = distributed.init(pairing.device)
+    tokenizer = load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision)
     model = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
-    tokenizer = load_tokenizer(pairing.target_tokenizer, model, "target", pairing.target_revision)
     texts = read_corpus(drift_text, drift_samples) if drift_text is not None else []
     settings = {
         "target": without_secrets(model.name_or_path),

@@ -122,6 +122,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         chosen = Options.of(options, Bridge.cast, pairing=pairing).pairing
         check_adapter(adapter, chosen.adapter_revision)
         device = distributed.init(chosen.device)
+        check_adapter(adapter, chosen.adapter_revision)
         target = load_model(target or self.target.name, "target", device, self.target.revision, chosen.dtype)
         return self._cast(adapter, target, source, gain, adapter_name, chosen)[0].eval()
 
@@ -152,6 +153,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
         check_place(folder, adapter)
+        check_adapter(adapter, adapter_revision)
         check_is_read(adapter, adapter_revision)
         check_adapter(adapter, adapter_revision)
         pairing = Pairing(adapter_revision=adapter_revision)

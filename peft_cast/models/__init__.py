@@ -7,17 +7,17 @@ from .capture import Captured, capture, layer_outputs, next_token_loss
 from .generating import SampleTopK, continuations, padded
 from .heads import contiguous_head, ends_in_head, logits_at, shared_head, states_at
 from .loading import (
-    adapter_tokenizer,
     auto_class,
+    check_loaded,
     check_model,
     check_remote_code,
     default_dtype,
     fingerprint,
     free_memory,
     load_model,
-    load_tokenizer,
     read_model_config,
     skeleton,
 )
 from .restoring import in_eval_mode, moved, seeded, untouched
 from .sharding import is_sharded
+from .tokenizers import adapter_tokenizer, load_tokenizer, render_chats

@@ -66,7 +66,8 @@ def continuations(
     tokens: Any = prompts
     if isinstance(prompts[0], str):
         tokens = tokenizer(list(prompts), add_special_tokens=add_special_tokens).input_ids
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    rows = model.get_input_embeddings().weight.shape[0]  # a token for padding is often added without one
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
     ids, mask = padded(tokens, model.device, value=pad)
     if not ids.shape[1]:
         raise ValueError(

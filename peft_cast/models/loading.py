@@ -1,18 +1,18 @@
-"""Models and tokenizers: from the hub, folders and configurations, in which precision, and told apart."""
+"""Models: from the hub, folders and configurations, in which precision, and told apart."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import is_zipfile
 
 import psutil
 import torch
-from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
@@ -22,14 +22,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..utils import distributed, one_line, secrets_removed, why_no_model, without_secrets
-from ..utils.safety import find_file
+from ..tuner.checks import read_header
+from ..utils import distributed, one_line, read_json_if_there, secrets_removed, why_no_model, without_secrets
+
+
+_NO_DECODER = "which is no decoder-only language model: only adapters between decoders can be translated."
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -60,33 +62,27 @@ def load_model(
     """A causal language model from a hub id, a path or an already loaded model (returned as it is).
 
     Raises:
-        ValueError: If `model` is a PeftModel or nothing, or needs code of its own.
+        ValueError: If `model` is none, see `check_loaded`, or needs code of its own.
         OSError: If it cannot be found; the message says what to pass.
     """
-    if isinstance(model, PeftModel):
-        raise ValueError(f"`{which}` is a PeftModel: pass its base model, `{which}.unload()` or a model id.")
+    config = check_model(model, which, revision)
     if isinstance(model, nn.Module):
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise ValueError(
-                f"`{which}` carries an adapter already, and what is made here belongs to the model alone: pass its "
-                "hub id or folder, or take the adapter off first (`result.model.unload()`)."
-            )
         return model
-    if not model:
-        raise ValueError(f"The adapter does not say which model it was trained on: pass it as `{which}`.")
-    # What stands in the way of the configuration stands in that of the model, and is said then.
-    kind = check_model(model, which, revision) or AutoModelForCausalLM
     named = f"The {which} model '{without_secrets(model)}'"
+    kind = auto_class(config, named)
     options = {"revision": revision, "dtype": dtype or default_dtype(device), "trust_remote_code": False}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told of below, in words of ours
     try:
         with secrets_removed(), _adapter_left_out(model, which) as folder:
-            loaded, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+            loaded, found = kind.from_pretrained(folder, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except ImportError as error:  # of the package that quantized it
+    except ImportError as error:
+        needs, instead = "needs a package that is", "load the model without it and pass the object"
+        if hasattr(config, "quantization_config"):
+            needs, instead = "is quantized and the package that loads it is", "pass the unquantized model"
         raise OSError(
-            f"{named} is quantized and the package that loads it is missing ({one_line(error)}): install it, or pass "
-            f"the unquantized model as `{which}`."
+            f"{named} {needs} missing ({one_line(error)}): install it, or {instead} as `{which}`."
         ) from error
     except Exception as error:  # of whatever lies in the folder of a stranger
         check_remote_code(error, named, which)
@@ -97,6 +93,12 @@ def load_model(
         raise OSError(
             f"{named} lacks the weights of {len(missing)} tensors ('{missing[0]}'), which would be random: get the "
             "whole model, or pass the one that it was made from."
+        )
+    if odd := sorted(found["mismatched_keys"]):
+        name, held, wanted = odd[0]
+        raise OSError(
+            f"{named} has the tensor '{name}' of shape {tuple(held)} in its file, and by its config.json it has "
+            f"{tuple(wanted)}: the two do not belong together, get both again."
         )
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise OSError(
@@ -125,26 +127,86 @@ def read_model_config(model: str | Path, which: str, revision: str | None = None
         ) from error
 
 
-def check_model(model: Any, which: str, revision: str | None = None) -> Any:
-    """Refuse, before gigabytes are loaded, what the configuration of a model tells; one out of reach is told of later.
+def check_model(model: Any, which: str, revision: str | None = None) -> PretrainedConfig:
+    """Refuse, before gigabytes are loaded, what the configuration and the files of a model tell.
 
     Returns:
-        transformers' class that loads the model; `None` for a loaded one, or if its configuration is out of reach.
+        Its configuration.
 
     Raises:
         ValueError, OSError: As `load_model`.
     """
-    if model is not None and not isinstance(model, (str, Path, nn.Module)):
-        raise ValueError(f"`{which}` must be a folder, a hub id or a loaded model, got {type(model).__name__}.")
-    if isinstance(model, (str, Path)):
-        if (why := why_no_model(model)) is not None:
-            message = f"The {which} model could not be loaded: {why}. Pass a hub id or a folder with config.json."
-            raise OSError(without_secrets(message))
-        with suppress(OSError):
-            return auto_class(
-                read_model_config(model, which, revision), f"The {which} model '{without_secrets(model)}'"
+    if isinstance(model, nn.Module):
+        check_loaded(model, which)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                f"`{which}` carries an adapter already, and what is made here belongs to the model alone: pass its "
+                "hub id or folder, or take the adapter off first (`result.model.unload()`)."
             )
-    return None
+        return model.config
+    if not isinstance(model, (str, Path)) or not str(model):
+        got = repr(model) if isinstance(model, str) else type(model).__name__
+        raise ValueError(f"`{which}` must be a folder, a hub id or a loaded model, got {got}.")
+    if (why := why_no_model(model)) is not None:
+        message = f"The {which} model could not be loaded: {why}. Pass a hub id or a folder with config.json."
+        raise OSError(without_secrets(message))
+    config, named = read_model_config(model, which, revision), f"The {which} model '{without_secrets(model)}'"
+    auto_class(config, named)
+    if Path(model).is_dir() and not getattr(config, "transformers_weights", None):
+        _check_files(Path(model), named)
+    return config
+
+
+def check_loaded(model: nn.Module, which: str) -> None:
+    """Refuse an object that is no language model to work on.
+
+    Raises:
+        ValueError: If it is a PeftModel, no decoder of transformers with a head, or has no weights.
+    """
+    kind = type(model).__name__
+    if isinstance(model, PeftModel):
+        raise ValueError(f"`{which}` is a PeftModel: pass its base model, `{which}.unload()` or a model id.")
+    if not isinstance(model, PreTrainedModel):
+        for inner in ("module", "_orig_mod"):  # of nn.DataParallel and torch.compile
+            if isinstance(getattr(model, inner, None), (PreTrainedModel, PeftModel)):
+                raise ValueError(f"`{which}` is wrapped in {kind}: pass the model in it, `{which}.{inner}`.")
+        raise ValueError(f"`{which}` is a {kind}, no language model of transformers: pass one, a hub id or a folder.")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"`{which}` is a {kind}, {_NO_DECODER}")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{kind} has no language-modeling head: pass a causal language model.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"`{which}` ({kind}) has weights on the meta device, where they are none or loaded piece by piece: pass a "
+            "model that is loaded whole, a hub id or a folder."
+        )
+
+
+def _check_files(folder: Path, named: str) -> None:
+    """
+    Raises:
+        OSError: If weights of a model are not in its folder, or cut off.
+    """
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)  # as transformers looks
+    first = next((name for name in names if (folder / name).is_file()), None)
+    if first is None:
+        raise OSError(f"{named} has no weights in its folder, none of {', '.join(names)}: get the whole model.")
+    shards = {first}
+    if first.endswith(".json"):
+        index = read_json_if_there(folder / first)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise OSError(f"{named} could not be loaded: its {first} is broken, get it again.")
+        shards = set(map(str, index["weight_map"].values()))
+    for shard in sorted(shards):
+        if not (folder / shard).is_file():
+            raise OSError(f"{named} could not be loaded: '{shard}', which its {first} names, is missing: get it.")
+        try:
+            if shard.endswith(".safetensors"):
+                read_header(folder / shard)
+            elif not is_zipfile(folder / shard) and (folder / shard).open("rb").read(1) != b"\x80":
+                raise ValueError(f"'{shard}' is no file that PyTorch wrote, or cut off: get it again.")
+        except (OSError, ValueError) as error:
+            raise OSError(f"{named} could not be loaded: {one_line(error)}") from error
 
 
 def auto_class(config: PretrainedConfig, named: str) -> Any:
@@ -157,10 +219,7 @@ def auto_class(config: PretrainedConfig, named: str) -> Any:
         return AutoModelForCausalLM
     if type(config) in AutoModelForImageTextToText._model_mapping and not getattr(config, "is_encoder_decoder", False):
         return AutoModelForImageTextToText
-    raise ValueError(
-        f"{named} is of the type '{config.model_type}', which is no decoder-only language model: only adapters "
-        "between decoders can be translated."
-    )
+    raise ValueError(f"{named} is of the type '{config.model_type}', {_NO_DECODER}")
 
 
 @contextmanager
@@ -190,65 +249,6 @@ def check_remote_code(error: Exception, what: str, argument: str) -> None:
             f"{what} needs code from its own repository, which is never run here: read that code, load it yourself "
             f"with `trust_remote_code=True` and pass the loaded object as `{argument}`."
         ) from None
-
-
-def load_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | str | None, model: PreTrainedModel, which: str, revision: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The given tokenizer, or the one that lies beside the model.
-
-    Raises:
-        ValueError: If no tokenizer is given and none can be found.
-    """
-    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
-        return tokenizer
-    path = tokenizer or model.name_or_path
-    shown, argument = without_secrets(path), f"{which}_tokenizer"
-    try:
-        if not path:
-            raise ValueError("The model does not say where it comes from.")
-        with secrets_removed():
-            return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except Exception as error:  # of files of strangers
-        check_remote_code(error, f"The tokenizer of '{shown}'", argument)
-        raise ValueError(
-            f"No tokenizer was found for the {which} model ('{shown}'): pass `{argument}=`. ({one_line(error)})"
-        ) from error
-
-
-def adapter_tokenizer(
-    adapter: str | Path, model: PreTrainedModel, revision: str | None = None
-) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in an adapter's folder, which it was trained with; `None` if there is none that the model can
-    read.
-
-    Args:
-        adapter: Folder or hub id.
-        model: The source model, whose embeddings must have a row for each token.
-        revision (`str`, *optional*): Hub revision of the adapter.
-    """
-    try:
-        folder = find_file(adapter, "tokenizer_config.json", revision).parent
-        for name in ("tokenizer.json", "chat_template.jinja", "special_tokens_map.json"):
-            with suppress(EntryNotFoundError):
-                find_file(adapter, name, revision)
-    except (EntryNotFoundError, OSError, ValueError):
-        return None
-    named = f"The tokenizer in the folder of the adapter '{without_secrets(adapter)}'"
-    try:
-        with secrets_removed():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # of a folder of strangers: the source's own is there
-        warnings.warn(f"{named} could not be loaded, the source model's own is used: {one_line(error)}")
-        return None
-    rows = model.get_input_embeddings().weight.shape[0]
-    if (most := max(tokenizer.get_vocab().values(), default=0)) >= rows:
-        warnings.warn(
-            f"{named} has tokens up to number {most}, the source model has {rows} rows for them: the source model's "
-            "own is used. Pass the model with resized embeddings, or `source_tokenizer`."
-        )
-        return None
-    return tokenizer
 
 
 def skeleton(config: PretrainedConfig, named: str = "The model") -> PreTrainedModel:

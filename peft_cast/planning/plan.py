@@ -343,7 +343,12 @@ def _weights(model: PreTrainedModel, bits: int | None) -> int:
 
 
 def _model(config: PretrainedConfig, which: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = skeleton(copy.deepcopy(config), f"The {which} model").to(dtype).eval().requires_grad_(False)
+    try:
+        model = skeleton(copy.deepcopy(config), f"The {which} model").to(dtype).eval().requires_grad_(False)
+    except ValueError:
+        raise
+    except Exception as error:  # a configuration may say anything
+        raise ValueError(f"The {which} model cannot be built from its configuration: {one_line(error)}") from error
     with suppress(ValueError, ImportError):  # a model that has no other attention is planned with its own
         model.set_attn_implementation("sdpa")
     return model
@@ -370,7 +375,7 @@ def _config(model: str | Path | PretrainedConfig, which: str, revision: str | No
     try:
         with secrets_removed():
             return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a configuration may say anything
         check_remote_code(error, f"The {which} model '{without_secrets(model)}'", which)
         raise ValueError(
             f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {one_line(error)} "

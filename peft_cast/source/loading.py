@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import as_peft_reads, load_model, load_on_skeleton, unload_adapters
+from ..models import as_peft_reads, check_loaded, load_model, load_on_skeleton, unload_adapters
 from ..tuner.checks import check_finite, shown
 from ..utils import adapter_folder, one_line, read_adapter_config, read_weights_header, why_no_model, without_secrets
 from .disagreement import other_tokens
@@ -50,6 +50,7 @@ def load_source(
         model = adapter.get_base_model()
         if isinstance(source, nn.Module) and source is not model:
             raise ValueError("`adapter` is a PeftModel on another model object than `source`: pass `source=None`.")
+        check_loaded(model, "source")
         return model
     if source is None:
         source, named = base_of(adapter, adapter_revision)

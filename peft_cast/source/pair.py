@@ -13,7 +13,16 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..align import ModuleMap, SharedVocabulary, layer_count, linear_layers, map_layers, map_modules, shared_vocabulary
+from ..align import (
+    ModuleMap,
+    SharedVocabulary,
+    check_offsets,
+    layer_count,
+    linear_layers,
+    map_layers,
+    map_modules,
+    shared_vocabulary,
+)
 from ..models import (
     adapter_tokenizer,
     check_model,
@@ -86,13 +95,17 @@ def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairi
     Raises:
         ValueError, OSError: As `open_pair`.
     """
-    revision = pairing.source_revision
-    if source is None and isinstance(adapters[0], (str, Path)):
+    if source is None and adapters and isinstance(adapters[0], (str, Path)):
         source, revision = base_of(adapters[0], pairing.adapter_revision)
-    check_model(source, "source", revision)
+        pairing = replace(pairing, source_revision=pairing.source_revision or revision)
+    if not (adapters and isinstance(adapters[0], PeftModel)):
+        check_model(source, "source", pairing.source_revision)
     check_model(target, "target", pairing.target_revision)
     for adapter in adapters:
         check_adapter(adapter, pairing.adapter_revision)
+    if len(adapters) > 1:  # whose models are loaded before pairs are opened
+        for adapter in adapters:
+            _open_tokenizers(source, adapter, target, pairing)
 
 
 @contextmanager
@@ -123,7 +136,7 @@ def open_pair(
         raise ValueError(
             "FSDP and ZeRO-3 shard models for good, so they take none that are loaded: pass hub ids or folders."
         )
-    on_source = None
+    on_source, tokenizers = None, _open_tokenizers(source, adapter, target, chosen)
     with ExitStack() as stack:
         stack.enter_context(distributed.hide_launcher_settings())
         if adapter is None:
@@ -145,13 +158,6 @@ def open_pair(
             target = load_target(device=device, dtype=chosen.dtype)
         if source is target:
             raise ValueError("`source` and `target` are the same object: load the model twice.")
-        own = None
-        if chosen.source_tokenizer is None and isinstance(adapter, (str, Path)):
-            own = adapter_tokenizer(adapter, source, chosen.adapter_revision)
-        tokenizers = (
-            load_tokenizer(own or chosen.source_tokenizer, source, "source", chosen.source_revision),
-            load_tokenizer(chosen.target_tokenizer, target, "target", chosen.target_revision),
-        )
         # A PeftModel as `adapter` is its source's wrapper: its own modes are restored too.
         stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
         stack.enter_context(moved(source, source_device))
@@ -162,12 +168,24 @@ def open_pair(
         layers = map_layers(layer_count(source), layer_count(target), depth_map)
         adapted = on_source.kernels if on_source else linear_layers(source)
         modules = map_modules(adapted, target, layers, chosen.module_map, source)
-        vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
+        rows = (model.get_output_embeddings().weight.shape[0] for model in (source, target))
+        vocabulary = shared_vocabulary(*tokenizers, *rows)
         yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision)
 
 
-def _rows(model: PreTrainedModel) -> int:
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no language-modeling head: pass a causal language model.")
-    return head.weight.shape[0]
+def _open_tokenizers(
+    source: Any, adapter: Any, target: Any, pairing: Pairing
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Those of source and target, held against the models, which may be loaded later."""
+    own = None
+    if isinstance(adapter, PeftModel):
+        source = adapter.get_base_model()
+    elif adapter is not None and pairing.source_tokenizer is None:
+        own = adapter_tokenizer(adapter, source, pairing.adapter_revision, pairing.source_revision)
+    tokenizers = (
+        load_tokenizer(own or pairing.source_tokenizer, source, "source", pairing.source_revision),
+        load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision),
+    )
+    for tokenizer, which in zip(tokenizers, ("source", "target")):
+        check_offsets(tokenizer, which)
+    return tokenizers

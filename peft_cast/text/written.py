@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import SampleTopK, continuations, seeded
+from ..models import SampleTopK, continuations, render_chats, seeded
 from ..utils import distributed
 from .corpus import read_corpus
 from .samples import TextSample
@@ -174,11 +174,9 @@ def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) 
     if not has_template:
         raise ValueError("`chat=True`, but the source tokenizer has no chat template: pass `prompts` or `template`.")
     turns = [[{"role": "user", "content": text}] for text in plain]
-    source, target = (
-        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        # A target without a template will be prompted as the adapter was trained.
-        for tokenizer in (source_tokenizer, target_tokenizer if target_tokenizer.chat_template else source_tokenizer)
-    )
+    source = render_chats(source_tokenizer, turns, "source")
+    # A target without a template will be prompted as the adapter was trained.
+    target = render_chats(target_tokenizer, turns, "target") if target_tokenizer.chat_template else source
     return [TextSample("", *asked, rendered=True) for asked in zip(source, target)]
 
 

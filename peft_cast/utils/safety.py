@@ -34,6 +34,10 @@ _COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|experts?|blocks?|stages?)|depths?
 HIDDEN = "***"
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+# What follows the Hub's host in an address, or any other address.
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:[^/@]*@)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]*[^?#/])/?(?:[?#].*)?|\w+://.*"
+)
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 # Settings with which PEFT would import a module that the file names.
 _IMPORTS = ("megatron_config",)
@@ -124,14 +128,37 @@ def looks_like_path(name: Any) -> bool:
     return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or "\\" in str(name)
 
 
+def why_no_name(name: str | Path) -> str | None:
+    """What is wrong with what is neither a folder nor a hub id: web addresses, folders that are not there, and files
+    of llama.cpp.
+    """
+    text, folder = str(name), Path(str(name))
+    if text.endswith(".gguf") or (not list(folder.glob("*.json")) and list(folder.glob("*.gguf"))):
+        return f"'{text}' is in llama.cpp's format GGUF, made from what is wanted here"
+    if folder.exists():
+        return None
+    if (found := _ADDRESS.fullmatch(text)) is None:
+        return f"there is no folder '{name}'" if looks_like_path(name) else None
+    parts = (found[1] or "").split("/")
+    if len(parts) < 2 or parts[0] in ("datasets", "spaces"):
+        return f"'{text}' is an address of something else than a model or adapter on the Hub"
+    hub_id, revision = parts[:2], "main"
+    if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve"):  # a folder's page, or a file's
+        hub_id, revision = hub_id + (parts[4:] if parts[2] == "tree" else parts[4:-1]), parts[3]
+    also = f", its revision '{revision}'" if revision != "main" else ""
+    return f"'{text}' is a web address, its hub id is '{'/'.join(hub_id)}'{also}"
+
+
 def why_no_model(model: Any) -> str | None:
     """What is wrong with what was passed as a model, if that can be seen in the folder; `None` if not."""
     folder = Path(str(model))
+    if (why := why_no_name(model)) is not None:
+        return why
     if folder.is_dir() and not (folder / "config.json").is_file():
         kind = "an adapter, not a model" if (folder / CONFIG_NAME).is_file() else "no model: it has no config.json"
         return f"'{folder}' holds {kind}"
-    if not folder.exists() and (looks_like_path(model) or hub_parts(str(model))[1]):
-        return f"there is no folder '{model}'"
+    if not folder.exists() and hub_parts(str(model))[1]:
+        return f"there is no folder '{model}', and in subfolders of a repository on the Hub only adapters are read"
     return f"'{folder}' is a file" if folder.is_file() else None
 
 
@@ -140,6 +167,8 @@ def _why_no_adapter(adapter: Any) -> str | None:
     if not isinstance(adapter, (str, Path)):
         return f"a {type(adapter).__name__} is no name of one: pass a hub id or a folder with {CONFIG_NAME}"
     folder = Path(str(adapter))
+    if (why := why_no_name(adapter)) is not None:
+        return f"{why}: pass a hub id or a folder with {CONFIG_NAME}"
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         return f"'{folder}' {_held_instead(adapter, None)}"
     if not folder.exists() and looks_like_path(adapter):
@@ -385,6 +414,8 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # PEFT lists every mismatched tensor below a heading; one is enough.
     line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
-    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not line:
+    if line.endswith(":"):  # what follows is what it says
+        line = " ".join(lines)
+    if isinstance(error, (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)) or not line:
         line = f"its settings do not make sense together, {type(error).__name__}"
     return line if line.endswith((".", "!", "?")) else f"{line}."

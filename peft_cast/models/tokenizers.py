@@ -1,0 +1,194 @@
+"""Tokenizers: the given one, the adapter's or the model's own, held against the model before that is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import EntryNotFoundError
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..utils import hub_parts, one_line, secrets_removed, without_secrets
+from ..utils.safety import find_file, why_no_name
+from .loading import check_loaded, check_model, check_remote_code
+
+
+# English of every letter, in which a tokenizer of text knows more than the half.
+_PLAIN = "The quick brown fox jumps over the lazy dog."
+
+
+def load_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | str | Path | None,
+    model: PreTrainedModel | str | Path,
+    which: str,
+    revision: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """The given tokenizer, or the one that lies beside the model.
+
+    Args:
+        tokenizer: A tokenizer, or a hub id or folder of one.
+        model: Its model, loaded or to be loaded: the embeddings must have a row for each token.
+        which (`str`): "source" or "target".
+        revision (`str`, *optional*): Hub revision of the model.
+
+    Raises:
+        ValueError: If none is given and none can be found, or it does not fit the model.
+        ValueError, OSError: As `check_model`.
+    """
+    argument, rows = f"{which}_tokenizer", _rows(model, which, revision)
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path, PreTrainedTokenizerBase)):
+        raise ValueError(
+            f"`{argument}` must be a tokenizer, or a folder or hub id of one, got {type(tokenizer).__name__}."
+        )
+    own = model.name_or_path if isinstance(model, nn.Module) else model
+    path = getattr(tokenizer, "name_or_path", tokenizer or own)
+    shown = without_secrets(path)
+    named = f"The tokenizer of the {which} model ('{shown}')" if path else f"`{argument}`"
+    try:
+        found = _read(tokenizer or own, revision if str(path) == str(own) else None)
+    except Exception as error:  # of files of strangers
+        check_remote_code(error, f"The tokenizer of '{shown}'", argument)
+        instead = f"pass `{argument}=`. ({one_line(error)})"
+        if isinstance(error, ImportError):
+            why = f"{named} needs a package that is missing: install it, or {instead}"
+        elif isinstance(error, OSError):
+            why = f"No tokenizer was found for the {which} model ('{shown}'): {instead}"
+        else:
+            why = f"{named} cannot be read: get its files again, or {instead}"
+        raise ValueError(why) from error
+    if (why := _beyond(found, rows)) is not None:
+        raise ValueError(
+            f"{named} {why}: pass one that belongs to the model as `{argument}`, or the model with resized embeddings."
+        )
+    if not _knows_text(found):
+        warnings.warn(f"{named} knows hardly a token of plain English text: if it should, pass another `{argument}`.")
+    return found
+
+
+def adapter_tokenizer(
+    adapter: str | Path, model: PreTrainedModel | str | Path, revision: str | None = None, of_model: str | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in an adapter's folder, which it was trained with; `None` if there is none that the model can
+    read.
+
+    Args:
+        adapter: Folder or hub id.
+        model: The source model, whose embeddings must have a row for each token.
+        revision (`str`, *optional*): Hub revision of the adapter.
+        of_model (`str`, *optional*): Hub revision of the model.
+    """
+    named = f"The tokenizer in the folder of the adapter '{without_secrets(adapter)}'"
+    if not _holds(adapter, "tokenizer_config.json", revision):
+        parts = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
+        if part := next((name for name in parts if _holds(adapter, name, revision)), None):
+            warnings.warn(
+                f"The folder of the adapter '{without_secrets(adapter)}' holds {part} without tokenizer_config.json: "
+                "the source model's own tokenizer is used. Pass `source_tokenizer` if it was trained with another."
+            )
+        return None
+    try:
+        tokenizer = _read(adapter, revision)
+    except Exception as error:  # of a folder of strangers: the source's own is there
+        warnings.warn(f"{named} could not be loaded, the source model's own is used: {one_line(error)}")
+        return None
+    why = _beyond(tokenizer, _rows(model, "source", of_model))
+    if why is None and not _knows_text(tokenizer):
+        why = "knows hardly a token of plain English text"
+    if why is not None:
+        warnings.warn(
+            f"{named} {why}: the source model's own is used. Pass the model with resized embeddings, or "
+            "`source_tokenizer`."
+        )
+        return None
+    return tokenizer
+
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Mapping[str, Any]]], which: str
+) -> list[str]:
+    """Each chat in the tokenizer's chat template, up to where the model answers.
+
+    Args:
+        tokenizer: One with a chat template.
+        chats: For each its messages, with `role` and `content`.
+        which (`str`): Whose it is, "source" or "target".
+
+    Raises:
+        ValueError: If the template does not take them.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(chats), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a stranger's program
+        raise ValueError(
+            f"The chat template of the {which} tokenizer fails on a user's turn ({one_line(error)}): pass `prompts`, "
+            f"`prefix` or `template`, or a tokenizer with another one as `{which}_tokenizer`."
+        ) from error
+
+
+def _read(tokenizer: PreTrainedTokenizerBase | str | Path, revision: str | None) -> PreTrainedTokenizerBase:
+    """A tokenizer that is given, or lies in a folder or on the hub, `user/repo` or `user/repo/subfolder`."""
+    if isinstance(tokenizer, (str, Path)):
+        if not str(tokenizer):
+            raise FileNotFoundError("The model does not say where it comes from.")
+        if (why := why_no_name(tokenizer)) is not None:
+            raise FileNotFoundError(f"{why}.")
+        place, subfolder = (str(tokenizer), None) if Path(tokenizer).is_dir() else hub_parts(tokenizer)
+        options = {"subfolder": subfolder or "", "revision": revision, "trust_remote_code": False}
+        try:
+            with secrets_removed():
+                tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        except ValueError as error:
+            if "instantiate the backend tokenizer" in str(error):
+                why = "There is no tokenizer.json, and no other vocabulary that the installed packages can read."
+                raise FileNotFoundError(why) from error
+            raise
+    added = tokenizer.added_tokens_decoder
+    if sum(number not in added for number in tokenizer.get_vocab().values()) < 2:
+        raise ValueError("It has no vocabulary but its special tokens, so a file of it is missing.")
+    return tokenizer
+
+
+def _holds(adapter: str | Path, name: str, revision: str | None) -> bool:
+    try:
+        find_file(adapter, name, revision)
+    except (EntryNotFoundError, OSError, ValueError):
+        return False
+    return True
+
+
+def _rows(model: PreTrainedModel | str | Path, which: str, revision: str | None) -> int | None:
+    """How many tokens the model has an embedding for; `None` if its configuration does not say."""
+    if isinstance(model, nn.Module):
+        check_loaded(model, which)  # but not for an adapter, with which a PeftModel's own may come
+        return model.get_input_embeddings().weight.shape[0]
+    return getattr(check_model(model, which, revision).get_text_config(), "vocab_size", None)
+
+
+def _beyond(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str | None:
+    """Why a model with so many embeddings cannot read what the tokenizer writes; `None` if it can.
+
+    Tokens of other kinds of input may lie beyond the embeddings (Gemma 3's `<image_soft_token>`), and so may one for
+    padding: no text has them.
+    """
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    template, always = str(tokenizer.chat_template or ""), {tokenizer.eos_token_id, *tokenizer("").input_ids}
+    beyond = {
+        number: token
+        for token, number in vocabulary.items()
+        if rows is not None
+        and number >= rows
+        and (number not in added or not added[number].special or number in always or token in template)
+    }
+    if not beyond:
+        return None
+    most = max(beyond)
+    return f"has tokens up to number {most} ('{beyond[most]}'), and the model has {rows} rows for them"
+
+
+def _knows_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = tokenizer(_PLAIN, add_special_tokens=False).input_ids
+    unknown = {tokenizer.unk_token_id, *tokenizer.all_special_ids}
+    return 2 * sum(number not in unknown for number in ids) > len(ids)
