@@ -79,8 +79,8 @@ def test_saved_bridges_are_the_same(same, tmp_path):
     with torch.no_grad():
         assert torch.equal(first(INPUTS).logits, second(INPUTS).logits)
     # q, k and v read the same: their map is kept once
-    attention = again.maps.kernels["model.layers.0.self_attn.q_proj"][0].P_in
-    assert attention is again.maps.kernels["model.layers.0.self_attn.v_proj"][0].P_in
+    attention = again.maps.kernels["model.layers.0.self_attn.q_proj"][0].P_in.factors[0]
+    assert attention is again.maps.kernels["model.layers.0.self_attn.v_proj"][0].P_in.factors[0]
     assert (tmp_path / "bridge" / BRIDGE_WEIGHTS_NAME).exists() and (tmp_path / "bridge" / "README.md").exists()
 
 

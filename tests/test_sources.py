@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import peft_cast
 from peft_cast.models import skeleton
 from peft_cast.models.restoring import untouched
-from peft_cast.source.kernels import _cut, _leading
+from peft_cast.source.kernels import leading_triplets, low_rank_kernel
 from peft_cast.source.loading import adapted_source, check_adapter
 
 
@@ -303,11 +303,11 @@ def test_default_rank_keeps_low_ranks_whole_and_cuts_high_ones():
     torch.manual_seed(0)
     low = torch.randn(200, 64, dtype=torch.float64) @ torch.randn(64, 300, dtype=torch.float64)
     full = torch.randn(200, 300, dtype=torch.float64)
-    kernel, error = _cut(low, None, default=16)
+    kernel, error = low_rank_kernel(low, None, default=16)
     assert len(kernel.A) == 64 and error < 1e-6
-    kernel, error = _cut(full, None, default=16)
+    kernel, error = low_rank_kernel(full, None, default=16)
     assert len(kernel.A) == 16 and 0.5 < error < 1
-    assert len(_cut(full, 20, default=16)[0].A) == 20
+    assert len(low_rank_kernel(full, 20, default=16)[0].A) == 20
 
 
 def test_leading_directions_of_a_large_delta_are_those_of_the_full_decomposition():
@@ -315,7 +315,7 @@ def test_leading_directions_of_a_large_delta_are_those_of_the_full_decomposition
     spectrum = torch.linspace(0, -6, 900, dtype=torch.float64).exp()
     left, right = (torch.linalg.qr(torch.randn(n, 900, dtype=torch.float64)).Q for n in (1000, 900))
     delta = (left * spectrum) @ right.T
-    U, S, Vh = _leading(delta, 64)  # few of many: by iteration
+    U, S, Vh = leading_triplets(delta, 64)  # few of many: by iteration
     best = (left[:, :64] * spectrum[:64]) @ right[:, :64].T
     least = (delta - best).norm()
     assert S.shape == (64,) and (delta - (U * S) @ Vh).norm() < 1.001 * least

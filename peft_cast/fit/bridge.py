@@ -375,19 +375,6 @@ def fit_bridge(
         "max_length": training.max_length,
         "r2_in": mean(fit.r2_in for fit in fits),
         "r2_out": mean(fit.r2_out for fit in fits),
+        "numbers": sum({id(t): t.numel() for fit in fits for side in fit.maps for t in side.factors}.values()),
     }
-    return Bridge(_rounded(maps), pair.modules, *sides, metrics)
-
-
-def _rounded(maps: ClosedForm[PlaceMaps]) -> ClosedForm[PlaceMaps]:
-    """The maps in bfloat16; what modules share (q, k and v their P_in) they go on sharing."""
-    known: dict[int, torch.Tensor] = {}
-
-    def rounded(tensor: torch.Tensor) -> torch.Tensor:
-        return known.setdefault(id(tensor), tensor.to(torch.bfloat16))
-
-    kernels = {
-        name: [replace(m, P_in=rounded(m.P_in), P_out=rounded(m.P_out)) for m in fits]
-        for name, fits in maps.kernels.items()
-    }
-    return replace(maps, kernels=kernels)
+    return Bridge(maps, pair.modules, *sides, metrics)

@@ -11,10 +11,12 @@ fitted directly (r outputs instead of in_S or out_S), with the same result at a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
@@ -34,11 +36,17 @@ from ..align import (
 from ..models import Captured, capture, free_memory, layer_outputs, next_token_loss, shared_head
 from ..source import LoraKernel
 from ..utils import distributed
-from .maps import ClosedForm, KernelFit, PlaceMaps
+from .maps import ClosedForm, KernelFit, Map, PlaceMaps
 from .moments import HELD_OUT, Moments, RidgeFit
 
 
 PASS_TOKENS = 2048  # in one process
+# Of a target place's weights, the share that each of a bridge's maps on it may take: a fifth for both.
+ROOM = 0.1
+LEAST_RANK = 16  # of such a map
+
+
+Goals: TypeAlias = Callable[[str], tuple[int, int]]  # source place → how many numbers of it are explained, in and out
 
 
 class _Regressions:
@@ -101,26 +109,54 @@ class _Regressions:
             y = torch.cat([seen[s][1] for s in self.module_map.kernels[name]], dim=1)
             moments.update(target.gradient(name)[at_target], y, held_out, elsewhere)
 
-    def solve(self, ridge: float | None) -> dict[str, list]:
-        into: dict[tuple[str, str], tuple[torch.Tensor, float]] = {}
+    def solve(self, ridge: float | None, weights: Callable[[str], int]) -> dict[str, list]:
+        """The fits of every target place; `weights` is how many numbers a place has, which bounds a bridge's maps."""
+        into: dict[tuple[str, str], tuple[Map, float]] = {}
         for names, columns, moments in zip(self.input_groups, self.columns, self.inputs):
-            blocks = [self.widths[s][0] for s in columns]
-            fit = moments.solve(blocks, ridge)
-            found = dict(zip(columns, zip((w.cpu() for w in fit.weight.split(blocks)), fit.r2.tolist())))
+            room = sum(map(weights, names)) // len(columns)
+            guesses = [self._guess(s, 0, moments) for s in columns]
+            found = dict(
+                zip(columns, self._solved(moments, [self.widths[s][0] for s in columns], ridge, guesses, room))
+            )
             for name in names:
                 into.update({(name, s): found[self.same_input[s]] for s in self.module_map.kernels[name]})
         fits: dict[str, list] = {}
         kind = PlaceMaps if self.kernels is None else KernelFit
         for name, moments in self.outputs.items():
             sources = self.module_map.kernels[name]
-            blocks = [self.widths[s][1] for s in sources]
+            blocks, room = [self.widths[s][1] for s in sources], weights(name) // len(sources)
+            guesses = [self._guess(s, 1, moments) for s in sources]
             # Gradients are noisy and heavy-tailed, activations are not: their strengths differ by orders of magnitude.
-            fit = moments.solve(blocks, ridge, start=1.0)
+            solved = self._solved(moments, blocks, ridge, guesses, room, start=1.0)
             fits[name] = [
-                kind(s, into[name, s][0], weight.T.contiguous().cpu(), into[name, s][1], r2)
-                for s, weight, r2 in zip(sources, fit.weight.split(blocks), fit.r2.tolist())
+                kind.of(s, into[name, s][0], found.T, into[name, s][1], r2) for s, (found, r2) in zip(sources, solved)
             ]
         return fits
+
+    def _guess(self, source: str, side: int, moments: Moments) -> torch.Tensor | None:
+        """The map of a source place as if target and source were one model, if its shape allows."""
+        if self.kernels is None:
+            width = self.widths[source][side]
+            return torch.eye(width) if width == len(moments.xx) else None
+        kernel = self.kernels[source]
+        map_if_same = kernel.B.T if side else kernel.A
+        return map_if_same if map_if_same.shape[1] == len(moments.xx) else None
+
+    def _solved(
+        self,
+        moments: Moments,
+        blocks: list[int],
+        ridge: float | None,
+        guesses: list[torch.Tensor | None],
+        room: int,
+        start: float = 1e-2,
+    ) -> list[tuple[Map, float]]:
+        """For each block of outputs its map and R²; without kernels as two factors that fit into `room` numbers."""
+        fit = moments.solve(blocks, ridge, start, guesses)
+        if self.kernels is not None:
+            return [(Map((weight.cpu(),)), r2) for weight, r2 in zip(fit.weight.split(blocks), fit.r2.tolist())]
+        ranks = [max(LEAST_RANK, int(ROOM * room) // (size + len(moments.xx))) for size in blocks]
+        return list(zip(*moments.cut(fit, blocks, ranks)))
 
 
 def fit_closed_form(
@@ -177,7 +213,9 @@ def fit_closed_form(
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
     memory = distributed.all_reduce_min(free_memory(target.device) // 2) if memory is None else memory
     held_out = held_out_positions([sum(_positions(batch)) for batch in batches], distributed.world_size())
-    groups = layer_groups(module_map, target, memory, held_out)
+    # Of kernels a few numbers are explained, of a bridge's maps all of the source's.
+    goals = partial(place_widths, source) if kernels is None else lambda name: (len(kernels[name].A),) * 2
+    groups = layer_groups(module_map, target, memory, held_out, goals)
     passes = batches * len(groups)
     work = iter(progress(passes) if progress else passes)
     found: dict[str, list] = {}
@@ -220,14 +258,20 @@ def held_out_positions(batches: Sequence[int], processes: int) -> int:
     return min(HELD_OUT, sum(batches[number] for number in held_out_batches(len(batches)))) // processes
 
 
-def layer_groups(module_map: ModuleMap, target: PreTrainedModel, memory: int, held_out: int) -> list[ModuleMap]:
+def layer_groups(
+    module_map: ModuleMap, target: PreTrainedModel, memory: int, held_out: int, goals: Goals | None = None
+) -> list[ModuleMap]:
     """The module map in parts of consecutive target layers, each as large as what is kept of it fits into `memory`
     bytes.
+
+    Args:
+        goals: As in `moments_size`.
     """
     groups: list[dict[str, list[str]]] = []
     used, last = 0, None
     for name, sources in module_map.kernels.items():
-        layer, size = layer_path(name), moments_size(target, name, held_out)
+        explained = [sum(widths) for widths in zip(*map(goals, sources))] if goals else (0, 0)
+        layer, size = layer_path(name), moments_size(target, name, held_out, explained)
         if not groups or (used + size > memory and layer != last):
             groups.append({})
             used = 0
@@ -237,14 +281,20 @@ def layer_groups(module_map: ModuleMap, target: PreTrainedModel, memory: int, he
     return [replace(module_map, kernels=group) for group in groups]
 
 
-def moments_size(target: PreTrainedModel, place: str, held_out: int) -> int:
-    """Bytes kept of one target place: the float32 squares of its widths, and its `held_out` positions as they are.
+def moments_size(target: PreTrainedModel, place: str, held_out: int, explained: Sequence[int] = (0, 0)) -> int:
+    """Bytes kept of one target place: the float32 squares of its widths, and its `held_out` positions as they are;
+    likewise of what its inputs and its gradients explain, so many numbers each.
 
     Inputs that modules share are counted for each of them: rather too much than too little.
     """
-    module = target.get_submodule(split_place(place)[0])
-    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return sum(width * (4 * width + held_out * target.dtype.itemsize) for width in _get_in_out_features(module))
+    sides = zip(place_widths(target, place), explained)
+    return sum(4 * width * (width + y) + held_out * (target.dtype.itemsize * width + 4 * y) for width, y in sides)
+
+
+def place_widths(model: PreTrainedModel, place: str) -> tuple[int, int]:
+    """Inputs and outputs of the module that a place is in."""
+    module = model.get_submodule(split_place(place)[0])
+    return _get_in_out_features(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
 
 
 def _fit_group(
@@ -300,7 +350,7 @@ def _fit_group(
             for seen in (at_source, at_target, source_states, target_states):
                 seen.clear()
     states = {path: moments.solve([moments.yy.shape[0]], ridge) for path, moments in hidden_moments.items()}
-    return regressions.solve(ridge), states
+    return regressions.solve(ridge, lambda name: math.prod(place_widths(target, name))), states
 
 
 def _pass(model: PreTrainedModel, inputs: dict, token_ids: torch.Tensor) -> None:

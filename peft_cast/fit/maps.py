@@ -4,11 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from ..source import LoraKernel
+
+
+@dataclass(frozen=True)
+class Map:
+    """A matrix as it is kept.
+
+    Args:
+        factors (`tuple[torch.Tensor, ...]`): One, or two that are multiplied.
+        plus_identity (`bool`): Whether the identity is added to it.
+    """
+
+    factors: tuple[torch.Tensor, ...]
+    plus_identity: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.factors[0].shape[0], self.factors[-1].shape[1]
+
+    def after(self, A: torch.Tensor) -> torch.Tensor:
+        """`A @ self`, A (n, rows) → (n, columns), float32."""
+        product = A
+        for factor in self.factors:
+            product = product @ factor.float()
+        return product + A if self.plus_identity else product
+
+    @property
+    def T(self) -> Map:
+        return Map(tuple(factor.T.contiguous() for factor in reversed(self.factors)), self.plus_identity)
+
+    def check(self, place: str) -> None:
+        """
+        Raises:
+            ValueError: If the factors do not fit each other, or the identity them.
+        """
+        fitting = all(one.shape[1] == other.shape[0] for one, other in pairwise(self.factors))
+        if not self.factors or not fitting or (self.plus_identity and self.shape[0] != self.shape[1]):
+            raise ValueError(f"the factors of a map on '{place[:200]}' do not fit each other")
 
 
 @dataclass(frozen=True)
@@ -29,10 +67,20 @@ class KernelFit:
     r2_in: float
     r2_out: float
 
+    @classmethod
+    def of(cls, source_place: str, into: Map, out_of: Map, r2_in: float, r2_out: float) -> KernelFit:
+        """From what `maps` gives.
+
+        Raises:
+            ValueError: If one of them is in factors.
+        """
+        (A_P_in,), (P_out_B,) = into.factors, out_of.factors
+        return cls(source_place, A_P_in, P_out_B, r2_in, r2_out)
+
     @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def maps(self) -> tuple[Map, Map]:
         """The projections, in and out."""
-        return self.A_P_in, self.P_out_B
+        return Map((self.A_P_in,)), Map((self.P_out_B,))
 
 
 @dataclass(frozen=True)
@@ -42,19 +90,24 @@ class PlaceMaps:
 
     Args:
         source_place (`str`): The source place.
-        P_in (`torch.Tensor`): Shape (in_S, in_T).
-        P_out (`torch.Tensor`): Shape (out_T, out_S), of a place in a fused module its rows.
+        P_in (`Map`): Shape (in_S, in_T).
+        P_out (`Map`): Shape (out_T, out_S), of a place in a fused module its rows.
         r2_in, r2_out (`float`): As in `KernelFit`, of all of the place's inputs and gradients.
     """
 
     source_place: str
-    P_in: torch.Tensor
-    P_out: torch.Tensor
+    P_in: Map
+    P_out: Map
     r2_in: float
     r2_out: float
 
+    @classmethod
+    def of(cls, source_place: str, into: Map, out_of: Map, r2_in: float, r2_out: float) -> PlaceMaps:
+        """From what `maps` gives."""
+        return cls(source_place, into, out_of, r2_in, r2_out)
+
     @property
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def maps(self) -> tuple[Map, Map]:
         """The maps, in and out."""
         return self.P_in, self.P_out
 
@@ -65,12 +118,13 @@ class PlaceMaps:
             ValueError: If the kernel does not have the source model's shapes.
         """
         A, B = kernel.A.float().cpu(), kernel.B.float().cpu()
-        if A.shape[1] != self.P_in.shape[0] or B.shape[0] != self.P_out.shape[1]:
+        inputs, outputs = self.P_in.shape[0], self.P_out.shape[1]
+        if A.shape[1] != inputs or B.shape[0] != outputs:
             raise ValueError(
                 f"The adapter's kernel on '{self.source_place}' is {A.shape[1]} → {B.shape[0]}, the bridge's source "
-                f"model has {self.P_in.shape[0]} → {self.P_out.shape[1]} there: the adapter belongs to another model."
+                f"model has {inputs} → {outputs} there: the adapter belongs to another model."
             )
-        return KernelFit(self.source_place, A @ self.P_in.float(), self.P_out.float() @ B, self.r2_in, self.r2_out)
+        return KernelFit(self.source_place, self.P_in.after(A), self.P_out.T.after(B.T).T, self.r2_in, self.r2_out)
 
 
 FitOrMaps = TypeVar("FitOrMaps", bound=KernelFit | PlaceMaps)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..tuner.checks import FLOATS, check_finite, check_number, is_name, read_header, shown
 from ..utils import one_line, write_tensors
-from .maps import ClosedForm, FitOrMaps
+from .maps import ClosedForm, FitOrMaps, Map
 
 
 def save_closed_form(fit: ClosedForm[Any], file: Path) -> None:
@@ -21,11 +21,15 @@ def save_closed_form(fit: ClosedForm[Any], file: Path) -> None:
     tensors = {f"hidden.{path}": weight.contiguous().cpu() for path, weight in fit.hidden_maps.items()}
     names: dict[int, str] = {}  # modules may share a map (those of a bridge): it is written once
 
-    def written(tensor: torch.Tensor, name: str) -> str:
-        if id(tensor) not in names:
-            names[id(tensor)] = name
-            tensors[name] = tensor.cpu().clone(memory_format=torch.contiguous_format)  # no view of another one
-        return names[id(tensor)]
+    def written(side: str, found: Map, name: str) -> dict[str, Any]:
+        keys = []
+        for i, tensor in enumerate(found.factors):
+            if id(tensor) not in names:
+                names[id(tensor)] = key = f"{side}.{name}.{i}" if i else f"{side}.{name}"
+                tensors[key] = tensor.cpu().clone(memory_format=torch.contiguous_format)  # no view of another one
+            keys.append(names[id(tensor)])
+        # One key alone is how files up to version 0.1 name a matrix.
+        return {side: keys if len(keys) > 1 else keys[0], f"{side}_plus_identity": found.plus_identity}
 
     kernels = {
         name: [
@@ -33,8 +37,8 @@ def save_closed_form(fit: ClosedForm[Any], file: Path) -> None:
                 "source_place": f.source_place,
                 "r2_in": f.r2_in,
                 "r2_out": f.r2_out,
-                "in": written(f.tensors[0], f"in.{i}.{name}"),
-                "out": written(f.tensors[1], f"out.{i}.{name}"),
+                **written("in", f.maps[0], f"{i}.{name}"),
+                **written("out", f.maps[1], f"{i}.{name}"),
             }
             for i, f in enumerate(fits)
         ]
@@ -68,12 +72,19 @@ def load_closed_form(file: Path, kind: type[FitOrMaps]) -> ClosedForm[FitOrMaps]
                 check_finite(key, found)
                 return found
 
+            def read(entry: dict, side: str, place: str) -> Map:
+                keys = entry[side] if isinstance(entry[side], list) else [entry[side]]
+                found = Map(tuple(map(tensor, keys)), entry.get(f"{side}_plus_identity", False) is True)
+                found.check(place)
+                return found
+
             def fit(entry: dict) -> Any:
                 place = entry.get("source_place", entry.get("source_module"))  # its name up to version 0.1
                 if not is_name(place):
                     raise ValueError(f"it has a module called {shown(place)}")
                 numbers = {name: _finite(name, entry[name]) for name in ("r2_in", "r2_out")}
-                return kind(str(place), tensor(entry["in"]), tensor(entry["out"]), **numbers)
+                maps = [read(entry, side, str(place)) for side in ("in", "out")]
+                return kind.of(str(place), *maps, **numbers)
 
             hidden_r2 = {path: _finite("hidden_r2", r2) for path, r2 in metadata["hidden_r2"].items()}
             check_number("`positions`", metadata["positions"], 0, whole=True)

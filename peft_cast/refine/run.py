@@ -254,7 +254,9 @@ def described(options: Options, pair: Pair, *, text: Any, first_maps: Any = None
     for name in ("text", "fit_text"):
         found[name] = None if found[name] is None else _hash(_plain(found[name]))
     fits = [fit for fits in first_maps.maps.kernels.values() for fit in fits] if first_maps is not None else ()
-    found["bridge"] = _hash([_head(tensor) for fit in fits for tensor in fit.tensors]) if fits else None
+    found["bridge"] = (
+        _hash([_head(tensor) for fit in fits for side in fit.maps for tensor in side.factors]) if fits else None
+    )
     found["training_args"] = {
         name: value
         for name, value in (found["training_args"] or {}).items()

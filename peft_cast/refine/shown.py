@@ -25,6 +25,7 @@ from ..text import (
     SelfWritten,
     TextSample,
     align_shown,
+    come_to_an_end,
     how_many_held_out,
     shown_prompts,
     write_answers,
@@ -107,6 +108,7 @@ def shown_if_asked(
     spec = replace(spec, temperature=min(spec.temperature, TEMPERATURE), on_policy=False)
     prompts = shown_prompts(texts.answers, tokenizer, training.seed, spec.max_new_tokens)
     samples = write_answers(pair.target, tokenizer, prompts, spec, training.seed, partial(bar, desc="showing"), keep)
+    samples = list(come_to_an_end(samples, tokenizer, spec.max_new_tokens))
     pairs = list(dict.fromkeys(align_shown(tokenizer, samples, training.max_length)))
     if len(pairs) < 3:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from .files import check_is_read, read_files, read_holdings, weights_file
 from .holdings import VERBS, Holdings, by_reason, list_not_carried, list_reasons
-from .kernels import LoraKernel, SourceAdapter, count_parameters
+from .kernels import LoraKernel, SourceAdapter, count_parameters, leading_triplets
 from .kinds import SAVED, TOWER
 from .loading import adapted_source, base_of, check_adapter, load_source
 from .pair import Pair, check_pair, open_pair

@@ -183,7 +183,7 @@ def read_adapter(
             if bias.any():
                 rest[name, BIAS] = None
             if delta.any():
-                kernels[name], errors[name] = _cut(delta, rank, default_rank(config))
+                kernels[name], errors[name] = low_rank_kernel(delta, rank, default_rank(config))
     if getattr(config, "alora_invocation_tokens", None) and kernels:
         rest[EVERYWHERE, ALORA] = None
     kind = kind_of(config)
@@ -315,7 +315,7 @@ def _measure(
     return delta * (delta.norm() > noise), bias * (bias.norm() > noise)
 
 
-def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[LoraKernel, float]:
+def low_rank_kernel(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[LoraKernel, float]:
     """The best kernel of a rank for `delta` (out, in), float64, and its relative Frobenius error (Eckart-Young).
 
     A whole `rank` is that rank, or less if less is exact; a share is the least rank that keeps this share of the
@@ -323,7 +323,7 @@ def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[L
     `default`.
     """
     most = None if isinstance(rank, float) else max(rank or 0, default, EXACT_UP_TO)
-    U, S, Vh = _leading(delta, most)
+    U, S, Vh = leading_triplets(delta, most)
     energy, total = S.square().cumsum(0), delta.square().sum()
     exact = int((energy < (1 - _EXACT**2) * total).sum()) + 1
     k = int((energy < rank * total).sum()) + 1 if isinstance(rank, float) else kept_rank(exact, rank, default)
@@ -334,7 +334,7 @@ def _cut(delta: torch.Tensor, rank: int | float | None, default: int) -> tuple[L
     return LoraKernel(A, B, 1.0), float(error)
 
 
-def _leading(delta: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def leading_triplets(delta: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `count` leading singular triplets U (out, k), S (k,), Vh (k, in); all when `count` is `None`.
 
     Where few of many are wanted, by subspace iteration: the cost of a full decomposition grows with the cube of the

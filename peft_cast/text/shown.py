@@ -38,21 +38,30 @@ def shown_prompts(
         ValueError: If there are too few answers.
     """
     end, draw = f"{tokenizer.eos_token or ''}\n\n", random.Random(seed)
-    lengths = [len(tokenizer(sample.text, add_special_tokens=False).input_ids) for sample in samples]
-    whole = [i for i, length in enumerate(lengths) if longest is None or length < longest]
-    if len(whole) <= EXAMPLES:  # an adapter that never ends has no end to show
-        whole = list(range(len(samples)))
+    whole = come_to_an_end(samples, tokenizer, longest)
     if len(whole) <= EXAMPLES:
         raise ValueError(
             f"The adapted source gave {len(samples)} answers, and more than {EXAMPLES} are needed to show the target "
             "how to answer: pass more prompts, or more `steps`, which read more text."
         )
     prompts = []
-    for i, sample in enumerate(samples):
-        few = [samples[j] for j in draw.sample([j for j in whole if j != i], EXAMPLES)]
+    for sample in samples:
+        few = draw.sample([one for one in whole if one is not sample], EXAMPLES)
         before = "".join(f"{one.target_prompt}{one.text}{end}" for one in few)
         prompts.append(replace(sample, text="", source_prompt=before + sample.target_prompt))
     return prompts
+
+
+def come_to_an_end(
+    samples: Sequence[TextSample], tokenizer: PreTrainedTokenizerBase, longest: int | None
+) -> Sequence[TextSample]:
+    """The samples whose text is shorter than `longest` tokens; all of them where hardly one is.
+
+    An answer that was cut shows no end, and is often a loop.
+    """
+    lengths = [len(tokenizer(sample.text, add_special_tokens=False).input_ids) for sample in samples]
+    whole = [sample for sample, length in zip(samples, lengths) if longest is None or length < longest]
+    return whole if len(whole) > max(EXAMPLES, len(samples) // 10) else samples
 
 
 def align_shown(
