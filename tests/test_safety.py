@@ -251,9 +251,9 @@ def test_pickles_are_refused_with_the_remedy(valid, tmp_path):
     for kind, read in (("lora", lambda f: opened(valid[1], f)), ("cast", peft_cast.to_lora)):
         folder = rewritten(valid[0] / kind, tmp_path / kind)
         (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-        with pytest.raises(ValueError, match="Pickled weights .* are not read.*convert them to safetensors"):
+        with pytest.raises(ValueError, match="pickled weights .*, which are not read.*convert them to safetensors"):
             read(folder)
-        with pytest.raises(ValueError, match="Pickled weights"):
+        with pytest.raises(ValueError, match="pickled weights"):
             peft_cast.evaluate(valid[2], {"x": folder}, [TASK], target_tokenizer=object(), progress=False)
 
 
