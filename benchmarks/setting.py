@@ -81,6 +81,11 @@ def c4_documents() -> tuple[list[str], list[str]]:
     return texts[:-DRIFT_DOCUMENTS], texts[-DRIFT_DOCUMENTS:]
 
 
+def data_folder() -> Path:
+    """Where data lies that is not ours to pass on: `$PEFT_CAST_BENCH_DATA`, `../shared/data` by default."""
+    return Path(os.environ.get("PEFT_CAST_BENCH_DATA", HERE.parent.parent / "shared" / "data"))
+
+
 def news_prompt(row: dict) -> str:
     """How the AG News adapters were trained: article cut so that what precedes the topic has 400 characters at
     most.
@@ -126,10 +131,11 @@ def tasks(task: str, likelihood: int = 100, generate: int = 48, classify: int = 
                 "WordNet kinds", data, "Definition: {definition}\nKind:", labels, label="kind", limit=classify
             )
         ]
-    folder = Path(os.environ.get("PEFT_CAST_BENCH_DATA", HERE.parent.parent / "shared" / "data"))
     labels = ("World", "Sports", "Business", "Technology")
     return [
-        peft_cast.Classification("AG News", folder / "ag_news_test.jsonl", news_prompt, labels, limit=2 * classify)
+        peft_cast.Classification(
+            "AG News", data_folder() / "ag_news_test.jsonl", news_prompt, labels, limit=2 * classify
+        )
     ]
 
 

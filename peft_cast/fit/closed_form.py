@@ -129,7 +129,8 @@ class _Regressions:
             # Gradients are noisy and heavy-tailed, activations are not: their strengths differ by orders of magnitude.
             solved = self._solved(moments, blocks, ridge, guesses, room, start=1.0)
             fits[name] = [
-                kind.of(s, into[name, s][0], found.T, into[name, s][1], r2) for s, (found, r2) in zip(sources, solved)
+                kind.of(s, into[name, s][0], found.T, into[name, s][1], r2, not near)
+                for s, (found, r2), near in zip(sources, solved, moments.near or [False] * len(sources))
             ]
         return fits
 

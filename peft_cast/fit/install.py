@@ -80,7 +80,7 @@ def install(
             kernel = of_source[fit.source_place]
             kernel.A.copy_(kernels[fit.source_place].A)
             kernel.B.copy_(kernels[fit.source_place].B)
-            factor = gain if gain is not None else min(2.0, max(fit.r2_out, 1e-6) ** -0.5)
+            factor = gain if gain is not None else fit.usual_gain
             device = kernel.A.device
             into[kernel.P_in].append((kernel.A, fit.A_P_in.to(device)))
             out_of[kernel.P_out].append((kernel.B, factor * fit.P_out_B.to(device)))

@@ -59,6 +59,7 @@ class KernelFit:
         P_out_B (`torch.Tensor`): Shape (out_T, r), of a place in a fused module its rows.
         r2_in (`float`): Held-out share of the kernel's inputs `A x_S` that the target's activations explain.
         r2_out (`float`): Held-out share of the kernel's gradients `Bᵀ g_S` that the target's gradients explain.
+        shrunk (`bool`): Whether P_out B was drawn to 0, and is too small where it explains little.
     """
 
     source_place: str
@@ -66,16 +67,22 @@ class KernelFit:
     P_out_B: torch.Tensor
     r2_in: float
     r2_out: float
+    shrunk: bool = True
+
+    @property
+    def usual_gain(self) -> float:
+        """What P_out B is multiplied by when no `gain` is given: 1/√R², at most 2, where it was drawn to 0."""
+        return min(2.0, max(self.r2_out, 1e-6) ** -0.5) if self.shrunk else 1.0
 
     @classmethod
-    def of(cls, source_place: str, into: Map, out_of: Map, r2_in: float, r2_out: float) -> KernelFit:
+    def of(cls, source_place: str, into: Map, out_of: Map, r2_in: float, r2_out: float, shrunk: bool) -> KernelFit:
         """From what `maps` gives.
 
         Raises:
             ValueError: If one of them is in factors.
         """
         (A_P_in,), (P_out_B,) = into.factors, out_of.factors
-        return cls(source_place, A_P_in, P_out_B, r2_in, r2_out)
+        return cls(source_place, A_P_in, P_out_B, r2_in, r2_out, shrunk)
 
     @property
     def maps(self) -> tuple[Map, Map]:
@@ -102,9 +109,13 @@ class PlaceMaps:
     r2_out: float
 
     @classmethod
-    def of(cls, source_place: str, into: Map, out_of: Map, r2_in: float, r2_out: float) -> PlaceMaps:
-        """From what `maps` gives."""
+    def of(cls, source_place: str, into: Map, out_of: Map, r2_in: float, r2_out: float, shrunk: bool) -> PlaceMaps:
+        """From what `maps` gives; `shrunk` is what `P_out` says."""
         return cls(source_place, into, out_of, r2_in, r2_out)
+
+    @property
+    def shrunk(self) -> bool:
+        return not self.P_out.plus_identity
 
     @property
     def maps(self) -> tuple[Map, Map]:
@@ -124,7 +135,8 @@ class PlaceMaps:
                 f"The adapter's kernel on '{self.source_place}' is {A.shape[1]} → {B.shape[0]}, the bridge's source "
                 f"model has {inputs} → {outputs} there: the adapter belongs to another model."
             )
-        return KernelFit(self.source_place, self.P_in.after(A), self.P_out.T.after(B.T).T, self.r2_in, self.r2_out)
+        made = self.P_in.after(A), self.P_out.T.after(B.T).T
+        return KernelFit(self.source_place, *made, self.r2_in, self.r2_out, self.shrunk)
 
 
 FitOrMaps = TypeVar("FitOrMaps", bound=KernelFit | PlaceMaps)

@@ -37,6 +37,7 @@ def save_closed_form(fit: ClosedForm[Any], file: Path) -> None:
                 "source_place": f.source_place,
                 "r2_in": f.r2_in,
                 "r2_out": f.r2_out,
+                "shrunk": f.shrunk,
                 **written("in", f.maps[0], f"{i}.{name}"),
                 **written("out", f.maps[1], f"{i}.{name}"),
             }
@@ -84,7 +85,7 @@ def load_closed_form(file: Path, kind: type[FitOrMaps]) -> ClosedForm[FitOrMaps]
                     raise ValueError(f"it has a module called {shown(place)}")
                 numbers = {name: _finite(name, entry[name]) for name in ("r2_in", "r2_out")}
                 maps = [read(entry, side, str(place)) for side in ("in", "out")]
-                return kind.of(str(place), *maps, **numbers)
+                return kind.of(str(place), *maps, **numbers, shrunk=entry.get("shrunk", True) is True)
 
             hidden_r2 = {path: _finite("hidden_r2", r2) for path, r2 in metadata["hidden_r2"].items()}
             check_number("`positions`", metadata["positions"], 0, whole=True)
