@@ -29,7 +29,7 @@ from .fit import (
     projections_of,
     stacked,
 )
-from .models import freeze_adapter, load_model, seeded, sharding, unload_adapters, unloaded_on_error, with_adapter
+from .models import freeze_adapter, load_model, seeded, sharding, unload_adapters, unloaded_on_error
 from .options import Fit, Options, Pairing, Projections, Run, Training
 from .refine import (
     RunFolder,
@@ -45,7 +45,7 @@ from .refine import (
     teacher_cache,
 )
 from .results import TranslationResult
-from .source import Pair, check_pair, load_source, open_pair
+from .source import Pair, check_pair, load_source, open_pair, with_adapter
 from .text import PairTexts, check_text, is_written, read_fit_texts, read_texts
 from .utils import Phases, distributed, without_secrets
 

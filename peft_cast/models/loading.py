@@ -261,6 +261,18 @@ def skeleton(config: PretrainedConfig, named: str = "The model") -> PreTrainedMo
     return model
 
 
+def skeleton_of(model: str | Path, which: str, revision: str | None = None) -> PreTrainedModel | None:
+    """The skeleton of a model that is not loaded yet; `None` where only loading it tells more.
+
+    Raises:
+        ValueError, OSError: As `check_model`.
+    """
+    check_model(model, which, revision)
+    with suppress(Exception):  # a configuration may lead to anything; what is wrong with it, loading says
+        return skeleton(read_model_config(model, which, revision))
+    return None
+
+
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:
     """Tells models apart: a hash of the names and shapes of all parameters and the first 64 values of each.
 

@@ -144,8 +144,6 @@ def read_adapter(
         ValueError: If not exactly one adapter is active, a module's effect is no fixed matrix, or nothing can be
             carried.
     """
-    if len(model.active_adapters) != 1:
-        raise ValueError(f"Exactly one adapter of the source must be active, not {model.active_adapters}.")
     (adapter,) = model.active_adapters
     config, base = model.active_peft_config, model.get_base_model()
     head = base.get_output_embeddings()

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import as_peft_reads, load_model, load_on_skeleton, unload_adapters
+from ..models import as_peft_reads, load_model, load_on_skeleton, skeleton_of, unload_adapters
 from ..utils import (
     adapter_folder,
     find_file,
@@ -28,7 +28,7 @@ from ..utils import (
     without_secrets,
 )
 from .kernels import SourceAdapter, read_adapter
-from .kinds import MISNAMED, PREFIX, changes_weights, refusal
+from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft
 from .names import Match
 from .renamed import Readable, readable
@@ -56,6 +56,13 @@ def load_source(
         model = adapter.get_base_model()
         if isinstance(source, nn.Module) and source is not model:
             raise ValueError("`adapter` is a PeftModel on another model object than `source`: pass `source=None`.")
+        named = model.name_or_path
+        if isinstance(source, (str, Path)) and named and Path(source).resolve() != Path(named).resolve():
+            raise ValueError(
+                without_secrets(
+                    f"`adapter` is a PeftModel on '{named}', which is not `source`, '{source}': pass `source=None`."
+                )
+            )
         return model
     if source is None:
         source, named = base_of(adapter, adapter_revision)
@@ -89,7 +96,12 @@ def check_adapter(adapter: Any, revision: str | None = None) -> None:
         ValueError: If it is no adapter, cannot be translated, or was never trained.
     """
     if isinstance(adapter, PeftModel):
-        return
+        if len(adapter.active_adapters) != 1:
+            raise ValueError(
+                f"Exactly one adapter of the source must be active, not {adapter.active_adapters}: activate one, with "
+                "`set_adapter`."
+            )
+        return check_config(adapter.active_peft_config, "The adapter", in_memory=True)
     if isinstance(adapter, nn.Module):
         raise ValueError(
             f"`adapter` is a model ({type(adapter).__name__}), not an adapter: pass the LoRA's folder or hub id, or a "
@@ -130,48 +142,96 @@ def adapted_source(
         ValueError: If the adapter cannot be read, does not fit the model, or nothing of it can be carried over.
     """
     if isinstance(adapter, PeftModel):
-        check_config(adapter.active_peft_config, "The adapter", in_memory=True)
+        check_adapter(adapter)
         adapter.eval()
         with _unmerged(adapter):
             yield read_adapter(adapter, {}, source_rank)
         return
     config = read_adapter_config(adapter, revision)
-    named = f"The adapter '{without_secrets(adapter)}'"
-    check_config(config, named)
-    match = matched(adapter, revision, source, config)
+    check_config(config, f"The adapter '{without_secrets(adapter)}'")
+    with _loaded(source, adapter, revision, config) as (model, changed, renamed):
+        yield dataclasses.replace(read_adapter(model, changed, source_rank), renamed=renamed)
+
+
+@contextmanager
+def with_adapter(target: PreTrainedModel, adapter: str | Path, revision: str | None = None) -> Iterator[PeftModel]:
+    """Within the context a target has an adapter from a folder or the hub, of any kind and in eval mode; afterwards it
+    is as it was, its own weights too.
+
+    Raises:
+        ValueError: If the adapter cannot be used on this model; the message says why.
+    """
+    with _loaded(target, adapter, revision, _config_to_run(adapter, revision), "target") as (model, *_):
+        yield model
+
+
+def check_on_target(
+    target: str | Path | PreTrainedModel, *adapters: str | Path, target_revision: str | None = None
+) -> None:
+    """Refuse, before the target is loaded, adapters in folders or on the hub that cannot be put on it.
+
+    Raises:
+        ValueError, OSError: As `with_adapter`, and if the target is none.
+    """
+    base = target if isinstance(target, nn.Module) else skeleton_of(target, "target", target_revision)
+    for adapter in adapters:
+        config = _config_to_run(adapter)
+        if base is None:
+            read_weights_header(adapter)
+        elif base is target:
+            matched(adapter, None, base, config, "target")
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it is loaded once more
+                with with_adapter(base, adapter):
+                    pass
+
+
+def _config_to_run(adapter: str | Path, revision: str | None = None) -> PeftConfig:
+    config = read_adapter_config(adapter, revision)
+    if (why := refusal_to_run(config)) is not None:
+        raise ValueError(f"The adapter '{without_secrets(adapter)}' {why}.")
+    return config
+
+
+@contextmanager
+def _loaded(
+    base: PreTrainedModel, adapter: str | Path, revision: str | None, config: PeftConfig, which: str = "source"
+) -> Iterator[tuple[PeftModel, dict[str, torch.Tensor], str | None]]:
+    """A model with an adapter of its own, what that changed of its weights, and as what its tensors were read."""
+    match = matched(adapter, revision, base, config, which)
     if config.task_type in MISNAMED:
         warnings.warn(
-            f"{named} names the task type {config.task_type}, but its model is a decoder: it is read as CAUSAL_LM."
+            f"The adapter '{without_secrets(adapter)}' names the task type {config.task_type}, but its model is a "
+            "decoder: it is read as CAUSAL_LM."
         )
         config.task_type = "CAUSAL_LM"
     with readable(adapter, revision, match) as file:
         shapes = {name.removeprefix(PREFIX): info.shape for name, info in file.header.items()}
-        check_vocabulary(source, adapter, shapes)
-        parameters = dict(source.named_parameters(remove_duplicate=False))
+        check_vocabulary(base, adapter, shapes, which)
+        parameters = dict(base.named_parameters(remove_duplicate=False))
         names = parameters if changes_weights(config) else {base_name(key) for key in shapes} & parameters.keys()
         kept = {name: parameters[name].detach().clone() for name in names}
-        skeleton = source.device.type == "meta"  # until weights of its own come with the adapter
-        lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
+        skeleton = base.device.type == "meta"  # until weights of its own come with the adapter
+        lists = [(m, n, child) for m in base.modules() for n, child in m.named_children() if _is_list(child)]
         try:
-            model = _load(source, adapter, file, match, parameters)
+            model = _load(adapter, file, match, parameters)
             # The others may be spread over processes and given up here.
             parameters = {name: parameters[name] for name in kept}
             changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
             if changed and not skeleton:  # which has no weights to put back
                 model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
-            read = read_adapter(model.eval(), changed, source_rank)
-            yield dataclasses.replace(read, renamed=file.renamed)
+            yield model.eval(), changed, file.renamed
         finally:
-            unload_adapters(source)
+            unload_adapters(base)
             for name, value in kept.items():
                 parameters[name].data = value
             for parent, name, child in lists:  # layer_replication makes a longer list
                 setattr(parent, name, child)
 
 
-def _load(
-    source: PreTrainedModel, adapter: str | Path, file: Readable, match: Match, own: Mapping[str, nn.Parameter]
-) -> PeftModel:
+def _load(adapter: str | Path, file: Readable, match: Match, own: Mapping[str, nn.Parameter]) -> PeftModel:
+    source = match.source
     try:
         if source.device.type == "meta":
             model = load_on_skeleton(source, file.place, _NAME, file.revision, file.config)
@@ -182,27 +242,31 @@ def _load(
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
-        raise no_match(adapter, source, refused_by_peft(match, one_line(error))) from error
+        raise no_match(adapter, match, refused_by_peft(match, one_line(error))) from error
     if why is not None:
-        raise no_match(adapter, source, why)
+        raise no_match(adapter, match, why)
     return model
 
 
-def matched(adapter: str | Path, revision: str | None, source: PreTrainedModel, config: PeftConfig) -> Match:
-    """The adapter's file beside the modules of its model.
+def matched(
+    adapter: str | Path, revision: str | None, source: PreTrainedModel, config: PeftConfig, which: str = "source"
+) -> Match:
+    """The adapter's file beside the modules of its model, which is passed as `which`.
 
     Raises:
         ValueError: If they do not go together.
     """
-    match = Match(read_weights_header(adapter, revision), source, config)
+    match = Match(read_weights_header(adapter, revision), source, config, which)
     if (why := misplaced(match) or deeper(match)) is not None:
-        raise no_match(adapter, source, why)
+        raise no_match(adapter, match, why)
     return match
 
 
-def no_match(adapter: str | Path, source: PreTrainedModel, why: str) -> ValueError:
-    name = source.name_or_path or type(source).__name__
-    return ValueError(without_secrets(f"The adapter '{adapter}' does not fit the source model '{name}': {why}."))
+def no_match(adapter: str | Path, match: Match, why: str) -> ValueError:
+    name = match.source.name_or_path or type(match.source).__name__
+    return ValueError(
+        without_secrets(f"The adapter '{adapter}' does not fit the {match.which} model '{name}': {why}.")
+    )
 
 
 def _disabling(model: PeftModel, originals: Mapping[nn.Parameter, torch.Tensor]):
@@ -251,7 +315,9 @@ def check_config(config: PeftConfig, name: str, in_memory: bool = False) -> None
         raise ValueError(f"{name} {why}.")
 
 
-def check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_vocabulary(
+    source: PreTrainedModel, adapter: str | Path, shapes: Mapping[str, tuple[int, ...]], which: str = "source"
+) -> None:
     """Embeddings or a head in the adapter's file must have the model's number of rows."""
     for part in (source.get_input_embeddings(), source.get_output_embeddings()):
         name = next((name for name, module in source.named_modules() if module is part), None)
@@ -259,8 +325,9 @@ def check_vocabulary(source: PreTrainedModel, adapter: str | Path, shapes: Mappi
         if shape and shape[0] != part.weight.shape[0]:
             raise ValueError(
                 f"The adapter '{without_secrets(adapter)}' was trained with a vocabulary of {shape[0]} tokens and the "
-                f"source model has {part.weight.shape[0]}: load the model, call `resize_token_embeddings({shape[0]})` "
-                "and pass it with the adapter's tokenizer as `source_tokenizer`."
+                f"{which} model has {part.weight.shape[0]}: load the model, call "
+                f"`resize_token_embeddings({shape[0]})` and pass it with the adapter's tokenizer as "
+                f"`{which}_tokenizer`."
             )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from peft import AdaLoraConfig, PeftConfig
+from peft import AdaLoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
-from transformers import PreTrainedModel
 
 from ..tuner import CastConfig
 from ..tuner.checks import shown
@@ -70,7 +69,7 @@ def misplaced(match: Match) -> str | None:
         width, height = match.modules[module] or (0, 0)
         return (
             f"{_named([part])} is for another width, '{module}' takes {width} numbers and gives {height}: "
-            f"{_other_model(match.config, match.source)}"
+            f"{_other_model(match)}"
         )
     return (
         f"{_named(match.parts)} could belong to several modules of {_kind(match)}, or several tensors to one: rename "
@@ -95,7 +94,7 @@ def _astray(match: Match) -> list[Part]:
 
 def _lost(match: Match, astray: list[Part]) -> str:
     """Why some tensors have no module."""
-    other_model = _other_model(match.config, match.source)
+    other_model = _other_model(match)
     experts = [part for part in astray if part.is_expert]
     if experts:
         return _no_room_for(match, experts)
@@ -156,7 +155,7 @@ def deeper(match: Match) -> str | None:
         if reached >= 0 and missing and all(names[name] > reached for name in missing):
             return (
                 f"it was made for {reached + 1} layers and {_kind(match)} has {_layers(match, head)} ('{missing[0]}' "
-                f"is in the model, not in the file): {_other_model(config, match.source)}"
+                f"is in the model, not in the file): {_other_model(match)}"
             )
     return None
 
@@ -184,7 +183,7 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
     if not extra and reached >= 0 and min(beyond) > reached:
         return (
             f"it was made for {reached + 1} layers and {_kind(match)} has {max(beyond) + 1} ('{absent[0][:200]}' is "
-            f"in the model, not in the file): {_other_model(match.config, match.source)}"
+            f"in the model, not in the file): {_other_model(match)}"
         )
     targets = getattr(match.config, "target_modules", None)
     named = sorted({part.tail[-1] for part in match.parts if part.tail and match.prefix in ".".join(part.inner)})
@@ -210,7 +209,7 @@ def refused_by_peft(match: Match, said: str) -> str:
         return why
     if match.is_lora and "target" in said.lower():
         return disagreement(match, (), [part.key for part in match.parts])
-    return f"PEFT could not put it there ({said.rstrip('.')}): {_other_model(match.config, match.source)}"
+    return f"PEFT could not put it there ({said.rstrip('.')}): {_other_model(match)}"
 
 
 def _other_class(match: Match) -> str | None:
@@ -257,17 +256,17 @@ def _too_wide(match: Match) -> list[tuple[Part, str]]:
     return found
 
 
-def _other_model(config: PeftConfig, source: PreTrainedModel) -> str:
+def _other_model(match: Match) -> str:
     """What to do when the adapter belongs to another model."""
-    named = config.base_model_name_or_path
-    if named and str(named) != str(source.name_or_path):
-        return f"it was trained on '{named}', pass that as `source`"
+    named, which = match.config.base_model_name_or_path, match.which
+    if named and str(named) != str(match.source.name_or_path):
+        return f"it was trained on '{named}', pass that as `{which}`"
     if named:
         return (
-            "the adapter names this very model, so pass the revision of it that the adapter belongs to, as `source` "
-            "or by `source_revision`"
+            "the adapter names this very model, so pass the revision of it that the adapter belongs to, as "
+            f"`{which}` or by `{which}_revision`"
         )
-    return "pass the model that it was trained on as `source`"
+    return f"pass the model that it was trained on as `{which}`"
 
 
 def _no_room_for(match: Match, experts: list[Part]) -> str:

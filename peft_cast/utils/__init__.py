@@ -3,6 +3,7 @@
 from .environment import environment
 from .files import (
     PARTIAL,
+    as_path,
     change_dtype,
     check_place,
     complete_folder,

@@ -22,6 +22,11 @@ from .safety import without_secrets
 PARTIAL = ".partial-"  # what is being written, or was when a run was killed
 
 
+def as_path(value: Any) -> Any:
+    """Paths of any library as `Path`; all else as it is."""
+    return Path(value) if isinstance(value, os.PathLike) else value
+
+
 @contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
     """Within the context write to the path that is given; at the end it takes the place of `file`.
