@@ -23,6 +23,9 @@ from .fit import (
     adapter_name_of,
     adapter_names,
     cast_config,
+    check_adapter_name,
+    check_bridge,
+    check_start,
     initial_maps,
     install,
     on_one_model,
@@ -47,7 +50,7 @@ from .refine import (
 from .results import TranslationResult
 from .source import Pair, check_pair, load_source, open_pair, with_adapter
 from .text import PairTexts, check_text, is_written, read_fit_texts, read_texts
-from .utils import Phases, distributed, without_secrets
+from .utils import Phases, as_path, distributed, without_secrets
 
 
 def translate(
@@ -110,7 +113,7 @@ def translate(
         NotSavedError: If the finished adapter cannot be written to `output_dir`; `error.result` holds it.
     """
     chosen = Options.of(options, None, pairing=pairing, projections=projections, fit=fit, training=training, run=run)
-    job = Job(source, adapter, target, text, bridge, start, adapter_name, chosen)
+    job = Job(*map(as_path, (source, adapter, target, text, bridge, start)), adapter_name, chosen)
     distributed.init(job.options.pairing.device)
     distributed.on_main_process(job.check)
     if not distributed.is_main_process():
@@ -175,14 +178,14 @@ class Job:
             self._check_one(shard)
         # What lies on disk or on the hub comes last: it may have to be fetched.
         check_pair(self.source, self.adapters, self.target, pairing)
+        if self.bridge is not None:
+            check_bridge(self.bridge, self.source, self.adapter, self.target, pairing)
+        if self.start is not None:
+            check_start(self.start, self.target, pairing.target_revision)
 
     def _check_one(self, shard: bool) -> None:
         training = self.options.training
-        if not isinstance(self.adapter_name, str):
-            raise ValueError(
-                f"`adapter_name` must be a string, got {self.adapter_name!r}: several names are for a list of "
-                "adapters."
-            )
+        check_adapter_name(self.adapter_name)
         if self.bridge is not None and training.beta > 0:
             raise ValueError(
                 "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
@@ -313,7 +316,7 @@ def _distances(kl: Mapping[str, float], after_own_words: float | None, from_earl
 
 def _check_several(job: Job, shard: bool) -> None:
     """Refuse what goes with one adapter alone."""
-    if any(isinstance(adapter, PeftModel) for adapter in job.adapters):
+    if not all(isinstance(adapter, (str, Path)) for adapter in job.adapters):
         raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
     for name in ("bridge", "start"):
         if getattr(job, name) is not None:

@@ -146,7 +146,7 @@ def _runs(adapters: Any) -> dict[str, list[Adapter]]:
             "`adapters` must be a mapping from names to adapters, such as `{'translated': 'folder'}`, got "
             f"{repr(adapters)[:200]}."
         )
-    runs = {n: [as_path(one) for one in (a if isinstance(a, (list, tuple)) else [a])] for n, a in adapters.items()}
+    runs = {name: as_path(a if isinstance(a, (list, tuple)) else [a]) for name, a in adapters.items()}
     for name, group in runs.items():
         for one in group:
             if not isinstance(one, (str, Path, PeftModel, TranslationResult)):

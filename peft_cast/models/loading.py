@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..utils import distributed, one_line, secrets_removed, why_no_model, without_secrets
+from ..utils import as_path, distributed, one_line, secrets_removed, why_no_model, without_secrets
 from ..utils.safety import find_file
 
 
@@ -72,8 +73,6 @@ def load_model(
                 "hub id or folder, or take the adapter off first (`result.model.unload()`)."
             )
         return model
-    if not model:
-        raise ValueError(f"The adapter does not say which model it was trained on: pass it as `{which}`.")
     # What stands in the way of the configuration stands in that of the model, and is said then.
     kind = check_model(model, which, revision) or AutoModelForCausalLM
     named = f"The {which} model '{without_secrets(model)}'"
@@ -134,8 +133,9 @@ def check_model(model: Any, which: str, revision: str | None = None) -> Any:
     Raises:
         ValueError, OSError: As `load_model`.
     """
-    if model is not None and not isinstance(model, (str, Path, nn.Module)):
-        raise ValueError(f"`{which}` must be a folder, a hub id or a loaded model, got {type(model).__name__}.")
+    if not isinstance(model, (str, Path, nn.Module)) or model == "":
+        given = "''" if model == "" else type(model).__name__
+        raise ValueError(f"`{which}` must be a folder, a hub id or a loaded model, got {given}.")
     if isinstance(model, (str, Path)):
         if (why := why_no_model(model)) is not None:
             message = f"The {which} model could not be loaded: {why}. Pass a hub id or a folder with config.json."
@@ -193,16 +193,19 @@ def check_remote_code(error: Exception, what: str, argument: str) -> None:
 
 
 def load_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | str | None, model: PreTrainedModel, which: str, revision: str | None = None
+    tokenizer: PreTrainedTokenizerBase | str | Path | None,
+    model: PreTrainedModel,
+    which: str,
+    revision: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The given tokenizer, or the one that lies beside the model.
 
     Raises:
         ValueError: If no tokenizer is given and none can be found.
     """
-    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+    if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
         return tokenizer
-    path = tokenizer or model.name_or_path
+    path = as_path(tokenizer) or model.name_or_path
     shown, argument = without_secrets(path), f"{which}_tokenizer"
     try:
         if not path:

@@ -87,9 +87,10 @@ def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairi
         ValueError, OSError: As `open_pair`.
     """
     revision = pairing.source_revision
-    if source is None and isinstance(adapters[0], (str, Path)):
+    if source is None and adapters and isinstance(adapters[0], (str, Path)):
         source, revision = base_of(adapters[0], pairing.adapter_revision)
-    check_model(source, "source", revision)
+    if source is not None or not any(isinstance(adapter, PeftModel) for adapter in adapters):
+        check_model(source, "source", revision)
     check_model(target, "target", pairing.target_revision)
     for adapter in adapters:
         check_adapter(adapter, pairing.adapter_revision)

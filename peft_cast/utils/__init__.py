@@ -30,5 +30,6 @@ from .safety import (
     replicated_layers,
     secrets_removed,
     why_no_model,
+    why_no_name,
     without_secrets,
 )

@@ -121,10 +121,21 @@ def why_no_model(model: Any) -> str | None:
     return f"'{folder}' is a file" if folder.is_file() else None
 
 
+def why_no_name(name: Any, config: str) -> str | None:
+    """What is wrong with what was passed as a hub id or a folder that has a certain file, if that can be seen."""
+    remedy = f"pass a hub id or a folder with {config}"
+    if not isinstance(name, (str, Path)):
+        return f"a {type(name).__name__} is no name of one: {remedy}"
+    folder = Path(name)
+    if not str(name).strip() or (not folder.exists() and looks_like_path(name)):
+        return f"there is no folder '{name}': {remedy}"
+    return f"'{folder}' is a file: pass the folder that it is in" if folder.is_file() else None
+
+
 def _why_no_adapter(adapter: Any) -> str | None:
     """The same for an adapter."""
-    if not isinstance(adapter, (str, Path)):
-        return f"a {type(adapter).__name__} is no name of one: pass a hub id or a folder with {CONFIG_NAME}"
+    if (why := why_no_name(adapter, CONFIG_NAME)) is not None:
+        return why
     folder = Path(str(adapter))
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
         named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_NAME}"))
@@ -132,9 +143,7 @@ def _why_no_adapter(adapter: Any) -> str | None:
             return f"'{folder}' has its adapters in subfolders, {', '.join(named[:5])}: pass one of them"
         kind = "a model, no adapter" if (folder / "config.json").is_file() else f"no {CONFIG_NAME}"
         return f"'{folder}' holds {kind}: pass a hub id or a folder with {CONFIG_NAME}"
-    if not folder.exists() and looks_like_path(adapter):
-        return f"there is no folder '{adapter}': pass a hub id or a folder with {CONFIG_NAME}"
-    return f"'{folder}' is a file: pass the folder that it is in" if folder.is_file() else None
+    return None
 
 
 def read_adapter_config(adapter: str | Path, revision: str | None = None) -> PeftConfig:
