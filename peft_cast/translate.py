@@ -113,7 +113,8 @@ def translate(
         NotSavedError: If the finished adapter cannot be written to `output_dir`; `error.result` holds it.
     """
     chosen = Options.of(options, None, pairing=pairing, projections=projections, fit=fit, training=training, run=run)
-    job = Job(*map(as_path, (source, adapter, target, text, bridge, start)), adapter_name, chosen)
+    source, adapter, target, text, bridge, start = map(as_path, (source, adapter, target, text, bridge, start))
+    job = Job(source, adapter, target, text, bridge, start, adapter_name, chosen)
     distributed.init(job.options.pairing.device)
     distributed.on_main_process(job.check)
     if not distributed.is_main_process():
@@ -353,9 +354,7 @@ def _translate_several(job: Job) -> list[TranslationResult]:
         run = open_run(options.run, partial(described, options, pair, text=job.text, adapter_name=names))
         folders = [_in_subfolder(options, name).run.output_dir for name in names]
         if run.begun:
-            for folder in (
-                folder for folder in folders if folder is not None
-            ):  # of a run before, which is not this one's to go on with
+            for folder in filter(None, folders):  # of a run before, which is not this one's to go on with
                 distributed.on_main_process(partial(clear_run, Path(folder)))
         with run.advising():
             texts = run.texts(

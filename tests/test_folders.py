@@ -65,6 +65,12 @@ def test_a_peft_model_is_translated_from_its_own_model(source_folder, lora_folde
     refused(lambda: translated(None), "Exactly one adapter", "`set_adapter`")
 
 
+def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(target_folder, lora_folder, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    for work in (peft_cast.translate, peft_cast.baselines.direct_copy, peft_cast.baselines.distill_lora):
+        refused(lambda: work(target_folder, lora_folder, target_folder), "does not fit the source model")
+
+
 @pytest.fixture
 def both(target_folder, lora_folder, tmp_path):
     """A folder with a model and an adapter in it."""

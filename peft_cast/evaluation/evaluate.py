@@ -186,15 +186,16 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
         with untouched(model), with_adapter(model, given) if given is not None else nullcontext(model) as adapted:
             yield adapted
         return
-    others = isinstance(adapter, TranslationResult) and given.active_adapters != [adapter.adapter_name]
     active = given.base_model.active_adapter
+    wanted = adapter.adapter_name if isinstance(adapter, TranslationResult) else active
+    changes = given.active_adapters not in (wanted, [wanted])  # several translations may share a model
     with untouched(given):
-        if others:  # several translations share a model
-            given.base_model.set_adapter(adapter.adapter_name)
+        if changes:
+            given.base_model.set_adapter(wanted)
         try:
             yield given
         finally:
-            if others:
+            if changes:
                 given.base_model.set_adapter(active)
 
 

@@ -16,7 +16,7 @@ from ..align import ModuleMap
 from ..models import read_model_config, skeleton
 from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
 from ..tuner.checks import check_fields, is_name, read_json, shown
-from ..utils import check_model_config, hub_parts, one_line, secrets_removed, why_no_name, without_secrets
+from ..utils import check_model_config, hub_parts, one_line, secrets_removed, why_no_folder, without_secrets
 from .maps import ClosedForm, PlaceMaps
 from .saved import load_closed_form
 
@@ -138,7 +138,7 @@ def read_bridge(
     Raises:
         ValueError: If it holds no bridge, or a broken one, or cannot be reached.
     """
-    if (why := why_no_name(bridge, BRIDGE_CONFIG_NAME)) is not None:
+    if (why := why_no_folder(bridge, BRIDGE_CONFIG_NAME)) is not None:
         raise ValueError(without_secrets(f"The bridge could not be read: {why}."))
     named, remedy = f"'{without_secrets(bridge)}'", "Pass a folder or hub id of one."
 

@@ -165,6 +165,23 @@ def with_adapter(target: PreTrainedModel, adapter: str | Path, revision: str | N
         yield model
 
 
+def check_on_source(
+    source: str | Path | PreTrainedModel,
+    *adapters: Any,
+    source_revision: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Refuse, before the source is loaded, adapters whose files do not fit it.
+
+    Raises:
+        ValueError, OSError: As `adapted_source`.
+    """
+    base = source if isinstance(source, nn.Module) else skeleton_of(source, "source", source_revision)
+    for adapter in adapters:
+        if base is not None and not isinstance(adapter, PeftModel):
+            matched(adapter, revision, base, read_adapter_config(adapter, revision))
+
+
 def check_on_target(
     target: str | Path | PreTrainedModel, *adapters: str | Path, target_revision: str | None = None
 ) -> None:

@@ -28,7 +28,7 @@ from ..models import (
 from ..options import Pairing
 from ..utils import distributed
 from .kernels import LoraKernel, SourceAdapter
-from .loading import adapted_source, base_of, check_adapter, load_source
+from .loading import adapted_source, base_of, check_adapter, check_on_source, load_source
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairi
     check_model(target, "target", pairing.target_revision)
     for adapter in adapters:
         check_adapter(adapter, pairing.adapter_revision)
+    if source is not None:
+        check_on_source(source, *adapters, source_revision=revision, revision=pairing.adapter_revision)
 
 
 @contextmanager

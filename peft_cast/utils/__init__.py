@@ -29,7 +29,7 @@ from .safety import (
     read_weights_header,
     replicated_layers,
     secrets_removed,
+    why_no_folder,
     why_no_model,
-    why_no_name,
     without_secrets,
 )

@@ -121,7 +121,7 @@ def why_no_model(model: Any) -> str | None:
     return f"'{folder}' is a file" if folder.is_file() else None
 
 
-def why_no_name(name: Any, config: str) -> str | None:
+def why_no_folder(name: Any, config: str) -> str | None:
     """What is wrong with what was passed as a hub id or a folder that has a certain file, if that can be seen."""
     remedy = f"pass a hub id or a folder with {config}"
     if not isinstance(name, (str, Path)):
@@ -134,7 +134,7 @@ def why_no_name(name: Any, config: str) -> str | None:
 
 def _why_no_adapter(adapter: Any) -> str | None:
     """The same for an adapter."""
-    if (why := why_no_name(adapter, CONFIG_NAME)) is not None:
+    if (why := why_no_folder(adapter, CONFIG_NAME)) is not None:
         return why
     folder = Path(str(adapter))
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
