@@ -354,8 +354,9 @@ def _translate_several(job: Job) -> list[TranslationResult]:
         run = open_run(options.run, partial(described, options, pair, text=job.text, adapter_name=names))
         folders = [_in_subfolder(options, name).run.output_dir for name in names]
         if run.begun:
-            for folder in filter(None, folders):  # of a run before, which is not this one's to go on with
-                distributed.on_main_process(partial(clear_run, Path(folder)))
+            for folder in folders:  # of a run before, which is not this one's to go on with
+                if folder is not None:
+                    distributed.on_main_process(partial(clear_run, Path(folder)))
         with run.advising():
             texts = run.texts(
                 partial(read_fit_texts, pair, _text_for(job.text, names[0]), options.fit, options.training)
