@@ -48,10 +48,10 @@ def _teacher(value: Any) -> str | None:
 class Pairing(Group):
     """How the two models are loaded, where they work and how they are matched."""
 
-    source_tokenizer: PreTrainedTokenizerBase | str | None = option(
+    source_tokenizer: PreTrainedTokenizerBase | str | Path | None = option(
         None, "Tokenizer of the source, if it cannot be loaded from where the model comes from.", decides=False
     )
-    target_tokenizer: PreTrainedTokenizerBase | str | None = option(
+    target_tokenizer: PreTrainedTokenizerBase | str | Path | None = option(
         None, "Tokenizer of the target, likewise.", decides=False
     )
     source_revision: str | None = option(None, "Hub revision of the source model.", decides=False)

@@ -23,13 +23,16 @@ from .fit import (
     adapter_name_of,
     adapter_names,
     cast_config,
+    check_adapter_name,
+    check_bridge,
+    check_start,
     initial_maps,
     install,
     on_one_model,
     projections_of,
     stacked,
 )
-from .models import freeze_adapter, load_model, seeded, sharding, unload_adapters, unloaded_on_error, with_adapter
+from .models import freeze_adapter, load_model, seeded, sharding, unload_adapters, unloaded_on_error
 from .options import Fit, Options, Pairing, Projections, Run, Training
 from .refine import (
     RunFolder,
@@ -45,9 +48,9 @@ from .refine import (
     shown_if_asked,
 )
 from .results import TranslationResult
-from .source import Pair, check_pair, load_source, open_pair
+from .source import Pair, check_pair, load_source, open_pair, with_adapter
 from .text import PairTexts, check_text, is_written, read_fit_texts, read_texts
-from .utils import Phases, distributed, without_secrets
+from .utils import Phases, as_path, distributed, without_secrets
 
 
 def translate(
@@ -110,6 +113,7 @@ def translate(
         NotSavedError: If the finished adapter cannot be written to `output_dir`; `error.result` holds it.
     """
     chosen = Options.of(options, None, pairing=pairing, projections=projections, fit=fit, training=training, run=run)
+    source, adapter, target, text, bridge, start = map(as_path, (source, adapter, target, text, bridge, start))
     job = Job(source, adapter, target, text, bridge, start, adapter_name, chosen)
     distributed.init(job.options.pairing.device)
     distributed.on_main_process(job.check)
@@ -175,14 +179,14 @@ class Job:
             self._check_one(shard)
         # What lies on disk or on the hub comes last: it may have to be fetched.
         check_pair(self.source, self.adapters, self.target, pairing)
+        if self.bridge is not None:
+            check_bridge(self.bridge, self.source, self.adapter, self.target, pairing)
+        if self.start is not None:
+            check_start(self.start, self.target, pairing.target_revision)
 
     def _check_one(self, shard: bool) -> None:
         training = self.options.training
-        if not isinstance(self.adapter_name, str):
-            raise ValueError(
-                f"`adapter_name` must be a string, got {self.adapter_name!r}: several names are for a list of "
-                "adapters."
-            )
+        check_adapter_name(self.adapter_name)
         if self.bridge is not None and training.beta > 0:
             raise ValueError(
                 "A bridge has no maps between hidden states, which `beta` needs: pass `beta=0` or no `bridge`."
@@ -316,7 +320,7 @@ def _distances(kl: Mapping[str, float], after_own_words: float | None, from_earl
 
 def _check_several(job: Job, shard: bool) -> None:
     """Refuse what goes with one adapter alone."""
-    if any(isinstance(adapter, PeftModel) for adapter in job.adapters):
+    if not all(isinstance(adapter, (str, Path)) for adapter in job.adapters):
         raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
     for name in ("bridge", "start"):
         if getattr(job, name) is not None:
@@ -353,10 +357,9 @@ def _translate_several(job: Job) -> list[TranslationResult]:
         run = open_run(options.run, partial(described, options, pair, text=job.text, adapter_name=names))
         folders = [_in_subfolder(options, name).run.output_dir for name in names]
         if run.begun:
-            for folder in (
-                folder for folder in folders if folder is not None
-            ):  # of a run before, which is not this one's to go on with
-                distributed.on_main_process(partial(clear_run, Path(folder)))
+            for folder in folders:  # of a run before, which is not this one's to go on with
+                if folder is not None:
+                    distributed.on_main_process(partial(clear_run, Path(folder)))
         with run.advising():
             texts = run.texts(
                 partial(read_fit_texts, pair, _text_for(job.text, names[0]), options.fit, options.training)

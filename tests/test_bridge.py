@@ -4,6 +4,7 @@ refinement.
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import Bridge, fit_bridge
+from peft_cast.cli.inspect import inspect
 from peft_cast.refine.losses import kl_divergence
 from peft_cast.results.artifacts import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
 
@@ -140,11 +142,82 @@ def test_broken_bridges_are_one_clear_error(same, tmp_path):
         Bridge.from_pretrained(str(tmp_path))
 
 
-def test_bad_arguments(source_folder, target_folder, lora_folder, same):
+def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path):
     with pytest.raises(ValueError, match="depth map beforehand"):
         fit_bridge(source_folder, target_folder, depth_map="similarity")
     with pytest.raises(ValueError, match="no maps between hidden states"):
         peft_cast.translate(source_folder, lora_folder, target_folder, bridge=same[1], beta=0.1)
+    bridge, folder = same[1], same[2]
+    for work, message in (
+        (lambda: fit_bridge(None, folder), "`source` must be a folder, a hub id or a loaded model, got NoneType"),
+        (lambda: Bridge.from_pretrained(None), "a NoneType is no name of one"),
+        (lambda: Bridge.from_pretrained("./no/where"), "there is no folder './no/where'"),
+        (lambda: bridge.cast(lora_folder, folder, adapter_name=5), "`adapter_name` must be a string, got 5"),
+        (lambda: bridge.cast(lora_folder, folder, adapter_name="a.b"), "cannot be called 'a.b'"),
+        (lambda: bridge.cast_file(lora_folder, tmp_path, gain="2"), "`gain` must be a number above 0"),
+        (lambda: bridge.cast_file(lora_folder, tmp_path, dtype="float16"), "`dtype` must be torch.float32"),
+        (lambda: bridge.cast_file(lora_folder, 5), "must be written to a folder, got int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            work()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bridge": 5}, "`bridge` must be a `Bridge`, or the folder or hub id of one, got int"),
+        ({"bridge": {}}, "`bridge` must be a `Bridge`"),
+        ({"bridge": "./no/where"}, "there is no folder './no/where'"),
+        ({}, "made for another target, .* whose `model_type` is 'llama' and not 'gemma3_text'"),
+        ({"adapter_name": ""}, "cannot be called ''"),
+        ({"adapter_name": "a.b"}, "cannot be called 'a.b'"),
+        ({"source_tokenizer": 5}, "`source_tokenizer` must be"),
+    ],
+)
+def test_what_can_be_told_before_models_are_loaded_is(given, message, same, lora_folder, target_folder, monkeypatch):
+    monkeypatch.setattr(
+        sys.modules["peft_cast.translate"], "open_pair", lambda *_, **__: pytest.fail("models were loaded")
+    )
+    with pytest.raises(ValueError, match=message):
+        peft_cast.translate(same[2], lora_folder, target_folder, **{"bridge": same[1], **given})
+
+
+def test_a_bridge_in_a_subfolder_on_the_hub(same, hub, tmp_path):
+    same[1].save_pretrained(tmp_path / "files" / "to-gemma")
+    hub.add("user/bridges", tmp_path / "files")
+    assert Bridge.from_pretrained("user/bridges/to-gemma").modules == same[1].modules
+    assert inspect("user/bridges/to-gemma")["kind"] == "bridge"
+
+
+class Place:
+    """A path of another library."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __fspath__(self):
+        return self.path
+
+
+def test_a_path_of_any_library_will_do(same, lora_folder, tmp_path):
+    model, bridge, folder = same
+    bridge.save_pretrained(Place(tmp_path / "bridge"))
+    Bridge.from_pretrained(Place(tmp_path / "bridge")).cast_file(Place(lora_folder), Place(tmp_path / "cast"))
+    assert inspect(Place(tmp_path / "bridge"))["kind"] == "bridge"
+    assert peft_cast.to_lora(Place(tmp_path / "cast")).config.r == 4
+    peft_cast.plan(Place(folder), Place(lora_folder), Place(folder), on="h100")
+    result = peft_cast.translate(
+        Place(folder),
+        Place(lora_folder),
+        Place(folder),
+        text=c4_texts(8),
+        start=Place(tmp_path / "cast"),
+        target_tokenizer=Place(folder),
+        output_dir=Place(tmp_path / "out"),
+        steps=0,
+        progress=False,
+    )
+    assert result.metrics["settings"]["start"] == str(tmp_path / "cast") and (tmp_path / "out" / "run.json").exists()
 
 
 def test_models_are_given_back_untouched(byte_tokenizer, piece_tokenizer, source_folder, target_folder):

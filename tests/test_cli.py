@@ -202,6 +202,14 @@ def test_what_you_can_mend_is_one_sentence(words, message):
     assert result.stderr.startswith("Error")
 
 
+def test_an_error_that_nobody_foresaw_is_one_sentence_too(monkeypatch):
+    monkeypatch.setattr("peft_cast.cli.inspect.as_path", lambda adapter: {}[adapter])
+    error = call("inspect", "lora", code=1).stderr
+    assert error.startswith("Error  KeyError in cli/inspect.py, line ") and "'lora'. This should" in error
+    assert "please report it" in error and "Traceback" not in error
+    assert "No such command" in call("inspekt", code=2).stderr
+
+
 @pytest.mark.parametrize("command", ["translate", "plan"])
 def test_what_was_confused_with_what_is_one_sentence(command, source_folder, lora_folder, target_folder, tmp_path):
     out = ["-o", tmp_path / "out"] if command == "translate" else []

@@ -1,5 +1,6 @@
 """How results are judged."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import c4_texts, make_lora, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import peft_cast
@@ -306,10 +308,71 @@ def test_trained_heads_and_biases_do_not_stay_in_the_target(source_folder, tmp_p
     assert found.row("head", "counted").scores[0] == pytest.approx(2 * found.row("base", "counted").scores[0], rel=0.1)
     again = peft_cast.evaluate(model, {}, [Counted()], **options)
     assert again.row("base", "counted") == found.row("base", "counted")
-    biased = LoraConfig(target_modules=["q_proj"], bias="all")
-    get_peft_model(AutoModelForCausalLM.from_pretrained(source_folder), biased).save_pretrained(tmp_path / "bias")
-    with pytest.raises(ValueError, match="trained biases"):
-        peft_cast.evaluate(model, {"bias": str(tmp_path / "bias")}, [Counted()], **options)
+
+
+@pytest.mark.parametrize("kind", [{"init_lora_weights": "pissa"}, {"layer_replication": [[0, 2], [1, 3]]}])
+def test_adapters_that_change_the_models_own_weights_leave_nothing_of_it(kind, source_folder, tmp_path):
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **kind)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(source_folder), config).save_pretrained(tmp_path)
+    model, other = (AutoModelForCausalLM.from_pretrained(source_folder) for _ in range(2))
+    found = peft_cast.evaluate(model, {"a": tmp_path}, [Counted()], target_tokenizer=source_folder, progress=False)
+    expected = Counted().run(PeftModel.from_pretrained(copy.deepcopy(other), tmp_path).eval(), None).metrics["score"]
+    assert found.row("a", "counted").scores[0] == pytest.approx(expected, rel=1e-6)
+    before, after = other.state_dict(), model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_translations_that_share_a_model_are_each_measured(source_folder, loras):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), loras["a"], "a")
+    model.load_adapter(loras["b"], "b")
+    both = {name: peft_cast.TranslationResult(model, {}, [], None, name) for name in "ab"}
+    found = peft_cast.evaluate(source_folder, {**both, "file": loras["b"]}, [Counted()], progress=False)
+    a, b, file = (found.row(name, "counted").scores for name in ("a", "b", "file"))
+    assert a != b and b == pytest.approx(file) and model.active_adapters == ["a"]
+
+
+def foreign(kind: str, folder):
+    """An adapter that is none for the source folder's model."""
+    sizes = {"deeper": {"num_hidden_layers": 5}, "shallower": {"num_hidden_layers": 2}, "wider": {"hidden_size": 64}}
+    model = tiny_model("opt" if kind == "other names" else "llama", **sizes.get(kind, {}))
+    if kind == "cast":
+        get_peft_model(tiny_model(hidden_size=64), CastConfig(target_modules=["q_proj"])).save_pretrained(folder)
+        return str(folder)
+    return make_lora(model, folder, ["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("deeper", "made for at least 5 layers"),
+        ("shallower", "made for 2 layers"),
+        ("wider", "for another width"),
+        ("other names", "model.decoder"),
+        ("cast", "this model needs"),
+        ("SEQ_CLS", "task type SEQ_CLS, whose head a causal language model has not"),
+        ("unmatched names", "is for a model of another class"),
+        ("absent", "there is no folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_target_is_loaded(
+    kind, message, source_folder, loras, tmp_path, monkeypatch
+):
+    folder = tmp_path / "foreign"
+    if kind != "absent":
+        foreign(kind, folder)
+    if kind == "SEQ_CLS":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": kind}))
+    if kind == "unmatched names":
+        tensors = load_file(folder / "adapter_model.safetensors")
+        save_file({k.replace("q_proj", "query"): v for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(source_folder)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message) as error:
+        peft_cast.evaluate(source_folder, {"a": loras["a"], "b": folder}, [Counted()], progress=False)
+    assert "`source`" not in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        peft_cast.evaluate(model, {"b": folder}, [Counted()], target_tokenizer=source_folder, progress=False)
 
 
 def test_evaluate_gives_models_back(source_folder, loras):
@@ -337,6 +400,12 @@ def test_evaluate_gives_models_back(source_folder, loras):
         ({"a": "x"}, [LIKELIHOOD], {"retrained": "b"}, "none of the adapters"),
         ({"a": "x"}, [LIKELIHOOD], {"retrained": {"other": "a"}}, "none of \\['sums'\\]"),
         ({"a": "no/adapter"}, [LIKELIHOOD], {}, "'no/adapter' could not be read"),
+        (["x"], [LIKELIHOOD], {}, "`adapters` must be a mapping from names to adapters"),
+        ("x", [LIKELIHOOD], {}, "`adapters` must be a mapping from names to adapters"),
+        ({"a": 5}, [LIKELIHOOD], {}, "'a' must be a folder, a hub id, a PeftModel"),
+        ({}, LIKELIHOOD, {}, "`tasks` must be a list of tasks"),
+        ({}, ["sums"], {}, "`tasks` must be a list of tasks"),
+        ({}, [LIKELIHOOD], {"retrained": 5}, "`retrained` must be the name of an adapter"),
         ({}, [AnswerLikelihood("x", ROWS, "{nothing}", "a")], {}, "names 'nothing', but the data has the columns"),
         ({}, [AnswerLikelihood("x", ROWS, "a", "a", start=99)], {}, "has no rows from 99 on"),
     ],

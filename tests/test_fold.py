@@ -8,7 +8,7 @@ import sys
 import peft
 import pytest
 import torch
-from adapters import KERNELS
+from adapters import KERNELS, two_adapters
 from conftest import save_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -130,8 +130,20 @@ def test_what_is_no_lora_is_refused(name):
 
 def test_bad_arguments(lora_folder, tmp_path):
     model = random_cast(tiny_model(), kernels=KERNELS)
-    with pytest.raises(ValueError, match="at least 1"):
-        to_lora(model, rank=0)
+    for rank in (0, "16", True):
+        with pytest.raises(ValueError, match="at least 1"):
+            to_lora(model, rank=rank)
+    for wrong in (model.get_base_model(), 5, None):
+        with pytest.raises(ValueError, match="`adapter` must be the folder or hub id of a CAST adapter, or the Peft"):
+            to_lora(wrong)
+    with pytest.raises(ValueError, match="`dtype` must be torch.float32"):
+        to_lora(model, dtype="float16")
+    with pytest.raises(ValueError, match="there is no folder './no/where'"):
+        to_lora("./no/where")
+    with pytest.raises(ValueError, match="pass one of them as `adapter_name`"):
+        both = two_adapters()
+        both.base_model.set_adapter(["default", "other"])
+        to_lora(both)
     with pytest.raises(ValueError, match="no CAST adapter"):
         to_lora(model, adapter_name="absent")
     with pytest.raises(ValueError, match="not a CAST adapter"):

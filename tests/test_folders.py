@@ -50,6 +50,30 @@ def refused(work, *words) -> str:
     return sentence
 
 
+@pytest.mark.parametrize("given", [5, None, "", "./no/where"])
+def test_what_is_no_name_is_refused_by_its_type(given):
+    refused(lambda: inspect(given), "The adapter could not be read", "pass a hub id or a folder")
+
+
+def test_a_peft_model_is_translated_from_its_own_model(source_folder, lora_folder, target_folder):
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder)
+
+    def translated(source):
+        return peft_cast.translate(source, adapter, target_folder, **QUICK)
+
+    refused(lambda: translated(target_folder), "which is not `source`", "`source=None`")
+    assert translated(source_folder).metrics["kl"]
+    adapter.load_adapter(lora_folder, "more")
+    adapter.base_model.set_adapter(["default", "more"])
+    refused(lambda: translated(None), "Exactly one adapter", "`set_adapter`")
+
+
+def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(target_folder, lora_folder, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    for work in (peft_cast.translate, peft_cast.baselines.direct_copy, peft_cast.baselines.distill_lora):
+        refused(lambda: work(target_folder, lora_folder, target_folder), "does not fit the source model")
+
+
 @pytest.fixture
 def both(target_folder, lora_folder, tmp_path):
     """A folder with a model and an adapter in it."""

@@ -324,6 +324,8 @@ def test_what_cannot_be_planned_is_one_clear_error(source_folder, lora_folder, t
         plan(source_folder, lora_folder, target_folder, on="abacus")
     with pytest.raises(ValueError, match="configuration of the target model could not be read: there is no folder"):
         plan(source_folder, lora_folder, tmp_path / "nothing", on="h100")
+    with pytest.raises(ValueError, match="`source` must be a hub id, .*, got LlamaForCausalLM: pass `source.config`"):
+        plan(tiny_model(), lora_folder, target_folder, on="h100")
     foreign = make_lora(tiny_model("llama", 300, hidden_size=64), tmp_path / "foreign")
     with pytest.raises(ValueError, match="does not fit|shape"):
         plan(source_folder, foreign, target_folder, on="h100")

@@ -1,15 +1,17 @@
 """Going on from a finished translation, on other text or on what the translated model writes itself."""
 
 import json
+import sys
 
 import pytest
 import torch
-from conftest import c4_texts, make_lora
+from conftest import c4_texts, make_lora, tiny_model
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import peft_cast
-from peft_cast import SelfWritten
+from peft_cast import CastConfig, SelfWritten
 from peft_cast.refine.trainer import CastTrainer
 
 
@@ -108,7 +110,7 @@ def test_a_stopped_run_goes_on_with_the_text_it_wrote(models, first, tmp_path, m
     assert resumed.metrics["kl"] == whole.metrics["kl"]
 
 
-def test_what_cannot_be_gone_on_from_is_one_clear_error(models, first, tmp_path):
+def test_what_cannot_be_gone_on_from_is_one_clear_error(models, first, tmp_path, monkeypatch):
     source, lora, target = models
     folder = first[0]
 
@@ -124,6 +126,16 @@ def test_what_cannot_be_gone_on_from_is_one_clear_error(models, first, tmp_path)
     refused("for one adapter at a time", adapter=[lora, other], start=folder)
     refused("pass its adapter as `start`", text=SelfWritten(prompts=PROMPTS, on_policy=True))
     refused("would be overwritten while it is read", start=folder, output_dir=folder)
+    refused("`start` must be the folder or hub id of a translation, got TranslationResult", start=first[2])
+    refused("there is no folder './nowhere'", start="./nowhere")
+    wide = tiny_model("gemma3", hidden_size=64)
+    get_peft_model(wide, CastConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "wide")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sys.modules["peft_cast.translate"], "open_pair", lambda *_, **__: pytest.fail("models were loaded")
+        )
+        refused("does not fit the target model", start=tmp_path / "wide")
+        refused("is no CAST adapter", start=tmp_path / "plain")
     mlp = peft_cast.translate(*models, **OPTIONS, steps=0, projection_type="mlp")
     mlp.save_pretrained(tmp_path / "mlp")
     refused("nonlinear projections or a bias", start=tmp_path / "mlp")

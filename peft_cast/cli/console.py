@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
 import torch
 import transformers
 from rich.console import Console
+from typer import Abort
 from typer.core import TyperGroup
 
+from ..utils import without_secrets
 
+
+_PACKAGE = Path(__file__).parents[1]
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 _results: ContextVar[TextIO] = ContextVar("results")
 
@@ -73,6 +79,22 @@ def _ending_well() -> Iterator[None]:
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         say(str(error), "[red]Error[/red]")
         sys.exit(1)
+    except Exception as error:
+        if isinstance(error, Abort) or hasattr(error, "exit_code"):  # the command line's own
+            raise
+        say(_unforeseen(error), "[red]Error[/red]")
+        sys.exit(1)
+
+
+def _unforeseen(error: Exception) -> str:
+    """What is said of an error that should have been a sentence: where it comes from, and what to do."""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if _PACKAGE in Path(frame.filename).parents]
+    where = f" in {Path(own[-1].filename).relative_to(_PACKAGE).as_posix()}, line {own[-1].lineno}" if own else ""
+    said = without_secrets(" ".join(str(error).split()))[:500]
+    return (
+        f"{type(error).__name__}{where}: {said or 'no more is known'}. This should have been a sentence that says "
+        "what to do: please report it, with the command and this line, as an issue of peft-cast."
+    )
 
 
 def _warn(message: Warning | str, *_: Any) -> None:

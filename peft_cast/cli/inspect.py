@@ -19,7 +19,7 @@ from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
 from ..results.artifacts import not_carried
 from ..source import list_not_carried, read_files, weights_file
 from ..tuner import CastConfig
-from ..utils import find_file
+from ..utils import as_path, find_file, why_no_folder, without_secrets
 
 
 def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -36,6 +36,9 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: If there is neither an adapter nor a bridge.
     """
+    adapter = as_path(adapter)
+    if (why := why_no_folder(adapter, CONFIG_NAME)) is not None:
+        raise ValueError(without_secrets(f"The adapter could not be read: {why}."))
     if _file(adapter, BRIDGE_CONFIG_NAME, revision) is not None:
         return _bridge(adapter, revision)
     inner = _subfolders(adapter)

@@ -21,8 +21,9 @@ from ..align import layer_count, map_layers, map_modules, split_place
 from ..models import check_model, load_model, unload_adapters, untouched
 from ..options import Options, Pairing, takes
 from ..refine import distill_lora
-from ..source import LoraKernel, adapted_source, load_source
-from ..utils import distributed
+from ..source import LoraKernel, adapted_source, check_pair, load_source
+from ..utils import as_path, distributed
+from ..utils.fields import check_count
 
 
 __all__ = ["cross_lora", "direct_copy", "distill_lora", "lora_from_factors"]
@@ -94,8 +95,7 @@ def cross_lora(
     Returns:
         `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place.
     """
-    if rank < 1:
-        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    check_count("rank", rank, 1)
     pairing = Options.of(options, cross_lora, pairing=pairing).pairing
     if pairing.depth_map == "similarity":
         raise ValueError("Cross-LoRA reads no text, so `depth_map='similarity'` is not possible: pass a mapping.")
@@ -153,6 +153,8 @@ def lora_from_factors(
 
 
 def _load(source, adapter, target, pairing: Pairing) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
+    source, adapter, target = map(as_path, (source, adapter, target))
+    check_pair(source, [adapter], target, pairing)
     device = distributed.init(pairing.device)
     check_model(target, "target", pairing.target_revision)
     source = load_source(source, adapter, device, pairing.source_revision, pairing.adapter_revision, pairing.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,11 +14,12 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..models import load_model, load_tokenizer, moved, untouched, with_adapter
+from ..models import load_model, load_tokenizer, moved, untouched
 from ..options import Options, Pairing, Run, takes
 from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
+from ..source import check_on_target, refusal_to_run, with_adapter
 from ..text import read_corpus
-from ..utils import distributed, environment, without_secrets, write_json
+from ..utils import as_path, distributed, environment, without_secrets, write_json
 from ..utils.fields import check_count
 from .drift import drift
 from .tasks import Scores, Task
@@ -26,6 +27,7 @@ from .tasks import Scores, Task
 
 Adapter: TypeAlias = str | Path | PeftModel | TranslationResult
 _DRIFT = ("drift", "drift", False)  # task, metric, whether more is better
+_SIZES = ("hidden_size", "num_hidden_layers")  # by which models of a type are told apart
 
 
 @takes("target_tokenizer target_revision device dtype progress")
@@ -73,11 +75,16 @@ def evaluate(
     given = Options.of(options, evaluate, pairing=pairing, run=run)
     pairing = given.pairing
     check_count("drift_samples", drift_samples, 1)
-    runs = {n: list(a) if isinstance(a, (list, tuple)) else [a] for n, a in adapters.items()}
+    target, tasks, runs = as_path(target), _tasks(tasks), _runs(adapters)
     retrained = _retrained(retrained, runs, tasks)
     device = distributed.init(pairing.device)
+    named = [one for group in runs.values() for one in group if isinstance(one, (str, Path))]
+    check_on_target(target, *named, target_revision=pairing.target_revision)
     tokenizer = load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision)
     model = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
+    for name, group in runs.items():
+        for one in group:
+            _check_base(name, one, model)
     texts = read_corpus(drift_text, drift_samples) if drift_text is not None else []
     settings = {
         "target": without_secrets(model.name_or_path),
@@ -128,6 +135,33 @@ def _read_known(output: str | Path | None) -> dict[str | None, Scores]:
     return {key: Scores(**scores) for key, scores in known.items()}
 
 
+def _tasks(tasks: Any) -> list[Task]:
+    found = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, (str, Mapping)) else None
+    if found is None or not all(callable(getattr(task, "run", None)) for task in found):
+        raise ValueError(
+            f"`tasks` must be a list of tasks, such as `[AnswerLikelihood(...)]`, got {repr(tasks)[:200]}."
+        )
+    return found
+
+
+def _runs(adapters: Any) -> dict[str, list[Adapter]]:
+    """The adapters by name, each with its runs."""
+    if not isinstance(adapters, Mapping):
+        raise ValueError(
+            "`adapters` must be a mapping from names to adapters, such as `{'translated': 'folder'}`, got "
+            f"{repr(adapters)[:200]}."
+        )
+    runs = {name: as_path(a if isinstance(a, (list, tuple)) else [a]) for name, a in adapters.items()}
+    for name, group in runs.items():
+        for one in group:
+            if not isinstance(one, (str, Path, PeftModel, TranslationResult)):
+                raise ValueError(
+                    f"The adapter '{name}' must be a folder, a hub id, a PeftModel or what `translate` returned, got "
+                    f"{type(one).__name__}."
+                )
+    return runs
+
+
 def _retrained(retrained, runs: Mapping[str, list], tasks: Sequence[Task]) -> dict[str, str]:
     names = [task.name for task in tasks]
     if len(set(names)) < len(names) or "drift" in names:
@@ -136,6 +170,10 @@ def _retrained(retrained, runs: Mapping[str, list], tasks: Sequence[Task]) -> di
         raise ValueError(f"'{taken[0]}' is the name of the untouched target's row: name the adapter otherwise.")
     if retrained is None:
         return {}
+    if not isinstance(retrained, (str, Mapping)):
+        raise ValueError(
+            f"`retrained` must be the name of an adapter, or a mapping from tasks to names, got {retrained!r}."
+        )
     by_task = dict.fromkeys(names, retrained) if isinstance(retrained, str) else dict(retrained)
     for task, name in by_task.items():
         if name not in runs:
@@ -153,15 +191,37 @@ def _adapted(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[PreTra
         with untouched(model), with_adapter(model, given) if given is not None else nullcontext(model) as adapted:
             yield adapted
         return
+    active = given.base_model.active_adapter
+    wanted = adapter.adapter_name if isinstance(adapter, TranslationResult) else active
+    changes = given.active_adapters not in (wanted, [wanted])  # several translations may share a model
+    with untouched(given):
+        if changes:
+            given.base_model.set_adapter(wanted)
+        try:
+            yield given
+        finally:
+            if changes:
+                given.base_model.set_adapter(active)
+
+
+def _check_base(name: str, adapter: Adapter, model: PreTrainedModel) -> None:
+    """Refuse an adapter in memory that cannot be compared on the target."""
+    given = adapter.model if isinstance(adapter, TranslationResult) else adapter
+    if not isinstance(given, PeftModel):
+        return
     own = given.get_base_model()
-    kinds = {(one.config.model_type, one.config.get_text_config().hidden_size) for one in (own, model)}
+    kinds = {
+        (one.config.model_type, *(getattr(one.config.get_text_config(), size, None) for size in _SIZES))
+        for one in (own, model)
+    }
     if len(kinds) > 1:
         raise ValueError(
             f"A PeftModel among the adapters is on another model ('{own.name_or_path}') than the target, "
             f"'{model.name_or_path}'."
         )
-    with untouched(given):
-        yield given
+    for config in map(given.peft_config.get, given.active_adapters):
+        if (why := refusal_to_run(config, in_memory=True)) is not None:
+            raise ValueError(f"The adapter '{name}' {why}.")
 
 
 def _key(target, settings, adapter: Adapter | None, task: Task | None, texts: list[str]) -> str | None:

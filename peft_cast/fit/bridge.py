@@ -11,15 +11,14 @@ from statistics import mean
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..align import ModuleMap, align_texts
-from ..models import freeze_adapter, load_model
+from ..models import check_model, freeze_adapter, load_model
 from ..options import Fit, Options, Pairing, Run, Training, takes
 from ..results import (
     BRIDGE_CONFIG_NAME,
@@ -31,24 +30,24 @@ from ..results import (
     push_saved,
     read_licenses,
 )
-from ..source import Holdings, LoraKernel, adapted_source, check_adapter, check_is_read, load_source, open_pair
-from ..text import check_text, read_corpus
-from ..utils import (
-    change_dtype,
-    check_place,
-    complete_folder,
-    distributed,
-    one_line,
-    secrets_removed,
-    without_secrets,
-    write_json,
+from ..source import (
+    Holdings,
+    LoraKernel,
+    adapted_source,
+    check_adapter,
+    check_is_read,
+    check_pair,
+    load_source,
+    open_pair,
 )
-from ..utils.fields import check_count
-from .bridge_config import Side, read_bridge_config
+from ..text import check_text, read_corpus
+from ..utils import as_path, change_dtype, check_place, complete_folder, distributed, without_secrets, write_json
+from ..utils.fields import check_count, check_option
+from .bridge_config import Side, read_bridge
 from .closed_form import fit_closed_form
-from .install import adapter_name_of, cast_config, install
+from .install import adapter_name_of, cast_config, check_adapter_name, install
 from .maps import ClosedForm, KernelFit, PlaceMaps
-from .saved import load_closed_form, save_closed_form
+from .saved import save_closed_form
 
 
 class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
@@ -120,9 +119,14 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: If the adapter or the target does not fit the bridge.
         """
         chosen = Options.of(options, Bridge.cast, pairing=pairing).pairing
+        adapter, target, source = map(as_path, (adapter, target, source))
+        check_option("gain", gain, Fit)
+        check_adapter_name(adapter_name)
         check_adapter(adapter, chosen.adapter_revision)
         device = distributed.init(chosen.device)
-        check_adapter(adapter, chosen.adapter_revision)
+        if target is not None:
+            check_model(target, "target", self.target.revision)
+            self.target.check(target, "target", self.target.revision)
         target = load_model(target or self.target.name, "target", device, self.target.revision, chosen.dtype)
         return self._cast(adapter, target, source, gain, adapter_name, chosen)[0].eval()
 
@@ -152,11 +156,12 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Raises:
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
+        adapter, gain = as_path(adapter), Fit(gain=gain).gain
+        pairing = Pairing(adapter_revision=adapter_revision, dtype=dtype)
         check_place(folder, adapter)
         check_adapter(adapter, adapter_revision)
         check_is_read(adapter, adapter_revision)
         check_adapter(adapter, adapter_revision)
-        pairing = Pairing(adapter_revision=adapter_revision)
         model, held, metrics = self._cast(adapter, self.target.skeleton(), None, gain, "default", pairing)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
         model.save_pretrained(folder, save_embedding_layers=False)
@@ -274,39 +279,21 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: If it holds no bridge, or a broken one.
         """
         # The mixin's own would read a `config.json` too, which a bridge does not have.
-        folder, named = Path(pretrained_model_name_or_path), f"'{without_secrets(pretrained_model_name_or_path)}'"
-        options: dict[str, Any] = {
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "force_download": force_download,
-            "local_files_only": local_files_only,
-            "token": token,
-        }
-
-        def file(name: str) -> Path:
-            if folder.is_dir():
-                return folder / name
-            with secrets_removed():
-                return Path(str(hf_hub_download(str(pretrained_model_name_or_path), name, **options)))
-
-        try:
-            (source, target), modules, metrics = read_bridge_config(file(BRIDGE_CONFIG_NAME))
-            maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME), PlaceMaps)
-        except (EntryNotFoundError, FileNotFoundError, ValueError) as error:
-            if isinstance(error, (LocalEntryNotFoundError, HFValidationError)):
-                raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {_PASS}") from error
-            raise ValueError(f"{named} holds no bridge, or a broken one: {one_line(error)} {_PASS}") from error
-        except OSError as error:
-            raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {_PASS}") from error
+        named = without_secrets(pretrained_model_name_or_path)
+        (source, target), modules, metrics, maps = read_bridge(
+            as_path(pretrained_model_name_or_path),
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
         kernels = {name: [fit.source_place for fit in fits] for name, fits in maps.kernels.items()}
         if not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):
             raise ValueError(
-                f"{named} holds no bridge, or one on which a module of the source lands twice: fit it anew."
+                f"'{named}' holds no bridge, or one on which a module of the source lands twice: fit it anew."
             )
         return cls(maps, replace(modules, kernels=kernels), source, target, metrics)
-
-
-_PASS = "Pass a folder or hub id of one."
 
 
 @takes(
@@ -347,8 +334,10 @@ def fit_bridge(
     check_count("samples", samples, 1)
     text = text if text is not None else fit.fit_text
     check_text(text)
+    source, target = as_path(source), as_path(target)
     if pairing.depth_map == "similarity":
         raise ValueError("A bridge needs its depth map beforehand: pass 'proportional' or a mapping of layer numbers.")
+    check_pair(source, [], target, pairing)
     bar = partial(tqdm, disable=not given.run.progress, desc="fitting bridge")
     with open_pair(source, None, target, pairing) as pair:
         texts = align_texts(

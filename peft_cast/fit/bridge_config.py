@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, PreTrainedModel
 
 from ..align import ModuleMap
-from ..models import skeleton
+from ..models import read_model_config, skeleton
+from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
 from ..tuner.checks import check_fields, is_name, read_json, shown
-from ..utils import check_model_config, one_line, without_secrets
+from ..utils import check_model_config, hub_parts, one_line, secrets_removed, why_no_folder, without_secrets
+from .maps import ClosedForm, PlaceMaps
+from .saved import load_closed_form
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,21 @@ class Side:
             ) from error
         model.name_or_path = self.name
         return model
+
+    def check(self, model: str | Path | PreTrainedModel, which: str, revision: str | None = None) -> None:
+        """
+        Raises:
+            ValueError: If a model, which need not be loaded, is not of the sizes of this one.
+            OSError: If its configuration cannot be read.
+        """
+        config = model.config if isinstance(model, PreTrainedModel) else read_model_config(model, which, revision)
+        own, theirs = self.config.get("text_config") or self.config, config.get_text_config().to_dict()
+        for size in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer"):
+            if own.get(size) != theirs.get(size):
+                raise ValueError(
+                    f"The bridge was made for another {which}, '{self.name}', whose `{size}` is {own.get(size)!r} and "
+                    f"not {theirs.get(size)!r}: pass that as `{which}`, or fit a bridge for this one."
+                )
 
 
 @dataclass
@@ -103,3 +123,40 @@ def read_bridge_config(file: Path) -> tuple[tuple[Side, Side], ModuleMap, dict[s
     found = {name: _route(name, route) for name, route in config["found"].items()}
     sides = _side(config, "source"), _side(config, "target")
     return sides, ModuleMap({}, layers, dict(config["unmapped"]), found), config["metrics"]
+
+
+def read_bridge(
+    bridge: str | Path, weights: bool = True, **options: Any
+) -> tuple[tuple[Side, Side], ModuleMap, dict[str, Any], ClosedForm[PlaceMaps]]:
+    """What the files of a bridge hold, in a folder or on the hub, `user/repo` or `user/repo/subfolder`.
+
+    Args:
+        bridge: Folder or hub id.
+        weights (`bool`): Whether the maps are read too, else there are none.
+        options: As in `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        ValueError: If it holds no bridge, or a broken one, or cannot be reached.
+    """
+    if (why := why_no_folder(bridge, BRIDGE_CONFIG_NAME)) is not None:
+        raise ValueError(without_secrets(f"The bridge could not be read: {why}."))
+    named, remedy = f"'{without_secrets(bridge)}'", "Pass a folder or hub id of one."
+
+    def file(name: str) -> Path:
+        if Path(bridge).is_dir():
+            return Path(bridge) / name
+        repo_id, subfolder = hub_parts(bridge)
+        with secrets_removed():
+            return Path(str(hf_hub_download(repo_id, name, subfolder=subfolder, **options)))
+
+    try:
+        sides, modules, metrics = read_bridge_config(file(BRIDGE_CONFIG_NAME))
+        maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME), PlaceMaps) if weights else ClosedForm({}, {}, {}, 0)
+    except (EntryNotFoundError, FileNotFoundError, ValueError) as error:
+        if isinstance(error, (LocalEntryNotFoundError, HFValidationError)):
+            why = f"there is no such folder here, and on the Hub it could not be reached: {one_line(error)}"
+            raise ValueError(f"The bridge {named} could not be read: {why} {remedy}") from error
+        raise ValueError(f"{named} holds no bridge, or a broken one: {one_line(error)} {remedy}") from error
+    except OSError as error:
+        raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {remedy}") from error
+    return sides, modules, metrics, maps

@@ -10,19 +10,43 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from tqdm.auto import tqdm
 
 from ..align import AlignedPair, layer_pairs
-from ..options import Options
-from ..source import Pair
+from ..options import Options, Pairing
+from ..source import Pair, base_of
 from ..utils import distributed, optional, within_memory
 from .bridge import Bridge
+from .bridge_config import read_bridge
 from .closed_form import fit_closed_form
 from .install import check_shapes
 from .maps import ClosedForm, KernelFit
 from .saved import load_closed_form, save_closed_form
 from .similarity import map_by_similarity
 from .stacked import StackedPart
+
+
+def check_bridge(bridge: Any, source: Any, adapter: Any, target: Any, pairing: Pairing) -> None:
+    """Refuse, before models are loaded, what is no bridge, or one between other models.
+
+    Args:
+        bridge: A `Bridge`, or the folder or hub id of one, of which only the configuration is read.
+        source, adapter, target, pairing: As in `translate`.
+
+    Raises:
+        ValueError, OSError: As `Bridge.from_pretrained`; if a model is not of the sizes that the bridge is for.
+    """
+    if not isinstance(bridge, (Bridge, str, Path)):
+        raise ValueError(f"`bridge` must be a `Bridge`, or the folder or hub id of one, got {type(bridge).__name__}.")
+    sides = (bridge.source, bridge.target) if isinstance(bridge, Bridge) else read_bridge(bridge, weights=False)[0]
+    revision = pairing.source_revision
+    if isinstance(adapter, PeftModel):
+        source = adapter.get_base_model()
+    elif source is None:
+        source, revision = base_of(adapter, pairing.adapter_revision)
+    sides[0].check(source, "source", revision)
+    sides[1].check(target, "target", pairing.target_revision)
 
 
 def initial_maps(

@@ -36,6 +36,17 @@ def cast_config(kernels: Mapping[str, LoraKernel], modules: ModuleMap, **options
     return CastConfig(kernels=dict(specs), r=r, task_type="CAUSAL_LM", **options)
 
 
+def check_adapter_name(name: Any, remedy: str = "another `adapter_name`, one") -> None:
+    """
+    Raises:
+        ValueError: If an adapter cannot have the name: PyTorch makes a module of it.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"`adapter_name` must be a string, got {name!r}: several names are for a list of adapters.")
+    if not name or {".", "/", "\\"} & set(name) or hasattr(torch.nn.ModuleDict, name):
+        raise ValueError(f"An adapter cannot be called '{name}': pass {remedy} without dots and slashes.")
+
+
 def adapter_name_of(adapter: Any) -> str:
     """What a configuration says of the source adapter: its hub id or path, for a PeftModel that of its base."""
     name = adapter.active_peft_config.base_model_name_or_path if isinstance(adapter, PeftModel) else adapter

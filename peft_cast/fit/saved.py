@@ -83,9 +83,9 @@ def load_closed_form(file: Path, kind: type[FitOrMaps]) -> ClosedForm[FitOrMaps]
                 place = entry.get("source_place", entry.get("source_module"))  # its name up to version 0.1
                 if not is_name(place):
                     raise ValueError(f"it has a module called {shown(place)}")
-                numbers = {name: _finite(name, entry[name]) for name in ("r2_in", "r2_out")}
-                maps = [read(entry, side, str(place)) for side in ("in", "out")]
-                return kind.of(str(place), *maps, **numbers, shrunk=entry.get("shrunk", True) is True)
+                into, out_of = (read(entry, side, str(place)) for side in ("in", "out"))
+                r2_in, r2_out = (_finite(name, entry[name]) for name in ("r2_in", "r2_out"))
+                return kind.of(str(place), into, out_of, r2_in, r2_out, entry.get("shrunk", True) is True)
 
             hidden_r2 = {path: _finite("hidden_r2", r2) for path, r2 in metadata["hidden_r2"].items()}
             check_number("`positions`", metadata["positions"], 0, whole=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model, set_peft_model_state_dict
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..align import ModuleMap
 from ..results import TranslationResult
 from ..source import LoraKernel
+from .install import check_adapter_name
 from .maps import ClosedForm, KernelFit
 
 
@@ -62,12 +62,11 @@ def adapter_names(adapters: Sequence[str | Path], given: str | Sequence[str]) ->
     Raises:
         ValueError: If they are not one for each, not distinct, or no names for a module.
     """
+    if not isinstance(given, (str, list, tuple)):
+        raise ValueError(f"`adapter_name` must be a list of names, one for each adapter, got {given!r}.")
     names = [Path(one).name.replace(".", "_") for one in adapters] if isinstance(given, str) else list(given)
     for name in names:
-        if not name or {".", "/", "\\"} & set(name) or hasattr(nn.ModuleDict, name):
-            raise ValueError(
-                f"An adapter cannot be called '{name}': pass `adapter_name=[...]`, names without dots and slashes."
-            )
+        check_adapter_name(name, "`adapter_name=[...]`, names")
     if len(names) != len(adapters) or len(set(names)) != len(names):
         raise ValueError(
             f"Several adapters need a name each, all different, got {names}: pass `adapter_name=[...]`, "

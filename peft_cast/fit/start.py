@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from ..align import ModuleMap, split_place
-from ..source import LoraKernel
+from ..source import LoraKernel, check_on_target
 from ..tuner import CastConfig
+from ..utils import read_adapter_config, without_secrets
 from .maps import ClosedForm, KernelFit
+
+
+_NOT_FOLDABLE = "has nonlinear projections or a bias, from which no other can go on"
+
+
+def check_start(start: Any, target: str | Path | PreTrainedModel, target_revision: str | None = None) -> None:
+    """Refuse, before the target is loaded, what no translation can go on from.
+
+    Raises:
+        ValueError, OSError: As `projections_of`, and if it does not fit the target.
+    """
+    if not isinstance(start, (str, Path)):
+        raise ValueError(
+            f"`start` must be the folder or hub id of a translation, got {type(start).__name__}: save it, with "
+            "`save_pretrained(folder)`, and pass the folder."
+        )
+    name, config = without_secrets(start), read_adapter_config(start)
+    if not isinstance(config, CastConfig):
+        raise ValueError(f"`start`, '{name}', is no CAST adapter: pass one that `translate` has made.")
+    if config.projection_type == "mlp" or config.projection_bias:
+        raise ValueError(f"`start`, '{name}', {_NOT_FOLDABLE}.")
+    check_on_target(target, start, target_revision=target_revision)
 
 
 @torch.no_grad()
@@ -26,10 +52,8 @@ def projections_of(
         name (`str`): The adapter's, for messages.
 
     Raises:
-        ValueError: If it is no CAST adapter, is nonlinear or has a bias, or carries another LoRA or to other places.
+        ValueError: If it is nonlinear or has a bias, or carries another LoRA or to other places.
     """
-    if not isinstance(adapted.active_peft_config, CastConfig):
-        raise ValueError(f"`start`, '{name}', is no CAST adapter: pass one that `translate` has made.")
     fits: dict[str, list[KernelFit]] = {}
     for place, sources in modules.kernels.items():
         module, rows = split_place(place)
@@ -47,9 +71,7 @@ def projections_of(
                     "made with."
                 )
             if not kernel.foldable:
-                raise ValueError(
-                    f"`start`, '{name}', has nonlinear projections or a bias, from which no other can go on."
-                )
+                raise ValueError(f"`start`, '{name}', {_NOT_FOLDABLE}.")
             for own, given in ((kernel.A, kernels[source].A), (kernel.B, kernels[source].B)):
                 if own.shape != given.shape or not torch.allclose(
                     own.float().cpu(), given.float().cpu(), rtol=1e-2, atol=1e-4

@@ -2,7 +2,7 @@
 
 from transformers import AutoModelForCausalLM
 
-from .adapters import as_peft_reads, freeze_adapter, load_on_skeleton, unload_adapters, unloaded_on_error, with_adapter
+from .adapters import as_peft_reads, freeze_adapter, load_on_skeleton, unload_adapters, unloaded_on_error
 from .capture import Captured, capture, layer_outputs, next_token_loss
 from .generating import SampleTopK, continuations, padded
 from .heads import contiguous_head, ends_in_head, logits_at, shared_head, states_at
@@ -17,6 +17,7 @@ from .loading import (
     load_model,
     read_model_config,
     skeleton,
+    skeleton_of,
 )
 from .restoring import in_eval_mode, moved, seeded, untouched
 from .sharding import is_sharded

@@ -15,7 +15,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..utils import adapter_folder, check_weights, one_line, read_adapter_config, without_secrets
+from ..utils import adapter_folder, read_adapter_config
 
 
 def as_peft_reads(
@@ -115,33 +115,3 @@ def unloaded_on_error(model: PreTrainedModel) -> Iterator[None]:
     except BaseException:
         unload_adapters(model)
         raise
-
-
-@contextmanager
-def with_adapter(model: PreTrainedModel, adapter: str | Path, revision: str | None = None) -> Iterator[PeftModel]:
-    """Within the context the model has an adapter from a folder or the Hub, in eval mode; afterwards it has none.
-
-    Raises:
-        ValueError: If the adapter cannot be used on this model; the message says why.
-    """
-    name = without_secrets(adapter)
-    config = read_adapter_config(adapter, revision)
-    check_weights(adapter, config, revision, model=model)
-    if getattr(config, "bias", "none") != "none":
-        raise ValueError(
-            f"The adapter '{name}' has trained biases, which would stay in the target: use it as a PeftModel on "
-            "a copy of the target."
-        )
-    try:
-        try:
-            adapted = PeftModel.from_pretrained(model, str(adapter_folder(adapter, revision)), config=config)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # PEFT raises whatever a wrong configuration leads to
-            raise ValueError(
-                f"The adapter '{name}' could not be loaded on '{without_secrets(model.name_or_path)}': "
-                f"{one_line(error)}"
-            ) from error
-        yield adapted.eval()
-    finally:
-        unload_adapters(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -259,6 +259,18 @@ def skeleton(config: PretrainedConfig, named: str = "The model") -> PreTrainedMo
         model = kind.from_config(config, trust_remote_code=False, attn_implementation="eager")
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     return model
+
+
+def skeleton_of(model: str | Path, which: str, revision: str | None = None) -> PreTrainedModel | None:
+    """The skeleton of a model that is not loaded yet; `None` where only loading it tells more.
+
+    Raises:
+        ValueError, OSError: As `check_model`.
+    """
+    check_model(model, which, revision)
+    with suppress(Exception):  # a configuration may lead to anything; what is wrong with it, loading says
+        return skeleton(read_model_config(model, which, revision))
+    return None
 
 
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:

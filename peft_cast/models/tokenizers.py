@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..utils import hub_parts, one_line, secrets_removed, without_secrets
-from ..utils.safety import find_file, why_no_name
+from ..utils.names import find_file, why_no_name
 from .loading import check_loaded, check_model, check_remote_code
 
 
@@ -59,9 +59,9 @@ def load_tokenizer(
         else:
             why = f"{named} cannot be read: get its files again, or {instead}"
         raise ValueError(why) from error
-    if (why := _beyond(found, rows)) is not None:
+    if (beyond := _beyond(found, rows)) is not None:
         raise ValueError(
-            f"{named} {why}: pass one that belongs to the model as `{argument}`, or the model with resized embeddings."
+            f"{named} {beyond}: pass one that belongs to the model as `{argument}`, or the model with resized embeddings."
         )
     if not _knows_text(found):
         warnings.warn(f"{named} knows hardly a token of plain English text: if it should, pass another `{argument}`.")

@@ -23,7 +23,7 @@ from ..options import Fit, Options, Pairing, Projections, Training, takes
 from ..source import base_of, list_not_carried, planned_source
 from ..text import ANCHOR_EVERY, anchor_length
 from ..tuner import CastConfig
-from ..utils import one_line, secrets_removed, why_no_model, without_secrets
+from ..utils import as_path, one_line, secrets_removed, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
 from .bodies import counted_or_simplified
 from .devices import DEVICES, SHAPES_KEPT, Device, this_machine
@@ -177,6 +177,7 @@ def plan(
         ValueError: If the device is unknown, `batch_size` is no multiple of `processes`, sharding meets `weight_bits`,
             or the adapter or a configuration cannot be used; the message says why.
     """
+    source, adapter, target = map(as_path, (source, adapter, target))
     given = Options.of(options, plan, pairing=pairing, projections=projections, fit=fit, training=training)
     pairing, training, fit_samples = given.pairing, given.training, given.fit.fit_samples
     steps, batch_size, max_length = training.steps, training.batch_size, training.max_length
@@ -365,6 +366,11 @@ def _device(device: str | Device | None) -> Device:
 def _config(model: str | Path | PretrainedConfig, which: str, revision: str | None) -> PretrainedConfig:
     if isinstance(model, PretrainedConfig):
         return model
+    if not isinstance(model, (str, Path)):
+        remedy = f": pass `{which}.config`" if isinstance(model, torch.nn.Module) else ""
+        raise ValueError(
+            f"`{which}` must be a hub id, a folder or a configuration, got {type(model).__name__}{remedy}."
+        )
     if (why := why_no_model(model)) is not None:
         raise ValueError(
             without_secrets(

@@ -17,9 +17,10 @@ from ..fit import map_by_similarity
 from ..models import freeze_adapter, seeded, unloaded_on_error
 from ..options import Fit, Options, Pairing, Run, Training, takes
 from ..results import TranslationResult
-from ..source import open_pair
+from ..source import check_pair, open_pair
 from ..text import read_texts
-from ..utils import Phases, distributed
+from ..utils import Phases, as_path, distributed
+from ..utils.fields import check_count
 from .batches import TrainingTexts
 from .imitate import imitate
 from .shown import open_teacher, shown_if_asked
@@ -60,6 +61,9 @@ def distill_lora(
     """
     given = Options.of(options, distill_lora, pairing=pairing, fit=fit, training=training, run=run)
     distributed.training_device(given.pairing.device)
+    source, adapter, target = map(as_path, (source, adapter, target))
+    check_count("r", r, 1)
+    check_pair(source, [adapter], target, given.pairing)
     training, progress, phases = given.training, given.run.progress, Phases()
     with ExitStack() as stack:
         with phases.measure("load"):

@@ -21,21 +21,25 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..models import load_on_skeleton, skeleton
+from ..options import Pairing
 from ..source import SAVED, list_not_carried, read_holdings
 from ..tuner import CastConfig, CastLayer
 from ..tuner.checks import read_json
 from ..tuner.merging import check_foldable
 from ..utils import (
+    as_path,
     check_model_config,
     check_weights,
+    find_file,
     one_line,
     read_adapter_config,
     secrets_removed,
+    why_no_model,
     without_secrets,
     write_json,
     write_tensors,
 )
-from ..utils.safety import find_file
+from ..utils.fields import check_count, check_option
 from .artifacts import METRICS_NAME, replacing_folder, with_not_carried
 from .publish import Publishable, add_card
 from .rows import Evaluation
@@ -140,10 +144,19 @@ def to_lora(
     Raises:
         ValueError: If it is no CAST adapter, has nonlinear projections or biases, or `rank` is not positive.
     """
-    if rank is not None and rank < 1:
-        raise ValueError(f"`rank` must be at least 1, got {rank}.")
+    adapter = as_path(adapter)
+    check_count("rank", rank, 1)
+    check_option("dtype", dtype, Pairing)
+    dtype = dtype or torch.float32
+    if not isinstance(adapter, (str, Path, PeftModel)):
+        raise ValueError(
+            "`adapter` must be the folder or hub id of a CAST adapter, or the PeftModel that has it "
+            f"(`result.model`), got {type(adapter).__name__}."
+        )
     model = adapter if isinstance(adapter, PeftModel) else _load(adapter, revision)
-    adapter_name = adapter_name or model.active_adapters[0]
+    if adapter_name is None and len(model.active_adapters) != 1:
+        raise ValueError(f"The active adapters are {model.active_adapters}: pass one of them as `adapter_name`.")
+    adapter_name = model.active_adapters[0] if adapter_name is None else adapter_name
     config = model.peft_config.get(adapter_name)
     if not isinstance(config, CastConfig):
         raise ValueError(f"'{adapter_name}' is no CAST adapter of this model, so there is nothing to fold.")
@@ -211,6 +224,11 @@ def _load(adapter: str | Path, revision: str | None) -> PeftModel:
         )
     check_weights(adapter, config, revision)
     name = config.base_model_name_or_path
+    if (why := why_no_model(name) if name else "the adapter does not name it") is not None:
+        raise ValueError(
+            f"The configuration of the target model could not be read ({without_secrets(why)}): load the adapter on "
+            "its model and pass the PeftModel."
+        )
     try:
         with secrets_removed():
             values, _ = PretrainedConfig.get_config_dict(name, revision=config.revision)

@@ -150,28 +150,47 @@ def refusal(config: PeftConfig, in_memory: bool = False) -> str | None:
             "has nonlinear projections (mlp), so its effect is not linear in the module's input and cannot be "
             "translated: translate the LoRA that it was made of"
         )
-    if config.task_type not in (None, "CAUSAL_LM", *MISNAMED):
+    if (why := _other_task(config)) is not None:
+        return f"{why}: only adapters of causal language models can be translated"
+    if in_memory and changes_weights(config):
+        return _on_changed_weights(config, "save it with `save_pretrained(folder)` and pass the folder")
+    return _on_lost_weights(config, "source")
+
+
+def refusal_to_run(config: PeftConfig, in_memory: bool = False) -> str | None:
+    """Likewise why an adapter cannot be run on a target as it is, to be evaluated."""
+    kind = type_of(config)
+    if config.is_prompt_learning or config.is_adaption_prompt:
         return (
-            f"was trained for the task type {config.task_type}, whose head a causal language model has not: only "
-            "adapters of causal language models can be translated"
+            f"is of type {kind}, which adds virtual tokens and changes no weight: only adapters that change weights "
+            "can be evaluated"
         )
-    start = _start(config)
-    if start and not start.startswith(_STARTS):
-        return (
-            f"names the initialization '{start[:80]}', which PEFT does not know: correct `init_lora_weights` in "
-            "adapter_config.json (true, if the file holds the trained weights)"
-        )
-    lost = start.startswith(("pissa_niter", "corda", "lora_ga", "loftq"))
-    if lost or (in_memory and changes_weights(config)):
-        remedy = (
-            "save it with `save_pretrained(folder, path_initial_model_for_weight_conversion=...)`, which makes it a "
-            "plain LoRA, or set `init_lora_weights` to true in its configuration and pass the changed model as "
-            "`source`"
-            if lost
-            else "save it with `save_pretrained(folder)` and pass the folder"
-        )
-        return (
-            f"is relative to base weights that its initialization ({start or 'kasa'}) changed, and what they were "
-            f"before is not known here: {remedy}"
-        )
-    return None
+    if kind in ("XLORA", "POLY"):
+        return f"is of type {kind}, which {_NO_DELTA[kind]}: evaluate one plain adapter at a time"
+    if (why := _other_task(config)) is not None:
+        return f"{why}: only adapters of causal language models can be evaluated"
+    return None if in_memory else _on_lost_weights(config, "target")
+
+
+def _other_task(config: PeftConfig) -> str | None:
+    if config.task_type in (None, "CAUSAL_LM", *MISNAMED):
+        return None
+    return f"was trained for the task type {config.task_type}, whose head a causal language model has not"
+
+
+def _on_lost_weights(config: PeftConfig, which: str) -> str | None:
+    """Of an initialization that changes the base weights in another way each time."""
+    if not _start(config).startswith(("pissa_niter", "corda", "lora_ga", "loftq")):
+        return None
+    return _on_changed_weights(
+        config,
+        "save it with `save_pretrained(folder, path_initial_model_for_weight_conversion=...)`, which makes it a plain "
+        f"LoRA, or set `init_lora_weights` to true in its configuration and pass the changed model as `{which}`",
+    )
+
+
+def _on_changed_weights(config: PeftConfig, remedy: str) -> str:
+    return (
+        f"is relative to base weights that its initialization ({_start(config) or 'kasa'}) changed, and what they "
+        f"were before is not known here: {remedy}"
+    )

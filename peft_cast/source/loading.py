@@ -16,13 +16,13 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import as_peft_reads, check_loaded, load_model, load_on_skeleton, unload_adapters
+from ..models import as_peft_reads, check_loaded, load_model, load_on_skeleton, skeleton_of, unload_adapters
 from ..tuner.checks import check_finite, shown
 from ..utils import adapter_folder, one_line, read_adapter_config, read_weights_header, why_no_model, without_secrets
 from .disagreement import other_tokens
 from .files import idle, unusable
 from .kernels import SourceAdapter, nothing_carried, read_adapter
-from .kinds import MISNAMED, PREFIX, changes_weights, refusal
+from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
 from .names import Match
 from .renamed import Readable, readable
@@ -51,6 +51,13 @@ def load_source(
         if isinstance(source, nn.Module) and source is not model:
             raise ValueError("`adapter` is a PeftModel on another model object than `source`: pass `source=None`.")
         check_loaded(model, "source")
+        named = model.name_or_path
+        if isinstance(source, (str, Path)) and named and Path(source).resolve() != Path(named).resolve():
+            raise ValueError(
+                without_secrets(
+                    f"`adapter` is a PeftModel on '{named}', which is not `source`, '{source}': pass `source=None`."
+                )
+            )
         return model
     if source is None:
         source, named = base_of(adapter, adapter_revision)
@@ -151,7 +158,74 @@ def adapted_source(
             yield _acting(read_adapter(adapter, {}, source_rank))
         return
     config = read_adapter_config(adapter, revision)
-    match = matched(adapter, revision, source, config)
+    with _loaded(source, adapter, revision, config) as (model, changed, renamed):
+        yield dataclasses.replace(_acting(read_adapter(model, changed, source_rank)), renamed=renamed)
+
+
+@contextmanager
+def with_adapter(target: PreTrainedModel, adapter: str | Path, revision: str | None = None) -> Iterator[PeftModel]:
+    """Within the context a target has an adapter from a folder or the hub, of any kind and in eval mode; afterwards it
+    is as it was, its own weights too.
+
+    Raises:
+        ValueError: If the adapter cannot be used on this model; the message says why.
+    """
+    with _loaded(target, adapter, revision, _config_to_run(adapter, revision), "target") as (model, *_):
+        yield model
+
+
+def check_on_source(
+    source: str | Path | PreTrainedModel,
+    *adapters: Any,
+    source_revision: str | None = None,
+    revision: str | None = None,
+) -> None:
+    """Refuse, before the source is loaded, adapters whose files do not fit it.
+
+    Raises:
+        ValueError, OSError: As `adapted_source`.
+    """
+    base = source if isinstance(source, nn.Module) else skeleton_of(source, "source", source_revision)
+    for adapter in adapters:
+        if base is not None and not isinstance(adapter, PeftModel):
+            matched(adapter, revision, base, read_adapter_config(adapter, revision))
+
+
+def check_on_target(
+    target: str | Path | PreTrainedModel, *adapters: str | Path, target_revision: str | None = None
+) -> None:
+    """Refuse, before the target is loaded, adapters in folders or on the hub that cannot be put on it.
+
+    Raises:
+        ValueError, OSError: As `with_adapter`, and if the target is none.
+    """
+    base = target if isinstance(target, nn.Module) else skeleton_of(target, "target", target_revision)
+    for adapter in adapters:
+        config = _config_to_run(adapter)
+        if base is None:
+            read_weights_header(adapter)
+        elif base is target:
+            matched(adapter, None, base, config, "target")
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it is loaded once more
+                with with_adapter(base, adapter):
+                    pass
+
+
+def _config_to_run(adapter: str | Path, revision: str | None = None) -> PeftConfig:
+    config = read_adapter_config(adapter, revision)
+    if (why := refusal_to_run(config)) is not None:
+        raise ValueError(f"The adapter '{without_secrets(adapter)}' {why}.")
+    return config
+
+
+@contextmanager
+def _loaded(
+    base: PreTrainedModel, adapter: str | Path, revision: str | None, config: PeftConfig, which: str = "source"
+) -> Iterator[tuple[PeftModel, dict[str, torch.Tensor], str | None]]:
+    """A model with an adapter of its own, what that changed of its weights, and as what its tensors were read."""
+    match = matched(adapter, revision, base, config, which)
     if config.task_type in MISNAMED:
         warnings.warn(
             f"The adapter '{without_secrets(adapter)}' names the task type {config.task_type}, but its model is a "
@@ -159,22 +233,21 @@ def adapted_source(
         )
         config.task_type = "CAUSAL_LM"
     with readable(adapter, revision, match) as file:
-        parameters = dict(source.named_parameters(remove_duplicate=False))
+        parameters = dict(base.named_parameters(remove_duplicate=False))
         names = parameters if changes_weights(config) else _base_names(file.header) & parameters.keys()
         kept = {name: parameters[name].detach().clone() for name in names}
-        skeleton = source.device.type == "meta"  # until weights of its own come with the adapter
-        lists = [(m, n, child) for m in source.modules() for n, child in m.named_children() if _is_list(child)]
+        skeleton = base.device.type == "meta"  # until weights of its own come with the adapter
+        lists = [(m, n, child) for m in base.modules() for n, child in m.named_children() if _is_list(child)]
         try:
-            model = _load(source, adapter, file, match, parameters)
+            model = _load(adapter, file, match, parameters)
             # The others may be spread over processes and given up here.
             parameters = {name: parameters[name] for name in kept}
             changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
             if changed and not skeleton:  # which has no weights to put back
                 model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
-            read = _acting(read_adapter(model.eval(), changed, source_rank))
-            yield dataclasses.replace(read, renamed=file.renamed)
+            yield model.eval(), changed, file.renamed
         finally:
-            unload_adapters(source)
+            unload_adapters(base)
             for name, value in kept.items():
                 parameters[name].data = value
             for parent, name, child in lists:  # layer_replication makes a longer list
@@ -187,9 +260,8 @@ def _acting(read: SourceAdapter) -> SourceAdapter:
     return read
 
 
-def _load(
-    source: PreTrainedModel, adapter: str | Path, file: Readable, match: Match, own: Mapping[str, nn.Parameter]
-) -> PeftModel:
+def _load(adapter: str | Path, file: Readable, match: Match, own: Mapping[str, nn.Parameter]) -> PeftModel:
+    source = match.source
     try:
         if source.device.type == "meta":
             model = load_on_skeleton(source, file.place, _NAME, file.revision, file.config)
@@ -200,27 +272,31 @@ def _load(
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
-        raise no_match(adapter, source, refused_by_peft(match, one_line(error))) from error
+        raise no_match(adapter, match, refused_by_peft(match, one_line(error))) from error
     if why is not None:
-        raise no_match(adapter, source, why)
+        raise no_match(adapter, match, why)
     return model
 
 
-def matched(adapter: str | Path, revision: str | None, source: PreTrainedModel, config: PeftConfig) -> Match:
-    """The adapter's file beside the modules of its model.
+def matched(
+    adapter: str | Path, revision: str | None, source: PreTrainedModel, config: PeftConfig, which: str = "source"
+) -> Match:
+    """The adapter's file beside the modules of its model, which is passed as `which`.
 
     Raises:
         ValueError: If they do not go together.
     """
-    match = Match(read_weights_header(adapter, revision), source, config)
+    match = Match(read_weights_header(adapter, revision), source, config, which)
     if (why := misplaced(match) or resized(match) or other_tokens(match) or deeper(match)) is not None:
-        raise no_match(adapter, source, why)
+        raise no_match(adapter, match, why)
     return match
 
 
-def no_match(adapter: str | Path, source: PreTrainedModel, why: str) -> ValueError:
-    name = source.name_or_path or type(source).__name__
-    return ValueError(without_secrets(f"The adapter '{adapter}' does not fit the source model '{name}': {why}."))
+def no_match(adapter: str | Path, match: Match, why: str) -> ValueError:
+    name = match.source.name_or_path or type(match.source).__name__
+    return ValueError(
+        without_secrets(f"The adapter '{adapter}' does not fit the {match.which} model '{name}': {why}.")
+    )
 
 
 def _disabling(model: PeftModel, originals: Mapping[nn.Parameter, torch.Tensor]):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 
-from peft import AdaLoraConfig, PeftConfig
+from peft import AdaLoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from transformers import PreTrainedModel
 
 from ..align import layer_count
 from ..tuner import CastConfig
@@ -61,7 +60,7 @@ def misplaced(match: Match) -> str | None:
     if match.layers and max(match.layers) >= (depth := layer_count(match.source)):
         return (
             f"its `layer_replication` speaks of layer {max(match.layers)}, counted from 0, and {match.model} has "
-            f"{depth}: correct it in adapter_config.json, or pass the model that it belongs to as `source`"
+            f"{depth}: correct it in adapter_config.json, or pass the model that it belongs to as `{match.which}`"
         )
     if (match.as_it_is or match.read_by_peft or match.renaming) and (match.read_by_peft or not _too_wide(match)):
         return None
@@ -77,7 +76,7 @@ def misplaced(match: Match) -> str | None:
         width, height = match.modules[module] or (0, 0)
         return (
             f"{_named([part])} is for another width, '{module}' takes {width} numbers and gives {height}: "
-            f"{_other_model(match.config, match.source)}"
+            f"{_other_model(match)}"
         )
     return (
         f"{_named(match.parts)} could belong to several modules of {match.model}, or several tensors to one: rename "
@@ -102,7 +101,7 @@ def _astray(match: Match) -> list[Part]:
 
 def _lost(match: Match, astray: list[Part]) -> str:
     """Why some tensors have no module."""
-    other_model = _other_model(match.config, match.source)
+    other_model = _other_model(match)
     experts = [part for part in astray if part.is_expert]
     if experts:
         return _no_room_for(match, experts)
@@ -162,7 +161,8 @@ def resized(match: Match) -> str | None:
             return (
                 f"it was trained with a vocabulary of {found} tokens and {match.model} has {tokens}: load the model "
                 f"that it was trained on{f' ({trained_on})' if trained_on else ''}, call "
-                f"`resize_token_embeddings({found})` and pass it with the adapter's tokenizer as `source_tokenizer`"
+                f"`resize_token_embeddings({found})` and pass it with the adapter's tokenizer as "
+                f"`{match.which}_tokenizer`"
             )
     return None
 
@@ -185,7 +185,7 @@ def deeper(match: Match) -> str | None:
         if reached >= 0 and missing and all(names[name] > reached for name in missing):
             return (
                 f"it was made for {reached + 1} layers and {match.model} has {_layers(match, head)} ('{missing[0]}' "
-                f"is in the model, not in the file): {_other_model(config, match.source)}"
+                f"is in the model, not in the file): {_other_model(match)}"
             )
     return None
 
@@ -218,7 +218,7 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
     if not extra and reached >= 0 and min(beyond) > reached:
         return (
             f"it was made for {reached + 1} layers and {match.model} has {max(beyond) + 1} ('{absent[0][:200]}' is "
-            f"in the model, not in the file): {_other_model(match.config, match.source)}"
+            f"in the model, not in the file): {_other_model(match)}"
         )
     targets = getattr(match.config, "target_modules", None)
     named = sorted({part.tail[-1] for part in match.parts if part.tail and match.prefix in ".".join(part.inner)})
@@ -250,7 +250,7 @@ def refused_by_peft(match: Match, said: str) -> str:
     if match.is_lora and "target" in said.lower():
         return disagreement(match, (), [part.key for part in match.parts])
     if "size mismatch" in said or "shape" in said:
-        remedy = _other_model(match.config, match.source)
+        remedy = _other_model(match)
     else:
         options = [name for name in vars(match.config) if re.search(rf"\b{name}\b", said)]
         named = " or ".join(f"`{name}`" for name in options[:3]) or "its settings"
@@ -284,17 +284,17 @@ def _too_wide(match: Match) -> list[tuple[Part, str]]:
     return found
 
 
-def _other_model(config: PeftConfig, source: PreTrainedModel) -> str:
+def _other_model(match: Match) -> str:
     """What to do when the adapter belongs to another model."""
-    named = config.base_model_name_or_path
-    if named and str(named) != str(source.name_or_path):
-        return f"it was trained on '{named}', pass that as `source`"
+    named, which = match.config.base_model_name_or_path, match.which
+    if named and str(named) != str(match.source.name_or_path):
+        return f"it was trained on '{named}', pass that as `{which}`"
     if named:
         return (
-            "the adapter names this very model, so pass the revision of it that the adapter belongs to, as `source` "
-            "or by `source_revision`"
+            "the adapter names this very model, so pass the revision of it that the adapter belongs to, as "
+            f"`{which}` or by `{which}_revision`"
         )
-    return "pass the model that it was trained on as `source`"
+    return f"pass the model that it was trained on as `{which}`"
 
 
 def _no_room_for(match: Match, experts: list[Part]) -> str:

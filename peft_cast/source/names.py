@@ -89,10 +89,13 @@ class Match:
         header: Of the file.
         source: The model, without the adapter.
         config: The adapter's configuration.
+        which (`str`): The argument that the model is passed as.
     """
 
-    def __init__(self, header: Mapping[str, TensorInfo], source: PreTrainedModel, config: PeftConfig):
-        self.header, self.source, self.config = header, source, config
+    def __init__(
+        self, header: Mapping[str, TensorInfo], source: PreTrainedModel, config: PeftConfig, which: str = "source"
+    ):
+        self.header, self.source, self.config, self.which = header, source, config, which
         self.modules = {name: linear_size(module) for name, module in source.named_modules() if name}
         self.is_lora = isinstance(config, LoraConfig)
         self.prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type) or "\0"

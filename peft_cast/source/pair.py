@@ -37,7 +37,7 @@ from ..models import (
 from ..options import Pairing
 from ..utils import distributed
 from .kernels import LoraKernel, SourceAdapter
-from .loading import adapted_source, base_of, check_adapter, load_source
+from .loading import adapted_source, base_of, check_adapter, check_on_source, load_source
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,14 @@ def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairi
     if source is None and adapters and isinstance(adapters[0], (str, Path)):
         source, revision = base_of(adapters[0], pairing.adapter_revision)
         pairing = replace(pairing, source_revision=pairing.source_revision or revision)
-    if not (adapters and isinstance(adapters[0], PeftModel)):
+    if source is not None or not any(isinstance(adapter, PeftModel) for adapter in adapters):
         check_model(source, "source", pairing.source_revision)
     check_model(target, "target", pairing.target_revision)
     for adapter in adapters:
         check_adapter(adapter, pairing.adapter_revision)
+    if source is not None:
+        revisions = {"source_revision": pairing.source_revision, "revision": pairing.adapter_revision}
+        check_on_source(source, *adapters, **revisions)
     if len(adapters) > 1:  # whose models are loaded before pairs are opened
         for adapter in adapters:
             _open_tokenizers(source, adapter, target, pairing)
@@ -168,9 +171,12 @@ def open_pair(
         layers = map_layers(layer_count(source), layer_count(target), depth_map)
         adapted = on_source.kernels if on_source else linear_layers(source)
         modules = map_modules(adapted, target, layers, chosen.module_map, source)
-        rows = (model.get_output_embeddings().weight.shape[0] for model in (source, target))
-        vocabulary = shared_vocabulary(*tokenizers, *rows)
+        vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
         yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision)
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]
 
 
 def _open_tokenizers(

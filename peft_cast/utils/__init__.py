@@ -3,6 +3,7 @@
 from .environment import environment
 from .files import (
     PARTIAL,
+    as_path,
     change_dtype,
     check_place,
     complete_folder,
@@ -13,23 +14,27 @@ from .files import (
     write_json,
     write_tensors,
 )
-from .out_of_memory import within_memory
-from .phases import Phases, give_back_memory
-from .safety import (
-    HIDDEN,
+from .names import (
     adapter_folder,
-    check_model_config,
-    check_weights,
     files_of,
     find_file,
     hub_parts,
     looks_like_path,
+    why_no_folder,
+    why_no_model,
+    why_no_name,
+)
+from .out_of_memory import within_memory
+from .phases import Phases, give_back_memory
+from .safety import (
+    HIDDEN,
+    check_model_config,
+    check_weights,
     one_line,
     read_adapter_config,
     read_weights_header,
     replicated_layers,
     secrets_removed,
-    why_no_model,
     why_no_weights,
     without_secrets,
 )

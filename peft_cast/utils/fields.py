@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -83,6 +84,9 @@ def check_option(name: str, value: Any, group: type[Group]) -> None:
         raise ValueError(f"`{name}` must be True or False, got {shown}.")
     elif kinds == (Mapping,) and not isinstance(value, Mapping):
         raise ValueError(f"`{name}` must be a mapping, got {shown}.")
+    elif str in kinds and torch.device not in kinds and not isinstance(value, (*kinds, os.PathLike)):
+        words = " or ".join("a string" if kind is str else f"a {kind.__name__}" for kind in kinds)
+        raise ValueError(f"`{name}` must be {words}, got {shown}.")
 
 
 def check_count(name: str, value: Any, least: float = 0) -> None:

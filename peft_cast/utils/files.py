@@ -22,6 +22,13 @@ from .safety import without_secrets
 PARTIAL = ".partial-"  # what is being written, or was when a run was killed
 
 
+def as_path(value: Any) -> Any:
+    """A path of any library as a `Path`, also in a list; all else as it is."""
+    if isinstance(value, (list, tuple)):
+        return [as_path(one) for one in value]
+    return Path(value) if isinstance(value, os.PathLike) else value
+
+
 @contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
     """Within the context write to the path that is given; at the end it takes the place of `file`.
@@ -91,6 +98,8 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
     Raises:
         ValueError: If the folder is one of the inputs, holds a model or an adapter of another type, or is a file.
     """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"What is made must be written to a folder, got {type(folder).__name__}.")
     folder = Path(folder)
     if any(
         isinstance(name, (str, Path)) and Path(name).exists() and folder.resolve() == Path(name).resolve()

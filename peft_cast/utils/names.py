@@ -1,0 +1,114 @@
+"""What a name of a model, adapter or bridge stands for: a folder here, a repository on the hub, a subfolder in it."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import EntryNotFoundError
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+
+# What follows the Hub's host in an address, or any other address.
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:[^/@]*@)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]*[^?#/])/?(?:[?#].*)?|\w+://.*"
+)
+
+
+def find_file(adapter: str | Path, name: str, revision: str | None = None) -> Path:
+    """A file of an adapter in a folder or on the hub, `user/repo` or `user/repo/subfolder`.
+
+    Raises:
+        EntryNotFoundError: If the adapter has no such file.
+        OSError, ValueError: If the adapter cannot be reached.
+    """
+    if Path(adapter).is_dir():
+        file = Path(adapter) / name
+        if not file.is_file():
+            raise EntryNotFoundError(str(file))
+        return file
+    repo_id, subfolder = hub_parts(adapter)
+    return Path(hf_hub_download(repo_id, name, subfolder=subfolder, revision=revision))
+
+
+def hub_parts(name: str | Path) -> tuple[str, str | None]:
+    """The repository and the subfolder in it that a name on the hub stands for."""
+    parts = str(name).strip("/").split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:]) or None
+
+
+def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
+    """The folder here that holds an adapter's configuration and weights, which are fetched from the hub if they are
+    there.
+    """
+    find_file(adapter, CONFIG_NAME, revision)
+    return find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision).parent
+
+
+def files_of(adapter: str | Path, revision: str | None = None) -> list[str]:
+    """Names of the files in an adapter's folder and one level below, or in a repository; none if out of reach."""
+    if (folder := Path(adapter)).is_dir():
+        return sorted(file.relative_to(folder).as_posix() for level in ("*", "*/*") for file in folder.glob(level))
+    repository, inner = hub_parts(adapter)
+    start = f"{inner}/" if inner else ""
+    with suppress(Exception):  # whatever the hub says: what is wanted is said without the list
+        names = list_repo_files(repository, revision=revision)
+        return sorted(name.removeprefix(start) for name in names if name.startswith(start))
+    return []
+
+
+def looks_like_path(name: Any) -> bool:
+    """Whether a name can be no hub id (`name`, `user/name`, or with a subfolder)."""
+    if "://" in str(name):
+        return False
+    return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or "\\" in str(name)
+
+
+def why_no_name(name: str | Path) -> str | None:
+    """What is wrong with what is neither a folder nor a hub id: web addresses, folders that are not there, and files
+    of llama.cpp.
+    """
+    text, folder = str(name), Path(str(name))
+    if text.endswith(".gguf") or (not list(folder.glob("*.json")) and list(folder.glob("*.gguf"))):
+        return f"'{text}' is in llama.cpp's format GGUF, made from what is wanted here"
+    if folder.exists():
+        return None
+    if (found := _ADDRESS.fullmatch(text)) is None:
+        return f"there is no folder '{name}'" if looks_like_path(name) else None
+    parts = (found[1] or "").split("/")
+    if len(parts) < 2 or parts[0] in ("datasets", "spaces"):
+        return f"'{text}' is an address of something else than a model or adapter on the Hub"
+    hub_id, revision = parts[:2], "main"
+    if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve"):  # a folder's page, or a file's
+        hub_id, revision = hub_id + (parts[4:] if parts[2] == "tree" else parts[4:-1]), parts[3]
+    also = f", its revision '{revision}'" if revision != "main" else ""
+    return f"'{text}' is a web address, its hub id is '{'/'.join(hub_id)}'{also}"
+
+
+def why_no_model(model: Any) -> str | None:
+    """What is wrong with what was passed as a model, if that can be seen in the folder; `None` if not."""
+    folder = Path(str(model))
+    if (why := why_no_name(model)) is not None:
+        return why
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        kind = "an adapter, not a model" if (folder / CONFIG_NAME).is_file() else "no model: it has no config.json"
+        return f"'{folder}' holds {kind}"
+    if not folder.exists() and hub_parts(str(model))[1]:
+        return f"there is no folder '{model}', and in subfolders of a repository on the Hub only adapters are read"
+    return f"'{folder}' is a file" if folder.is_file() else None
+
+
+def why_no_folder(name: Any, config: str) -> str | None:
+    """What is wrong with what was passed as a hub id or a folder that has a certain file, if that can be seen."""
+    remedy = f"pass a hub id or a folder with {config}"
+    if not isinstance(name, (str, Path)):
+        return f"a {type(name).__name__} is no name of one: {remedy}"
+    if (why := why_no_name(name)) is not None:
+        return f"{why}: {remedy}"
+    folder = Path(name)
+    if not str(name).strip():
+        return f"there is no folder '{name}': {remedy}"
+    return f"'{folder}' is a file: pass the folder that it is in" if folder.is_file() else None
