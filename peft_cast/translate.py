@@ -370,16 +370,8 @@ def _translate_several(job: Job) -> list[TranslationResult]:
     for adapter, name, own_rows in zip(adapters, names, rows):
         # Each is "default" in its own folder, which so is an adapter's, and gets its name on the model that carries
         # all.
-        one = Job(
-            source,
-            adapter,
-            target,
-            _text_for(job.text, name),
-            StackedPart(maps, modules, own_rows),
-            None,
-            "default",
-            _in_subfolder(options, name),
-        )
+        text, part = _text_for(job.text, name), StackedPart(maps, modules, own_rows)
+        one = Job(source, adapter, target, text, part, options=_in_subfolder(options, name))
         result = _translate_one(one)
         states.append({k: v.cpu().clone() for k, v in get_peft_model_state_dict(result.model).items()})
         results.append(result)
