@@ -24,6 +24,9 @@ from mutations import HANGS, IMPORT, change_json, change_weights
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 import peft_cast
 from peft_cast import Bridge, CastConfig, KernelSpec, TranslationResult
@@ -51,6 +54,8 @@ SECONDS, MEMORY = 20, 2**29  # the most a case may take
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 TINY = {**SIZES, "vocab_size": 40, "num_key_value_heads": 1}
 IDS = torch.arange(3, 9)[None]
+WORDS = Tokenizer(WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=WORDS, unk_token="[UNK]")
 TASK = SimpleNamespace(name="any", metric="one", run=lambda model, tokenizer: Scores({"one": 1.0}))
 
 
@@ -254,7 +259,7 @@ def test_pickles_are_refused_with_the_remedy(valid, tmp_path):
         with pytest.raises(ValueError, match="Pickled weights .* are not read.*convert them to safetensors"):
             read(folder)
         with pytest.raises(ValueError, match="Pickled weights"):
-            peft_cast.evaluate(valid[2], {"x": folder}, [TASK], target_tokenizer=object(), progress=False)
+            peft_cast.evaluate(valid[2], {"x": folder}, [TASK], target_tokenizer=TOKENIZER, progress=False)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -470,7 +475,7 @@ def test_a_report_hides_what_everything_else_hides(monkeypatch):
 def test_no_error_shows_a_token(valid, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     bad = f"https://me:{TOKEN}@huggingface.co/user/name"
-    lora, tokenizers = valid[0] / "lora", {"source_tokenizer": object(), "target_tokenizer": object()}
+    lora, tokenizers = valid[0] / "lora", {"source_tokenizer": TOKENIZER, "target_tokenizer": TOKENIZER}
     calls = [
         lambda: peft_cast.translate(bad, lora, valid[2]),
         lambda: peft_cast.translate(valid[1], bad, valid[2], **tokenizers),
@@ -480,8 +485,8 @@ def test_no_error_shows_a_token(valid, monkeypatch):
         lambda: peft_cast.translate(valid[1], lora, valid[2], bridge=bad, **tokenizers),
         lambda: peft_cast.to_lora(bad),
         lambda: peft_cast.evaluate(bad, {}, []),
-        lambda: peft_cast.evaluate(valid[2], {"x": bad}, [TASK], target_tokenizer=object(), progress=False),
-        lambda: peft_cast.evaluate(valid[2], {}, [], target_tokenizer=object(), drift_text=bad, progress=False),
+        lambda: peft_cast.evaluate(valid[2], {"x": bad}, [TASK], target_tokenizer=TOKENIZER, progress=False),
+        lambda: peft_cast.evaluate(valid[2], {}, [], target_tokenizer=TOKENIZER, drift_text=bad, progress=False),
         lambda: Bridge.from_pretrained(bad),
     ]
     for number, call in enumerate(calls):
@@ -506,7 +511,7 @@ def test_no_saved_file_holds_a_token(valid, tmp_path, monkeypatch):
     TranslationResult(loaded, metrics, [], bridge.modules).save_pretrained(tmp_path / "result")
     model.name_or_path = bridge.source.name
     rows = tmp_path / "rows.json"
-    peft_cast.evaluate(model, {"x": lora}, [TASK], target_tokenizer=object(), output=rows, progress=False).save(
+    peft_cast.evaluate(model, {"x": lora}, [TASK], target_tokenizer=TOKENIZER, output=rows, progress=False).save(
         tmp_path / "saved"
     )
     files = [file for file in tmp_path.rglob("*") if file.is_file() and secret not in file.parents]

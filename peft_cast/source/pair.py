@@ -168,8 +168,7 @@ def open_pair(
         layers = map_layers(layer_count(source), layer_count(target), depth_map)
         adapted = on_source.kernels if on_source else linear_layers(source)
         modules = map_modules(adapted, target, layers, chosen.module_map, source)
-        rows = (model.get_output_embeddings().weight.shape[0] for model in (source, target))
-        vocabulary = shared_vocabulary(*tokenizers, *rows)
+        vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
         yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision)
 
 
@@ -189,3 +188,7 @@ def _open_tokenizers(
     for tokenizer, which in zip(tokenizers, ("source", "target")):
         check_offsets(tokenizer, which)
     return tokenizers
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]
