@@ -59,9 +59,9 @@ def load_tokenizer(
         else:
             why = f"{named} cannot be read: get its files again, or {instead}"
         raise ValueError(why) from error
-    if (too_many := _beyond(found, rows)) is not None:
+    if (reason := _beyond(found, rows)) is not None:
         raise ValueError(
-            f"{named} {too_many}: pass one that belongs to the model as `{argument}`, or the model with resized embeddings."
+            f"{named} {reason}: pass one that belongs to the model as `{argument}`, or the model with resized embeddings."
         )
     if not _knows_text(found):
         warnings.warn(f"{named} knows hardly a token of plain English text: if it should, pass another `{argument}`.")
