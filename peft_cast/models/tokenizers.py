@@ -61,7 +61,7 @@ def load_tokenizer(
         raise ValueError(why) from error
     if (reason := _beyond(found, rows)) is not None:
         raise ValueError(
-            f"{named} {reason}: pass one that belongs to the model as `{argument}`, or the model with resized embeddings."
+            f"{named} {reason}: pass one that belongs to the model as `{argument}`, or the model with more embeddings."
         )
     if not _knows_text(found):
         warnings.warn(f"{named} knows hardly a token of plain English text: if it should, pass another `{argument}`.")
