@@ -524,7 +524,7 @@ def more_tokens(folder):
     ("change", "words"),
     [
         (written("config.json", "{"), ["could not be loaded", "not a valid JSON"]),
-        (settings(vocab_size="many"), ["could not be loaded", "'vocab_size' expected int"]),
+        (settings(vocab_size="many"), ["could not be loaded", "field 'vocab_size'"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["no weights", "get the whole model"]),
         (in_shards, ["'two.safetensors'", "is missing"]),
         (written("model.safetensors", ""), ["model.safetensors", "cut off", "get it again"]),
@@ -626,12 +626,12 @@ def test_a_tokenizer_of_an_adapter_that_is_not_whole_is_told(
 
 
 def test_a_tokenizer_that_knows_no_english_is_told(source_folder, lora_folder, target_folder):
-    words = Tokenizer(WordLevel({"<unk>": 0, "ab": 1, "cd": 2, "ef": 3}, unk_token="<unk>"))
-    given = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    able = Tokenizer(WordLevel({"<unk>": 0, "ab": 1, "cd": 2}, unk_token="<unk>"))
+    able = PreTrainedTokenizerFast(tokenizer_object=able, unk_token="<unk>")
+    unable = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"ab": 0, "cd": 1})))
     with pytest.warns(UserWarning, match="knows hardly a token of plain English"):
-        refused(
-            lambda: peft_cast.translate(source_folder, lora_folder, target_folder, target_tokenizer=given, **QUICK)
-        )
+        refused(lambda: peft_cast.translate(source_folder, lora_folder, target_folder, target_tokenizer=able, **QUICK))
+    refused(lambda: peft_cast.evaluate(target_folder, {}, [], target_tokenizer=unable), "cannot be read", "[UNK]")
 
 
 def test_tokens_that_no_text_has_may_lie_beyond_the_embeddings(source_folder, lora_folder, target_folder):

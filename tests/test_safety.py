@@ -24,7 +24,8 @@ from mutations import HANGS, IMPORT, change_json, change_weights
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import peft_cast
@@ -53,7 +54,8 @@ SECONDS, MEMORY = 20, 2**29  # the most a case may take
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
 TINY = {**SIZES, "vocab_size": 40, "num_key_value_heads": 1}
 IDS = torch.arange(3, 9)[None]
-TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))  # is never asked
+WORDS = Tokenizer(WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=WORDS, unk_token="[UNK]")
 TASK = SimpleNamespace(name="any", metric="one", run=lambda model, tokenizer: Scores({"one": 1.0}))
 
 

@@ -59,10 +59,9 @@ def load_tokenizer(
         else:
             why = f"{named} cannot be read: get its files again, or {instead}"
         raise ValueError(why) from error
-    if (beyond := _beyond(found, rows)) is not None:
+    if (reason := _beyond(found, rows)) is not None:
         raise ValueError(
-            f"{named} {beyond}: pass one that belongs to the model as `{argument}`, or the model with resized "
-            "embeddings."
+            f"{named} {reason}: pass one that belongs to the model as `{argument}`, or the model with more embeddings."
         )
     if not _knows_text(found):
         warnings.warn(f"{named} knows hardly a token of plain English text: if it should, pass another `{argument}`.")
@@ -132,24 +131,29 @@ def render_chats(
 def _read(tokenizer: PreTrainedTokenizerBase | str | Path, revision: str | None) -> PreTrainedTokenizerBase:
     """A tokenizer that is given, or lies in a folder or on the hub, `user/repo` or `user/repo/subfolder`."""
     if isinstance(tokenizer, (str, Path)):
-        if not str(tokenizer):
-            raise FileNotFoundError("The model does not say where it comes from.")
-        if (why := why_no_name(tokenizer)) is not None:
-            raise FileNotFoundError(f"{why}.")
-        place, subfolder = (str(tokenizer), None) if Path(tokenizer).is_dir() else hub_parts(tokenizer)
-        options = {"subfolder": subfolder or "", "revision": revision, "trust_remote_code": False}
-        try:
-            with secrets_removed():
-                tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        except ValueError as error:
-            if "instantiate the backend tokenizer" in str(error):
-                why = "There is no tokenizer.json, and no other vocabulary that the installed packages can read."
-                raise FileNotFoundError(why) from error
-            raise
+        with secrets_removed():
+            tokenizer = _load(tokenizer, revision)
     added = tokenizer.added_tokens_decoder
     if sum(number not in added for number in tokenizer.get_vocab().values()) < 2:
         raise ValueError("It has no vocabulary but its special tokens, so a file of it is missing.")
+    tokenizer(_PLAIN)  # one without a token for what it does not know may fail
     return tokenizer
+
+
+def _load(name: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
+    if not str(name):
+        raise FileNotFoundError("The model does not say where it comes from.")
+    if (why := why_no_name(name)) is not None:
+        raise FileNotFoundError(f"{why}.")
+    place, subfolder = (str(name), None) if Path(name).is_dir() else hub_parts(name)
+    options = {"subfolder": subfolder or "", "revision": revision, "trust_remote_code": False}
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except ValueError as error:
+        if "instantiate the backend tokenizer" not in str(error):
+            raise
+        why = "There is no tokenizer.json, and no other vocabulary that the installed packages can read."
+        raise FileNotFoundError(why) from error
 
 
 def _holds(adapter: str | Path, name: str, revision: str | None) -> bool:

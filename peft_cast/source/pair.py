@@ -195,3 +195,7 @@ def _open_tokenizers(
     for tokenizer, which in zip(tokenizers, ("source", "target")):
         check_offsets(tokenizer, which)
     return tokenizers
+
+
+def _rows(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]

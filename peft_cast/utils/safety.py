@@ -323,8 +323,10 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # PEFT lists every mismatched tensor below a heading; one is enough.
     line = lines[1] if len(lines) > 1 and lines[0].startswith("Error(s) in loading") else lines[0]
-    if line.endswith(":"):  # what follows is what it says
-        line = " ".join(lines)
+    if line.endswith(":"):  # a heading of what the cause says, in words of Python if it is of a type
+        if isinstance(error.__cause__, (OSError, ValueError)):
+            return one_line(error.__cause__)
+        line = line.rstrip(":")
     if isinstance(error, (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)) or not line:
         line = f"its settings do not make sense together, {type(error).__name__}"
     return line if line.endswith((".", "!", "?")) else f"{line}."
