@@ -3,6 +3,7 @@ refinement.
 """
 
 import copy
+import dataclasses
 import json
 import sys
 
@@ -10,12 +11,15 @@ import pytest
 import torch
 from conftest import c4_texts, make_lora, save_model, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import Bridge, fit_bridge
 from peft_cast.cli.inspect import inspect
+from peft_cast.fit.closed_form import LEAST_RANK
+from peft_cast.fit.maps import Map
 from peft_cast.refine.losses import kl_divergence
 from peft_cast.results.artifacts import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
 
@@ -84,6 +88,47 @@ def test_saved_bridges_are_the_same(same, tmp_path):
     attention = again.maps.kernels["model.layers.0.self_attn.q_proj"][0].P_in.factors[0]
     assert attention is again.maps.kernels["model.layers.0.self_attn.v_proj"][0].P_in.factors[0]
     assert (tmp_path / "bridge" / BRIDGE_WEIGHTS_NAME).exists() and (tmp_path / "bridge" / "README.md").exists()
+
+
+def test_bridges_saved_before_maps_were_cut_still_load(same, tmp_path):
+    model, bridge, _ = same
+    whole = {
+        name: [
+            dataclasses.replace(
+                fit,
+                P_in=Map((fit.P_in.after(torch.eye(fit.P_in.shape[0])),)),
+                P_out=Map((fit.P_out.after(torch.eye(fit.P_out.shape[0])),)),
+            )
+            for fit in fits
+        ]
+        for name, fits in bridge.maps.kernels.items()
+    }
+    old = Bridge(dataclasses.replace(bridge.maps, kernels=whole), bridge.modules, bridge.source, bridge.target, {})
+    old.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / BRIDGE_WEIGHTS_NAME
+    with safe_open(file, framework="pt") as saved:
+        metadata = json.loads(saved.metadata()["peft_cast"])
+    for entry in (entry for entries in metadata["kernels"].values() for entry in entries):
+        assert isinstance(entry["in"], str) and isinstance(entry["out"], str)
+        for new in ("in_plus_identity", "out_plus_identity", "shrunk"):
+            del entry[new]
+    save_file(load_file(file), file, metadata={"peft_cast": json.dumps(metadata)})
+    lora = make_lora(copy.deepcopy(model), tmp_path / "lora", size=0.5)
+    first, second = (
+        one.cast(lora, copy.deepcopy(model), gain=1.0) for one in (bridge, Bridge.from_pretrained(tmp_path / "old"))
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(first(INPUTS).logits, second(INPUTS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_bridge_of_strangers_is_small(source_folder, target_folder):
+    bridge = fit_bridge(source_folder, target_folder, text=c4_texts(40), samples=24, max_length=64, progress=False)
+    for fits in bridge.maps.kernels.values():
+        for fit in fits:
+            for found in (fit.P_in, fit.P_out):
+                assert len(found.factors) == 2 and found.factors[0].shape[1] <= LEAST_RANK and not found.plus_identity
+    kept = {id(t): t.numel() for fits in bridge.maps.kernels.values() for f in fits for m in f.maps for t in m.factors}
+    assert bridge.metrics["numbers"] == sum(kept.values())
 
 
 def test_models_of_different_families_meet(source_folder, lora_folder, target_folder, tmp_path):

@@ -124,6 +124,77 @@ def test_only_so_many_held_out_positions_are_kept(monkeypatch):
     assert moments.solve([1]).r2 > 0.99
 
 
+def fitted_moments(x, y):
+    """Moments of four fifths of some positions, the rest held out."""
+    moments, part = Moments(x.shape[1], y.shape[1], torch.device("cpu")), len(x) * 4 // 5
+    moments.update(x[:part], y[:part], held_out=False)
+    moments.update(x[part:], y[part:], held_out=True)
+    return moments
+
+
+def test_a_guess_that_explains_something_is_what_the_fit_is_drawn_to():
+    torch.manual_seed(0)
+    x = torch.randn(60, 40)
+    near, far = torch.eye(40) + 0.05 * torch.randn(40, 40), torch.randn(40, 40)
+    y = torch.cat([x @ near.T, x @ far.T], dim=1)
+    moments, plain = fitted_moments(x, y), fitted_moments(x, y)
+    fit = moments.solve([40, 40], guesses=[torch.eye(40), torch.eye(40)])
+    assert moments.near == [True, False]
+    before = plain.solve([40, 40])
+    error, error_before = ((one.weight[:40] - near).norm() for one in (fit, before))
+    assert (
+        error < 0.5 * error_before
+    )  # 48 positions tell little of 1600 numbers, but that they are near to the identity
+    alone = fitted_moments(x, y[:, 40:]).solve([40])
+    torch.testing.assert_close(fitted_moments(x, y[:, 40:]).solve([40], guesses=[None]).weight, alone.weight)
+
+
+def test_a_map_is_cut_to_the_rank_that_carries_it():
+    torch.manual_seed(0)
+    x = torch.randn(400, 20) * torch.linspace(0.1, 2, 20)
+    low = torch.randn(30, 3) @ torch.randn(3, 20)
+    moments = fitted_moments(x, x @ low.T)
+    fit = moments.solve([30])
+    (found,), (r2,) = moments.cut(fit, [30], [16])
+    assert [factor.shape for factor in found.factors] == [(30, 3), (3, 20)] and r2 > 0.999
+    torch.testing.assert_close(found.after(torch.eye(30)), low, rtol=0.05, atol=0.1)
+    (found,), (r2,) = moments.cut(fit, [30], [2])
+    assert found.factors[0].shape == (30, 2) and r2 < 0.99
+
+
+def test_what_differs_from_the_identity_is_what_is_cut():
+    torch.manual_seed(0)
+    x, change = torch.randn(400, 20), 0.1 * torch.randn(20, 1) @ torch.randn(1, 20)
+    moments = fitted_moments(x, x @ (torch.eye(20) + change).T)
+    (found,), (r2,) = moments.cut(moments.solve([20], guesses=[torch.eye(20)]), [20], [1])
+    assert found.plus_identity and found.factors[0].shape == (20, 1) and r2 > 0.999
+    torch.testing.assert_close(found.after(torch.eye(20)), torch.eye(20) + change, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found.T.after(torch.eye(20)), (torch.eye(20) + change).T, rtol=0.02, atol=0.02)
+
+
+def test_a_version_of_the_source_is_met_as_itself(source_folder, lora_folder, target_folder, byte_tokenizer, tmp_path):
+    version = AutoModelForCausalLM.from_pretrained(source_folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in version.parameters():
+            parameter.add_(0.02 * parameter.std() * torch.randn_like(parameter))
+    version.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    shrunk, distance = {}, {}
+    for name, target in (("version", tmp_path), ("stranger", target_folder)):
+        with open_pair(source_folder, lora_folder, target) as pair, pair.adapted.disable_adapter():
+            texts = read_texts(pair, c4_texts(20), Fit(fit_samples=12), Training(steps=1, eval_samples=2)).fit
+            fit = fit_closed_form(pair.source, pair.target, texts, pair.vocabulary, pair.kernels, pair.modules)
+            fits = [one for fits in fit.kernels.values() for one in fits]
+            shrunk[name] = [one.shrunk for one in fits]
+            kernels = [pair.kernels[one.source_place] for one in fits]
+            if name == "version":
+                distance = [float((one.A_P_in - k.A).norm() / k.A.norm()) for one, k in zip(fits, kernels)]
+    assert not any(shrunk["version"]) and all(shrunk["stranger"])
+    assert max(distance) < 0.2
+    assert all(one.usual_gain == 1.0 for one in fits) is False  # those of the stranger are scaled up
+
+
 def test_layers_are_fitted_in_groups_where_memory_is_short(source_folder, lora_folder, target_folder):
     with open_pair(source_folder, lora_folder, target_folder) as pair, pair.adapted.disable_adapter():
         texts = read_texts(pair, c4_texts(20), Fit(fit_samples=12), Training(steps=1, eval_samples=2)).fit
@@ -151,6 +222,10 @@ def test_groups_are_smaller_the_more_positions_are_held_out(source_folder, lora_
             moments.update(x, x[:, :0], held_out=True)
             kept.append(sum(t.nbytes for t in (moments.xx, moments.held_out[0][0])))
         assert moments_size(pair.target, place, 100) == sum(kept)
+        moments, y = Moments(widths[0], 7, torch.device("cpu")), torch.zeros(100, 7)
+        moments.update(torch.zeros(100, widths[0], dtype=pair.target.dtype), y, held_out=True)
+        more = moments_size(pair.target, place, 100, (7, 0)) - moments_size(pair.target, place, 100)
+        assert more == moments.yx.nbytes + moments.held_out[0][1].nbytes  # a bridge explains all that the source sees
         memory = sum(moments_size(pair.target, name, 0) for name in pair.modules.kernels)
         assert [len(layer_groups(pair.modules, pair.target, memory, n)) for n in (0, 100)] == [1, 2]
 

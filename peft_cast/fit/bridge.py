@@ -159,7 +159,6 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         adapter, gain = as_path(adapter), Fit(gain=gain).gain
         pairing = Pairing(adapter_revision=adapter_revision, dtype=dtype)
         check_place(folder, adapter)
-        check_adapter(adapter, adapter_revision)
         check_is_read(adapter, adapter_revision)
         check_adapter(adapter, adapter_revision)
         model, held, metrics = self._cast(adapter, self.target.skeleton(), None, gain, "default", pairing)

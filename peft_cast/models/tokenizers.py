@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..utils import hub_parts, one_line, secrets_removed, without_secrets
+from ..utils import as_path, hub_parts, one_line, secrets_removed, without_secrets
 from ..utils.names import find_file, why_no_name
 from .loading import check_loaded, check_model, check_remote_code
 
@@ -38,7 +38,7 @@ def load_tokenizer(
         ValueError: If none is given and none can be found, or it does not fit the model.
         ValueError, OSError: As `check_model`.
     """
-    argument, rows = f"{which}_tokenizer", _rows(model, which, revision)
+    tokenizer, argument, rows = as_path(tokenizer), f"{which}_tokenizer", _rows(model, which, revision)
     if tokenizer is not None and not isinstance(tokenizer, (str, Path, PreTrainedTokenizerBase)):
         raise ValueError(
             f"`{argument}` must be a tokenizer, or a folder or hub id of one, got {type(tokenizer).__name__}."

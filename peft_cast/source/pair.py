@@ -175,10 +175,6 @@ def open_pair(
         yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision)
 
 
-def _rows(model: PreTrainedModel) -> int:
-    return model.get_output_embeddings().weight.shape[0]
-
-
 def _open_tokenizers(
     source: Any, adapter: Any, target: Any, pairing: Pairing
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
