@@ -51,13 +51,18 @@ def watched(folder: Path, fail_at: list | None):
         CastTrainer.compute_loss = loss
 
 
+def product(found) -> torch.Tensor:
+    """A map of a bridge as one matrix, float32."""
+    return found.after(torch.eye(found.shape[0]))
+
+
 def weights_of(result) -> dict[str, torch.Tensor]:
     """What was fitted or trained, by name: of a bridge its maps, of a translation or distillation the adapter's
     tensors.
     """
     if isinstance(result, peft_cast.Bridge):
         maps = {f"{name}.{i}": fit for name, fits in result.maps.kernels.items() for i, fit in enumerate(fits)}
-        return {f"{n}.{side}": getattr(fit, side).float() for n, fit in maps.items() for side in ("P_in", "P_out")}
+        return {f"{n}.{side}": product(getattr(fit, side)) for n, fit in maps.items() for side in ("P_in", "P_out")}
     model = (result[0] if isinstance(result, list) else result).model
     own = ("peft_cast_kernels", "lora_")
     return {n: t.contiguous().clone() for n, t in model.state_dict().items() if any(part in n for part in own)}

@@ -360,7 +360,8 @@ def test_weights_that_are_not_there_are_told_apart(kind, source_folder, lora_fol
 
 
 @pytest.mark.parametrize(
-    ("values", "tool"), [({"fine_tune_type": "lora"}, "MLX"), ({"model_class": "A"}, "AdapterHub"), ({}, "another")]
+    ("values", "tool"),
+    [({"fine_tune_type": "lora"}, "MLX"), ({"model_class": "A"}, "AdapterHub"), ({}, "another tool")],
 )
 def test_configurations_of_other_tools_are_called_so(values, tool, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))

@@ -35,7 +35,7 @@ from peft_cast.align.modules import map_modules
 from peft_cast.align.places import linear_layers, split_place
 from peft_cast.evaluation.tasks import Scores
 from peft_cast.fit.bridge_config import Side
-from peft_cast.fit.maps import ClosedForm, PlaceMaps
+from peft_cast.fit.maps import ClosedForm, Map, PlaceMaps
 from peft_cast.models.adapters import unload_adapters
 from peft_cast.models.restoring import untouched
 from peft_cast.refine.cache import TeacherCache
@@ -70,7 +70,7 @@ def map_all(source, target) -> Bridge:
     maps = {}
     for place, (name,) in modules.kernels.items():
         (in_S, out_S), (in_T, out_T) = sizes[0][name], sizes[1][split_place(place)[0]]
-        maps[place] = [PlaceMaps(name, torch.randn(in_S, in_T), torch.randn(out_T, out_S), 0.5, 0.5)]
+        maps[place] = [PlaceMaps(name, Map((torch.randn(in_S, in_T),)), Map((torch.randn(out_T, out_S),)), 0.5, 0.5)]
     sides = Side.of(source, None), Side.of(target, None)
     return Bridge(ClosedForm(maps, {}, {}, 64), modules, *sides, {"texts": 4})
 

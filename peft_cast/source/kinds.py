@@ -179,8 +179,14 @@ def _other_task(config: PeftConfig) -> str | None:
 
 
 def _on_lost_weights(config: PeftConfig, which: str) -> str | None:
-    """Of an initialization that changes the base weights in another way each time."""
-    if not _start(config).startswith(("pissa_niter", "corda", "lora_ga", "loftq")):
+    """Of an initialization that changes the base weights in another way each time, or that nobody knows."""
+    start = _start(config)
+    if start and not start.startswith(_STARTS):
+        return (
+            f"names the initialization '{start[:80]}', which PEFT does not know: correct `init_lora_weights` in "
+            "adapter_config.json (true, if the file holds the trained weights)"
+        )
+    if not start.startswith(("pissa_niter", "corda", "lora_ga", "loftq")):
         return None
     return _on_changed_weights(
         config,
