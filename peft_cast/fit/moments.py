@@ -214,7 +214,7 @@ class Moments:
             weight = weight - identity
             predicted = weight @ self.xx @ weight.T
             vectors, energy, _ = leading_triplets(predicted, min(rank, len(predicted)))
-            k = int((energy.cumsum(0) < CARRIED * predicted.trace()).sum()) + 1
+            k = min(rank, int((energy.cumsum(0) < CARRIED * predicted.trace()).sum()) + 1)
             left = vectors[:, :k].to(torch.bfloat16)
             right = (vectors[:, :k].T @ weight).to(torch.bfloat16)
             maps.append(Map((left.cpu(), right.cpu()), plus_identity))
