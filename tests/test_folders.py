@@ -658,3 +658,62 @@ def test_a_slow_tokenizer_of_an_adapter_on_the_hub_is_read_with_its_files(
         read = pair.tokenizers[0]
     own = AutoTokenizer.from_pretrained(source_folder)
     assert read.chat_template == TEMPLATE and read(TEXTS[0]).input_ids == own(TEXTS[0]).input_ids
+
+
+@pytest.mark.parametrize("tokens", [310, None])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainable_token_indices": [3]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+)
+def test_embeddings_that_are_saved_too_are_no_mismatch(options, tokens, source_folder, target_folder, tmp_path):
+    def source():
+        model = AutoModelForCausalLM.from_pretrained(source_folder)
+        if tokens:  # PEFT then saves the embeddings by itself
+            model.resize_token_embeddings(tokens)
+        return model
+
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"], task_type="CAUSAL_LM", **options)
+    get_peft_model(source(), config).save_pretrained(tmp_path, **({} if tokens else {"save_embedding_layers": True}))
+    with open_pair(source(), tmp_path, target_folder) as pair:
+        assert pair.kernels
+        expected = PeftModel.from_pretrained(source(), tmp_path).eval()
+        ids = torch.arange(5, 15)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(pair.adapted(ids).logits, expected(ids).logits)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    broken = {name: tensor for name, tensor in saved.items() if name != "base_model.model.model.embed_tokens.weight"}
+    if "base_model.model.model.embed_tokens.modules_to_save.weight" in broken:  # which nothing would read
+        save_file(broken, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+        with (
+            pytest.raises(ValueError, match="does not fit the source model"),
+            open_pair(source(), tmp_path, target_folder),
+        ):
+            pass
+
+
+def test_encoders_are_refused(source_folder, lora_folder, byte_tokenizer, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = transformers.BertLMHeadModel(transformers.BertConfig(vocab_size=300, **sizes))
+    for target in (model, save_model(model, byte_tokenizer, tmp_path)):
+        refused(
+            lambda: peft_cast.translate(source_folder, lora_folder, target, **QUICK), "no decoder-only language model"
+        )
+
+
+def test_a_model_without_weights_or_adapter_in_the_adapters_place(source_folder, target_folder):
+    model = AutoModelForCausalLM.from_pretrained(source_folder)
+    refused(lambda: peft_cast.translate(None, model, target_folder, **QUICK), "`adapter` is a model")
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).to("meta")
+    refused(lambda: peft_cast.translate(None, peft, target_folder, **QUICK), "weights on the meta device")
+
+
+def test_a_bridge_is_not_written_over(source_folder, lora_folder, target_folder, tmp_path):
+    (tmp_path / "bridge_config.json").write_text("{}")
+    refused(
+        lambda: peft_cast.translate(source_folder, lora_folder, target_folder, output_dir=tmp_path, **QUICK),
+        "holds a bridge: write to another folder",
+    )

@@ -434,6 +434,11 @@ def test_products_of_experts_are_counted(lora_folder, source_folder):
     assert many - few == pytest.approx(3 * 2 * 8 * 2 * 3 * 2 * (2 * 32 * 48), rel=0.1)
 
 
+def test_a_teacher_that_is_the_target_is_estimated(lora_folder, source_folder, target_folder):
+    estimated = plan(source_folder, lora_folder, target_folder, **QUICK, teacher="shown").assumed["estimated"]
+    assert any("teacher `shown`" in one for one in estimated)
+
+
 def test_what_depends_on_the_data_is_estimated_from_the_modules(lora_folder, source_folder):
     plans = []
     for experts in (None, "eager"):  # one product for all experts, or a loop over those that were chosen

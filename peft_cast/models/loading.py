@@ -25,6 +25,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..tuner.checks import read_header
@@ -171,7 +172,7 @@ def check_loaded(model: nn.Module, which: str) -> None:
             if isinstance(getattr(model, inner, None), (PreTrainedModel, PeftModel)):
                 raise ValueError(f"`{which}` is wrapped in {kind}: pass the model in it, `{which}.{inner}`.")
         raise ValueError(f"`{which}` is a {kind}, no language model of transformers: pass one, a hub id or a folder.")
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or _is_encoder(model.config):
         raise ValueError(f"`{which}` is a {kind}, {_NO_DECODER}")
     if model.get_output_embeddings() is None:
         raise ValueError(f"{kind} has no language-modeling head: pass a causal language model.")
@@ -215,11 +216,17 @@ def auto_class(config: PretrainedConfig, named: str) -> Any:
     Raises:
         ValueError: If it is no decoder.
     """
-    if type(config) in AutoModelForCausalLM._model_mapping:
+    if type(config) in AutoModelForCausalLM._model_mapping and not _is_encoder(config):
         return AutoModelForCausalLM
     if type(config) in AutoModelForImageTextToText._model_mapping and not getattr(config, "is_encoder_decoder", False):
         return AutoModelForImageTextToText
     raise ValueError(f"{named} is of the type '{config.model_type}', {_NO_DECODER}")
+
+
+def _is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a model fills in words that are masked (BERT): transformers builds it as a causal one too."""
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return masked and not getattr(config, "is_decoder", False)
 
 
 @contextmanager

@@ -109,6 +109,7 @@ def _check_in_memory(adapter: PeftModel) -> None:
         raise ValueError(
             f"Exactly one adapter of the source must be active, not {adapter.active_adapters}: call `set_adapter`."
         )
+    check_loaded(adapter.get_base_model(), "source")
     config = adapter.active_peft_config
     check_config(config, "The adapter", in_memory=True)
     if any(isinstance(layer, BaseTunerLayer) and layer.disable_adapters for layer in adapter.modules()):
@@ -347,7 +348,13 @@ def check_config(config: PeftConfig, name: str, in_memory: bool = False) -> None
 
 def base_name(key: str) -> str:
     """The name that a tensor in the file has in the base model, if it is one of the base model's own."""
-    return key.replace(".base_layer.", ".")
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, ".")
+    return key
+
+
+# What PEFT puts between a module and its weight. With `save_embedding_layers` such weights are in the file too.
+_WRAPPERS = (".token_adapter.base_layer.", ".original_module.", ".modules_to_save.", ".base_layer.")
 
 
 def _base_names(header: Iterable[str]) -> set[str]:
@@ -358,8 +365,13 @@ def _other_keys(model: PeftModel, own: Mapping[str, nn.Parameter], file: Readabl
     """PEFT ignores weights in the file that the model has no place for; here they mean that the two do not match."""
     expected = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
 
+    def is_copy(key: str) -> bool:
+        """Whether a tensor is one of the base model's, or one that the file holds once more under its usual name."""
+        trained = ".modules_to_save." in key and key.replace(".modules_to_save.", ".") not in expected
+        return base_name(key.removeprefix(PREFIX)) in own and not trained
+
     def found(keys: Iterable[str]) -> set[str]:
-        return {key for key in keys if key in expected or base_name(key.removeprefix(PREFIX)) not in own}
+        return {key for key in keys if key in expected or not is_copy(key)}
 
     if (keys := found(file.header)) == expected:
         return None

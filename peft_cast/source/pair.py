@@ -95,6 +95,9 @@ def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairi
     Raises:
         ValueError, OSError: As `open_pair`.
     """
+    for adapter in adapters:
+        if isinstance(adapter, torch.nn.Module):
+            check_adapter(adapter)
     if source is None and adapters and isinstance(adapters[0], (str, Path)):
         source, revision = base_of(adapters[0], pairing.adapter_revision)
         pairing = replace(pairing, source_revision=pairing.source_revision or revision)

@@ -96,7 +96,7 @@ def read_texts(
     most = fit.fit_samples + anchors + training.eval_samples
     general = read_text(fit_text, most, write) if apart else []
     # The same text twice says nothing new, and must not be trained on and measured with.
-    samples = read_text(text, wanted + training.eval_samples, write)
+    samples = read_text(text, max(3, wanted + training.eval_samples), write)
     pairs = list(dict.fromkeys(align(samples)))
     if len(pairs) < 3:
         _check_prompts_fit(pair, samples, max_length)

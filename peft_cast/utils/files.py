@@ -93,7 +93,8 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
     Args:
         folder: Where an adapter shall be written.
         inputs: What it is made from: names, or objects, which are in nobody's way.
-        kind (`str`): PEFT's type of the adapter that is written; one of the same type may be replaced.
+        kind (`str`): PEFT's type of the adapter that is written; one of the same type may be replaced. `None` for a
+            bridge.
 
     Raises:
         ValueError: If the folder is one of the inputs, holds a model or an adapter of another type, or is a file.
@@ -114,8 +115,10 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
         raise ValueError(
             f"'{folder}' holds an adapter of type {there}, which would be overwritten: write to another folder."
         )
-    if (folder / "config.json").exists():
-        raise ValueError(f"'{folder}' holds a model: write to another folder.")
+    others = {"config.json": "a model"} | ({} if kind is None else {"bridge_config.json": "a bridge"})
+    for name, what in others.items():
+        if (folder / name).exists():
+            raise ValueError(f"'{folder}' holds {what}: write to another folder.")
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, **metadata: str) -> None:
