@@ -224,7 +224,7 @@ def _load(adapter: str | Path, revision: str | None) -> PeftModel:
         )
     check_weights(adapter, config, revision)
     name = config.base_model_name_or_path
-    if (why := why_no_model(name) if name else "the adapter does not name it") is not None:
+    if (why := why_no_model(name) if name else "its `base_model_name_or_path` names none") is not None:
         raise ValueError(
             f"The configuration of the target model could not be read ({without_secrets(why)}): load the adapter on "
             "its model and pass the PeftModel."
