@@ -156,11 +156,13 @@ def test_the_revision_of_the_base_in_the_adapters_configuration_is_the_one_loade
     lora_folder, target_folder, tmp_path
 ):
     adapter = edited(lora_folder, tmp_path / "a", base_model_name_or_path="someone/base", revision="v2")
-    with mock.patch("transformers.AutoConfig.from_pretrained", side_effect=OSError("stop")) as asked:
+    target = "transformers.AutoModelForCausalLM.from_pretrained"
+    with mock.patch(target, side_effect=OSError("stop")) as asked:
         refused(lambda: peft_cast.translate(None, adapter, target_folder, **QUICK), "stop")
         assert asked.call_args.kwargs["revision"] == "v2"
         refused(lambda: peft_cast.translate(None, adapter, target_folder, source_revision="v3", **QUICK), "stop")
         assert asked.call_args.kwargs["revision"] == "v3"
+    with mock.patch("transformers.AutoConfig.from_pretrained", side_effect=OSError("stop")) as asked:
         refused(lambda: peft_cast.plan(None, adapter, target_folder), "stop")
         assert asked.call_args.kwargs["revision"] == "v2"
 

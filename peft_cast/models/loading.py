@@ -70,7 +70,7 @@ def load_model(
     if isinstance(model, nn.Module):
         return model
     named = f"The {which} model '{without_secrets(model)}'"
-    kind = auto_class(config, named)
+    kind = auto_class(config, named) if config is not None else AutoModelForCausalLM
     options = {"revision": revision, "dtype": dtype or default_dtype(device), "trust_remote_code": False}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told of below, in words of ours
     try:
@@ -128,11 +128,11 @@ def read_model_config(model: str | Path, which: str, revision: str | None = None
         ) from error
 
 
-def check_model(model: Any, which: str, revision: str | None = None) -> PretrainedConfig:
+def check_model(model: Any, which: str, revision: str | None = None) -> PretrainedConfig | None:
     """Refuse, before gigabytes are loaded, what the configuration and the files of a model tell.
 
     Returns:
-        Its configuration.
+        Its configuration; `None` for one on the hub that cannot be reached, which loading says.
 
     Raises:
         ValueError, OSError: As `load_model`.
@@ -151,7 +151,13 @@ def check_model(model: Any, which: str, revision: str | None = None) -> Pretrain
     if (why := why_no_model(model)) is not None:
         message = f"The {which} model could not be loaded: {why}. Pass a hub id or a folder with config.json."
         raise OSError(without_secrets(message))
-    config, named = read_model_config(model, which, revision), f"The {which} model '{without_secrets(model)}'"
+    named = f"The {which} model '{without_secrets(model)}'"
+    try:
+        config = read_model_config(model, which, revision)
+    except OSError:
+        if Path(model).is_dir():
+            raise
+        return None
     auto_class(config, named)
     if Path(model).is_dir() and not getattr(config, "transformers_weights", None):
         _check_files(Path(model), named)

@@ -169,7 +169,8 @@ def _rows(model: PreTrainedModel | str | Path, which: str, revision: str | None)
     if isinstance(model, nn.Module):
         check_loaded(model, which)  # but not for an adapter, with which a PeftModel's own may come
         return model.get_input_embeddings().weight.shape[0]
-    return getattr(check_model(model, which, revision).get_text_config(), "vocab_size", None)
+    config = check_model(model, which, revision)
+    return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
 
 
 def _beyond(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str | None:

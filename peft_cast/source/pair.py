@@ -142,7 +142,12 @@ def open_pair(
         raise ValueError(
             "FSDP and ZeRO-3 shard models for good, so they take none that are loaded: pass hub ids or folders."
         )
-    on_source, tokenizers = None, _open_tokenizers(source, adapter, target, chosen)
+    on_source = None
+    given = (adapter if isinstance(adapter, PeftModel) else source, target)
+    early = all(
+        isinstance(one, torch.nn.Module) or Path(str(one)).is_dir() for one in given
+    )  # the hub may be out of reach
+    tokenizers = _open_tokenizers(source, adapter, target, chosen) if early else None
     with ExitStack() as stack:
         stack.enter_context(distributed.hide_launcher_settings())
         if adapter is None:
@@ -164,6 +169,7 @@ def open_pair(
             target = load_target(device=device, dtype=chosen.dtype)
         if source is target:
             raise ValueError("`source` and `target` are the same object: load the model twice.")
+        tokenizers = tokenizers or _open_tokenizers(source, adapter, target, chosen)
         # A PeftModel as `adapter` is its source's wrapper: its own modes are restored too.
         stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
         stack.enter_context(moved(source, source_device))
