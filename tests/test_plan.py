@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import c4_texts, make_lora, tiny_config, tiny_model
+from conftest import c4_texts, make_lora, save_model, tiny_config, tiny_model
 from test_pairs import adapted_modules, spanning_pairs
 from test_sources import APPROXIMATED, EXACT, FEW, REPORTED, lora, reported_source, save_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -432,6 +432,17 @@ def test_products_of_experts_are_counted(lora_folder, source_folder):
     )
     # Three layers, two texts of eight tokens with two experts each; three matrices, forward and back.
     assert many - few == pytest.approx(3 * 2 * 8 * 2 * 3 * 2 * (2 * 32 * 48), rel=0.1)
+
+
+def test_a_plan_says_what_peft_cannot_replicate(byte_tokenizer, tmp_path):
+    model = tiny_model("gpt2", len(byte_tokenizer))
+    source = save_model(model, byte_tokenizer, tmp_path / "source")
+    config = lora(use_dora=True, target_modules="all-linear")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "dora")
+    file = tmp_path / "dora" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "layer_replication": [[0, 2], [1, 2]]}))
+    with pytest.raises(ValueError, match="does not fit the source model .*: PEFT could not put it there"):
+        plan(source, tmp_path / "dora", source, **QUICK)
 
 
 def test_a_teacher_that_is_the_target_is_estimated(lora_folder, source_folder, target_folder):

@@ -68,7 +68,7 @@ def planned_source(
         try:
             replicate_layers(source, layers)
         except ValueError as error:  # of a model whose layers PEFT does not find
-            raise no_match(adapter, source, refused_by_peft(match, one_line(error))) from error
+            raise no_match(adapter, match, refused_by_peft(match, one_line(error))) from error
     ranks = _ranks(source, config, header, name, source_rank)
     if not ranks:
         raise ValueError(
