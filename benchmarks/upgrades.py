@@ -71,7 +71,7 @@ def judged(scenario: str, task: str) -> dict:
     options = {"drift_text": unseen, "progress": False}
     found = peft_cast.evaluate(target, adapters, tasks(task), **options)
     old = peft_cast.evaluate(source, {"LoRA on the old model": lora}, tasks(task), **options)
-    rows = [vars(row) | {"lift": None} for row in (*found.rows, *old.of("LoRA on the old model"))]
+    rows = [vars(row) for row in (*found.rows, *old.of("LoRA on the old model"))]
     return {
         "rows": [{name: row[name] for name in ("adapter", "task", "metric", "scores")} for row in rows],
         "paired": found.to_dict()["paired"],

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..align import layer_count, map_layers, map_modules, split_place
-from ..models import check_model, load_model, unload_adapters, untouched
+from ..models import load_model, unload_adapters, untouched
 from ..options import Options, Pairing, takes
 from ..refine import distill_lora
 from ..source import LoraKernel, adapted_source, check_pair, load_source
@@ -156,7 +156,6 @@ def _load(source, adapter, target, pairing: Pairing) -> tuple[PreTrainedModel, P
     source, adapter, target = map(as_path, (source, adapter, target))
     check_pair(source, [adapter], target, pairing)
     device = distributed.init(pairing.device)
-    check_model(target, "target", pairing.target_revision)
     source = load_source(source, adapter, device, pairing.source_revision, pairing.adapter_revision, pairing.dtype)
     target = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
     layers = layer_count(source)

@@ -156,7 +156,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Raises:
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
-        adapter, gain = as_path(adapter), Fit(gain=gain).gain
+        adapter = as_path(adapter)
+        check_option("gain", gain, Fit)
         pairing = Pairing(adapter_revision=adapter_revision, dtype=dtype)
         check_place(folder, adapter)
         check_is_read(adapter, adapter_revision)

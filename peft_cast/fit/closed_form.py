@@ -130,7 +130,7 @@ class _Regressions:
             solved = self._solved(moments, blocks, ridge, guesses, room, start=1.0)
             fits[name] = [
                 kind.of(s, into[name, s][0], found.T, into[name, s][1], r2, not near)
-                for s, (found, r2), near in zip(sources, solved, moments.near or [False] * len(sources))
+                for s, (found, r2), near in zip(sources, solved, moments.near)
             ]
         return fits
 

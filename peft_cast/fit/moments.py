@@ -149,6 +149,7 @@ class Moments:
         """Take up the guesses that explain something: models of one origin have nearly the same directions, and a
         ridge towards 0 would shrink what is right already.
         """
+        self.near = [False] * len(blocks)
         if all(guess is None for guess in guesses):
             return
         parts = [
@@ -208,8 +209,7 @@ class Moments:
             For each block its map (block, dim_x), bfloat16 on the CPU, and its held-out R².
         """
         maps, whole = [], []
-        near = self.near or [False] * len(blocks)
-        for weight, rank, plus_identity in zip(fit.weight.split(blocks), ranks, near):
+        for weight, rank, plus_identity in zip(fit.weight.split(blocks), ranks, self.near):
             identity = torch.eye(len(weight), device=weight.device) if plus_identity else 0
             weight = weight - identity
             predicted = weight @ self.xx @ weight.T

@@ -280,9 +280,9 @@ def skeleton_of(model: str | Path, which: str, revision: str | None = None) -> P
     Raises:
         ValueError, OSError: As `check_model`.
     """
-    check_model(model, which, revision)
+    config = check_model(model, which, revision)
     with suppress(Exception):  # a configuration may lead to anything; what is wrong with it, loading says
-        return skeleton(read_model_config(model, which, revision))
+        return skeleton(config) if config is not None else None
     return None
 
 

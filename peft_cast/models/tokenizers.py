@@ -11,8 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..utils import as_path, hub_parts, one_line, secrets_removed, without_secrets
-from ..utils.names import find_file, why_no_name
+from ..utils import as_path, find_file, hub_parts, one_line, secrets_removed, why_no_name, without_secrets
 from .loading import check_loaded, check_model, check_remote_code
 
 

@@ -4,8 +4,8 @@ what it knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,8 +60,9 @@ class ShownTeacher(Teacher):
         kept = TeacherCache(k, training.temperature, folder, f"{identity} shown", vocabulary=vocabulary) if k else None
         super().__init__(target, training, cache=kept)
 
-    def heads(self, pair: Pair) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def heads(self, pair: Pair) -> Iterator[None]:
+        yield
 
     def align(self, pair: Pair, samples: Sequence[TextSample]) -> list[AlignedPair]:
         return align_shown(pair.tokenizers[1], samples, self.training.max_length)

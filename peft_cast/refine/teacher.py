@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -64,9 +64,14 @@ class Teacher:
         other.training = training
         return other
 
-    def heads(self, pair: Pair) -> AbstractContextManager[None]:
-        """Within the context both models predict the tokens that this teacher is compared on."""
-        return on_shared_vocabulary(pair)
+    @contextmanager
+    def heads(self, pair: Pair) -> Iterator[None]:
+        """Within the context both models predict the tokens that this teacher is compared on, in one order: those
+        that both have.
+        """
+        ids = pair.vocabulary
+        with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
+            yield
 
     def align(self, pair: Pair, samples: Sequence[TextSample]) -> list[AlignedPair]:
         """Texts as this teacher, on the source side, and the target read them."""
@@ -186,14 +191,6 @@ class Teacher:
         with self.source.disable_adapter():
             plain, _ = self._run(*source)
         return kl_divergence(adapted, plain)
-
-
-@contextmanager
-def on_shared_vocabulary(pair: Pair) -> Iterator[None]:
-    """Within the context the logits of both models are those of the tokens that both have, in one order."""
-    ids = pair.vocabulary
-    with shared_head(pair.source, ids.source_ids), shared_head(pair.target, ids.target_ids):
-        yield
 
 
 def _anchors(batch: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:

@@ -105,7 +105,8 @@ def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairi
         check_model(source, "source", pairing.source_revision)
     check_model(target, "target", pairing.target_revision)
     for adapter in adapters:
-        check_adapter(adapter, pairing.adapter_revision)
+        if not isinstance(adapter, torch.nn.Module):
+            check_adapter(adapter, pairing.adapter_revision)
     if source is not None:
         revisions = {"source_revision": pairing.source_revision, "revision": pairing.adapter_revision}
         check_on_source(source, *adapters, **revisions)
@@ -144,9 +145,8 @@ def open_pair(
         )
     on_source = None
     given = (adapter if isinstance(adapter, PeftModel) else source, target)
-    early = all(
-        isinstance(one, torch.nn.Module) or Path(str(one)).is_dir() for one in given
-    )  # the hub may be out of reach
+    # Before gigabytes are loaded; of models on the hub after, because one out of reach is told as a model.
+    early = all(isinstance(one, torch.nn.Module) or Path(str(one)).is_dir() for one in given)
     tokenizers = _open_tokenizers(source, adapter, target, chosen) if early else None
     with ExitStack() as stack:
         stack.enter_context(distributed.hide_launcher_settings())

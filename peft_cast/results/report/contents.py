@@ -137,8 +137,8 @@ def verdict(metrics: Mapping[str, Any], evaluation: Evaluation | None = None) ->
             f"(KL {kl['target']:.3f} → {kl['translated']:.3f} nats)."
         )
     tasks = " and ".join(f"{value:.2f} of the lift on {task}" for task, value in lift.items())
-    paired = evaluation.paired if evaluation else ()
-    flips = [redact(one.sentence) for one in paired if one.adapter == _translated(evaluation)]
+    paired, name = evaluation.paired if evaluation else (), _translated(evaluation)
+    flips = [redact(one.sentence) for one in paired if one.adapter == name]
     return " ".join([said, *([f"It recovers {tasks}."] if lift else []), *filter(None, flips)])
 
 
