@@ -35,7 +35,9 @@ from .fit import (
 from .models import freeze_adapter, load_model, seeded, sharding, unload_adapters, unloaded_on_error
 from .options import Fit, Options, Pairing, Projections, Run, Training
 from .refine import (
+    Imitation,
     RunFolder,
+    Teacher,
     TrainingTexts,
     check_folder,
     check_prompts,
@@ -199,8 +201,7 @@ class Job:
 
 def _translate_one(job: Job) -> TranslationResult:
     """The six steps of the method."""
-    options, phases = job.options, Phases()
-    training, show = options.training, options.run.progress
+    options, training, phases = job.options, job.options.training, Phases()
     bridge = Bridge.from_pretrained(job.bridge) if isinstance(job.bridge, (str, Path)) else job.bridge
     with ExitStack() as stack:
         # 1. Load both models, the source with its adapter, and align them: tokens, vocabulary, depth, modules.
@@ -234,31 +235,17 @@ def _translate_one(job: Job) -> TranslationResult:
                     revision=options.pairing.target_revision,
                 )
             # 5. Refine against the adapted source, then on what the translated model answers itself.
-            reached = imitate(
-                pair,
-                model,
-                teacher,
-                TrainingTexts(texts.train, texts.anchors),
-                texts.held_out,
-                phases,
-                output_dir=options.run.output_dir,
-                progress=show,
-                checkpoint=run.checkpoint,
-            )
-            own = None
-            if training.on_policy_steps:
-                own = imitate_on_own_words(pair, model, teacher, texts, run, phases, progress=show)
+            reached, distances = _refine(job, pair, model, teacher, texts, run, phases)
             # 6. The result, with what the report shows.
             with phases.measure("report"):
                 tokenizer = pair.tokenizers[teacher.reads_with]
                 report = gather_report(pair, model, texts, reached.excitement, job.arguments(), tokenizer)
         trained = freeze_adapter(model)
     metrics = {
-        "kl": _distances(reached.kl, own and own[0], earlier is not None),
+        **distances,
         "source": pair.given.metrics,
         "alignment": {"shared_tokens": len(pair.vocabulary), **pair.modules.metrics},
         **reached.metrics(pair, texts, trained),
-        **({"on_policy": own[1]} if own else {}),
         **({"closed_form": maps.metrics} if earlier is None else {}),
         "settings": {**_settings(job), "projection_type": config.projection_type, "rank": config.r},
         "phases": phases.costs,
@@ -310,12 +297,29 @@ def _settings(job: Job) -> dict[str, Any]:
     return {**job.options.settings(), **named}
 
 
-def _distances(kl: Mapping[str, float], after_own_words: float | None, from_earlier: bool) -> dict[str, float]:
-    """KL from the teacher on held-out text, from the untouched target to the finished translation, in order."""
-    reached = {"target": kl["target"], "start" if from_earlier else "closed_form": kl["start"]}
-    if after_own_words is None:
-        return {**reached, "translated": kl["end"]}
-    return {**reached, "refined": kl["end"], "translated": after_own_words}
+def _refine(
+    job: Job, pair: Pair, model: PeftModel, teacher: Teacher, texts: PairTexts, run: RunFolder, phases: Phases
+) -> tuple[Imitation, dict[str, Any]]:
+    """What the refinement reached on the text, and as metrics the KL from the teacher on held-out text, from the
+    untouched target to the finished translation in order, with what own words added.
+    """
+    training, progress = job.options.training, job.options.run.progress
+    reached = imitate(
+        pair,
+        model,
+        teacher,
+        TrainingTexts(texts.train, texts.anchors),
+        texts.held_out,
+        phases,
+        output_dir=job.options.run.output_dir,
+        progress=progress,
+        checkpoint=run.checkpoint,
+    )
+    kl = {"target": reached.kl["target"], "closed_form" if job.start is None else "start": reached.kl["start"]}
+    if not training.on_policy_steps:
+        return reached, {"kl": {**kl, "translated": reached.kl["end"]}}
+    end, own = imitate_on_own_words(pair, model, teacher, texts, run, phases, progress=progress)
+    return reached, {"kl": {**kl, "refined": reached.kl["end"], "translated": end}, "on_policy": own}
 
 
 def _check_several(job: Job, shard: bool) -> None:
