@@ -31,6 +31,7 @@ from ..results import (
     read_licenses,
 )
 from ..source import (
+    BRIDGED,
     Holdings,
     LoraKernel,
     adapted_source,
@@ -207,10 +208,10 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
     ) -> tuple[PeftModel, Holdings, dict[str, Any]]:
         """The target with the adapter, what that held, and the metrics."""
         if source is None and not isinstance(adapter, PeftModel):
-            on = self.source.skeleton()
+            on, which = self.source.skeleton(), BRIDGED
         else:
-            on = load_source(source, adapter, target.device)
-        with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank) as read:
+            on, which = load_source(source, adapter, target.device), "source"
+        with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank, which) as read:
             closed_form, modules = self.closed_form(read.kernels)
             held = read.holdings
             config = cast_config(
