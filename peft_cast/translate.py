@@ -24,8 +24,7 @@ from .fit import (
     adapter_names,
     cast_config,
     check_adapter_name,
-    check_bridge,
-    check_start,
+    check_maps,
     initial_maps,
     install,
     on_one_model,
@@ -181,10 +180,7 @@ class Job:
             self._check_one(shard)
         # What lies on disk or on the hub comes last: it may have to be fetched.
         check_pair(self.source, self.adapters, self.target, pairing)
-        if self.bridge is not None:
-            check_bridge(self.bridge, self.source, self.adapter, self.target, pairing)
-        if self.start is not None:
-            check_start(self.start, self.target, pairing.target_revision)
+        check_maps(self.bridge, self.start, self.source, self.adapter, self.target, pairing)
 
     def _check_one(self, shard: bool) -> None:
         training = self.options.training

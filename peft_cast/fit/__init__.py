@@ -10,10 +10,10 @@ from .closed_form import (
     texts_per_pass,
     with_bias,
 )
-from .initial import check_bridge, initial_maps
+from .initial import check_maps, initial_maps
 from .install import adapter_name_of, cast_config, check_adapter_name, check_shapes, install
 from .maps import ClosedForm, KernelFit, PlaceMaps
 from .saved import load_closed_form, save_closed_form
 from .similarity import layer_similarity, map_by_similarity
 from .stacked import StackedPart, adapter_names, on_one_model, stacked
-from .start import check_start, projections_of
+from .start import projections_of

@@ -31,6 +31,7 @@ from ..results import (
     read_licenses,
 )
 from ..source import (
+    BRIDGED,
     Holdings,
     LoraKernel,
     adapted_source,
@@ -123,6 +124,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         check_option("gain", gain, Fit)
         check_adapter_name(adapter_name)
         check_adapter(adapter, chosen.adapter_revision)
+        if source is None and not isinstance(adapter, PeftModel):
+            check_is_read(adapter, chosen.adapter_revision, "pass `source`")
         device = distributed.init(chosen.device)
         if target is not None:
             check_model(target, "target", self.target.revision)
@@ -207,10 +210,10 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
     ) -> tuple[PeftModel, Holdings, dict[str, Any]]:
         """The target with the adapter, what that held, and the metrics."""
         if source is None and not isinstance(adapter, PeftModel):
-            on = self.source.skeleton()
+            on, which = self.source.skeleton(), BRIDGED
         else:
-            on = load_source(source, adapter, target.device)
-        with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank) as read:
+            on, which = load_source(source, adapter, target.device), "source"
+        with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank, which) as read:
             closed_form, modules = self.closed_form(read.kernels)
             held = read.holdings
             config = cast_config(
@@ -232,7 +235,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
                 revision=self.target.revision,
             )
             metrics = {"source": read.metrics, "alignment": modules.metrics}
-        if (lost := held.lost(adapter_name_of(adapter), modules.metrics["unmapped"])) is not None:
+        named = None if isinstance(adapter, PeftModel) else adapter
+        if (lost := held.lost(named, modules.metrics["unmapped"])) is not None:
             warnings.warn(lost, stacklevel=3)
         freeze_adapter(model)
         return model, held, {**metrics, "bridge": {"source": self.source.name, "target": self.target.name}}

@@ -25,6 +25,7 @@ from .maps import ClosedForm, KernelFit
 from .saved import load_closed_form, save_closed_form
 from .similarity import map_by_similarity
 from .stacked import StackedPart
+from .start import check_start
 
 
 def check_bridge(bridge: Any, source: Any, adapter: Any, target: Any, pairing: Pairing) -> None:
@@ -47,6 +48,18 @@ def check_bridge(bridge: Any, source: Any, adapter: Any, target: Any, pairing: P
         source, revision = base_of(adapter, pairing.adapter_revision)
     sides[0].check(source, "source", revision)
     sides[1].check(target, "target", pairing.target_revision)
+
+
+def check_maps(bridge: Any, start: Any, source: Any, adapter: Any, target: Any, pairing: Pairing) -> None:
+    """Refuse, before models are loaded, first maps that are not the closed form's and cannot be used.
+
+    Raises:
+        ValueError, OSError: As `check_bridge` and `check_start`, for what is given of the two.
+    """
+    if bridge is not None:
+        check_bridge(bridge, source, adapter, target, pairing)
+    if start is not None:
+        check_start(start, target, pairing.target_revision)
 
 
 def initial_maps(

@@ -85,6 +85,19 @@ def this_machine() -> Device:
     )
 
 
+def device_of(device: str | Device | None) -> Device:
+    """One of `DEVICES` by its name, a device as it is, and this machine for `None`.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if device is None:
+        return this_machine()
+    if isinstance(device, str) and device not in DEVICES:
+        raise ValueError(f"There is no device '{device}': choose from {', '.join(DEVICES)}, or pass a `Device`.")
+    return DEVICES[device] if isinstance(device, str) else device
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a product, the best of a few."""
     n = 1024 if device.type == "cpu" else 8192

@@ -17,7 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_modules
-from ..fit import cast_config, held_out_batches, held_out_positions, layer_groups, moments_size, texts_per_pass
+from ..fit import (
+    cast_config,
+    check_maps,
+    held_out_batches,
+    held_out_positions,
+    layer_groups,
+    moments_size,
+    texts_per_pass,
+)
 from ..models import check_remote_code, default_dtype, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
 from ..source import base_of, list_not_carried, planned_source
@@ -26,7 +34,7 @@ from ..tuner import CastConfig
 from ..utils import as_path, one_line, secrets_removed, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
 from .bodies import counted_or_simplified
-from .devices import DEVICES, SHAPES_KEPT, Device, this_machine
+from .devices import DEVICES, SHAPES_KEPT, Device, device_of
 from .fake import Cost, materialize
 from .passes import closed_form_costs, refinement_costs, texts_of
 
@@ -119,9 +127,8 @@ class Plan:
         if not self.fits:
             lines.append(
                 f"It does not fit: {_size(self.memory)} are needed and {self.device.name} has "
-                f"{_size(self.device.memory)}. "
-                "Lower `batch_size` or `max_length`, pass `training_args={'gradient_checkpointing': True}`, or take a "
-                "larger device."
+                f"{_size(self.device.memory)}. Lower `batch_size` or `max_length`, pass "
+                "`training_args={'gradient_checkpointing': True}`, or take a larger device."
             )
         return "\n".join(lines)
 
@@ -175,16 +182,16 @@ def plan(
 
     Raises:
         ValueError: If the device is unknown, `batch_size` is no multiple of `processes`, sharding meets `weight_bits`,
-            or the adapter or a configuration cannot be used; the message says why.
+            or what is given, or a configuration, cannot be used; the message says why.
     """
-    source, adapter, target = map(as_path, (source, adapter, target))
+    source, adapter, target, bridge, start = map(as_path, (source, adapter, target, bridge, start))
     given = Options.of(options, plan, pairing=pairing, projections=projections, fit=fit, training=training)
     pairing, training, fit_samples = given.pairing, given.training, given.fit.fit_samples
     steps, batch_size, max_length = training.steps, training.batch_size, training.max_length
     for name, count in (("tokens", tokens), ("processes", processes), ("weight_bits", weight_bits)):
         check_count(name, count, 1)
     check_number("aligned", aligned, above=0)
-    device, trainer = _device(on), training.training_args or {}
+    device, trainer = device_of(on), training.training_args or {}
     sharded = sharding.is_wanted(trainer)
     if batch_size % processes:
         raise ValueError(f"`batch_size` ({batch_size}) must be a multiple of the {processes} processes that share it.")
@@ -197,6 +204,7 @@ def plan(
         pairing = replace(pairing, source_revision=pairing.source_revision or revision)
     source_model = _model(_config(source, "source", pairing.source_revision), "source", dtype)
     target_model = _model(_config(target, "target", pairing.target_revision), "target", dtype)
+    check_maps(bridge, start, source_model, adapter, target_model, pairing)
     depth_map = "proportional" if pairing.depth_map == "similarity" else pairing.depth_map
     length = min(tokens or max_length, max_length)
     weights = {"source": _weights(source_model, weight_bits), "target": _weights(target_model, weight_bits)}
@@ -354,14 +362,6 @@ def _model(config: PretrainedConfig, which: str, dtype: torch.dtype) -> PreTrain
     with suppress(ValueError, ImportError):  # a model that has no other attention is planned with its own
         model.set_attn_implementation("sdpa")
     return model
-
-
-def _device(device: str | Device | None) -> Device:
-    if device is None:
-        return this_machine()
-    if isinstance(device, str) and device not in DEVICES:
-        raise ValueError(f"There is no device '{device}': choose from {', '.join(DEVICES)}, or pass a `Device`.")
-    return DEVICES[device] if isinstance(device, str) else device
 
 
 def _config(model: str | Path | PretrainedConfig, which: str, revision: str | None) -> PretrainedConfig:

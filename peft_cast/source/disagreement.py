@@ -1,15 +1,21 @@
-"""Which setting of a configuration is not that of its file: one sentence that names it."""
+"""Which setting of a configuration is not that of its file, in words that name it, or that it is another model's."""
 
 from __future__ import annotations
 
 import copy
+import re
 
 from peft import AdaLoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from .kinds import PREFIX
-from .names import Match
+from .names import BRIDGED, Match, Part
+
+
+_SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*, the shape in current model is torch.Size\(\[(.*?)\]\)")
+# Settings that decide on the shapes of an adapter's tensors.
+_SIZES = ("r", "oft_block_size", "boft_block_size", "block_size", "n_frequency", "num_vectors", "vector_length")
 
 
 def unsaved(match: Match) -> str | None:
@@ -47,7 +53,9 @@ def other_tokens(match: Match) -> str | None:
     if lists and not all(isinstance(token, int) and 0 <= token < rows for tokens in lists for token in tokens):
         return (
             f"`trainable_token_indices` in adapter_config.json names tokens that are not among the {rows} of "
-            f"{match.model}: correct it, or pass the model with the embeddings that it was trained with as `source`"
+            f"{match.model}: correct it, or "
+            + ("fit a bridge from" if match.which == BRIDGED else f"pass as `{match.which}`")
+            + " the model with the embeddings that it was trained with"
         )
     for part in match.parts:
         trained = any("trainable_tokens_" in step for step in part.inner)
@@ -86,3 +94,59 @@ def limits_of(config: PeftConfig, key: str) -> str | None:
         setattr(alone, name, None)
     meant = any(check_target_module_exists(alone, name) for name in _from_front(key.removeprefix(PREFIX)))
     return " or ".join(f"`{name}`" for name in limits) if limits and meant else None
+
+
+def other_sizes(match: Match, said: str) -> str | None:
+    """Whether what PEFT says of sizes comes of matrices that are transposed, or of a setting, not of another model."""
+    parts = {part.key: part for part in match.tuned}
+    pairs: list[tuple[Part, tuple[int, ...]]] = []
+    for key, shape in _SIZE_MISMATCH.findall(said):
+        steps = key.split(".")  # one of them is the adapter's name
+        names = (".".join(steps[:at] + steps[at + 1 :]) for at in range(len(steps)))
+        if part := next((parts[name] for name in names if name in parts), None):
+            pairs.append((part, tuple(map(int, filter(None, shape.split(","))))))
+    if not pairs:
+        return None
+    part, wanted = pairs[0]
+    is_ia3 = hasattr(match.config, "feedforward_modules")  # whose vectors are of a module's inputs or of its outputs
+    if all(one.shape == shape[::-1] for one, shape in pairs) and (not is_ia3 or len(pairs) == len(parts)):
+        return transposed(part)
+    widths = {width for head in match.heads[match.reduced(part.head)] for width in widths_of(match, head, part)}
+    ranks = {getattr(match.config, "r", None), *(getattr(match.config, "rank_pattern", None) or {}).values()}
+    wider = {new for old, new in zip(part.shape, wanted) if old != new} & widths - ranks
+    names = ["feedforward_modules"] if is_ia3 else [name for name in _SIZES if getattr(match.config, name, None)]
+    if not names or (not widths & {*part.shape} if is_ia3 else wider):
+        return None
+    named = " or ".join(f"`{name}`" for name in names)
+    return (
+        f"its configuration and its file disagree: {part.named} is in the file, and by {named} in adapter_config.json "
+        f"its shape would be {wanted}: correct {named}, or get both files again"
+    ) + ("" if {*wanted} & widths else f" (if they are right, {other_model(match)})")
+
+
+def widths_of(match: Match, head: tuple[str, ...], part: Part) -> tuple[int, ...]:
+    return match.modules.get(match.module(head, part) or "") or ()
+
+
+def transposed(part: Part) -> str:
+    return (
+        f"its matrices are transposed ({part.named}), as other tools than PEFT save them: transpose them, or convert "
+        "the file to PEFT's format with the tool that made it"
+    )
+
+
+def other_model(match: Match) -> str:
+    """What to do when the adapter belongs to another model."""
+    named, which = match.config.base_model_name_or_path, match.which
+    other = named and str(named) != str(match.source.name_or_path)
+    if which == BRIDGED:
+        revision = "" if other or not named else ", at the revision that it belongs to"
+        return f"fit a bridge from the model that it was trained on{f', {named!r}' if other else revision}"
+    if other:
+        return f"it was trained on '{named}', pass that as `{which}`"
+    if named:
+        return (
+            "the adapter names this very model, so pass the revision of it that the adapter belongs to, as "
+            f"`{which}` or by `{which}_revision`"
+        )
+    return f"pass the model that it was trained on as `{which}`"

@@ -86,11 +86,9 @@ def weights_file(adapter: str | Path, revision: str | None = None) -> str | None
     return WEIGHTS_NAME if WEIGHTS_NAME in files_of(adapter, revision) else None
 
 
-def unusable(
-    adapter: str | Path, revision: str | None, config: PeftConfig, header: Mapping[str, TensorInfo]
-) -> str | None:
-    """Why a LoRA cannot be a source, as its file and its configuration tell side by side: what follows "it" in a
-    sentence, without the stop; `None` if nothing speaks against it.
+def of_another_file(config: PeftConfig, header: Mapping[str, TensorInfo]) -> str | None:
+    """Which option of a LoRA's configuration is not that of its file: what follows "it" in a sentence, without the
+    stop; `None` if all are.
     """
     for option, mark in _MARKS.items() if header and type(config) is LoraConfig else ():
         key = next((key for key in header if re.search(mark, key)), None)
@@ -101,6 +99,17 @@ def unusable(
                 else "is set, and no tensor of its file is for it"
             )
             return f"has a configuration that is not its file's: `{option}` {said}. Correct it in {CONFIG_NAME}"
+    return None
+
+
+def unusable(
+    adapter: str | Path, revision: str | None, config: PeftConfig, header: Mapping[str, TensorInfo]
+) -> str | None:
+    """Why a LoRA cannot be a source, as its file and its configuration tell side by side: what follows "it" in a
+    sentence, without the stop; `None` if nothing speaks against it.
+    """
+    if (why := of_another_file(config, header)) is not None:
+        return why
     if any(info.dtype not in FLOATS or 0 in info.shape for info in header.values()):
         return None  # is refused where it is loaded
     with safe_open(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision), framework="pt") as tensors:
@@ -156,8 +165,16 @@ def holdings_of(config: PeftConfig, header: Mapping[str, TensorInfo] | None, unr
     )
 
 
-def check_is_read(adapter: str | Path, revision: str | None) -> None:
+def check_is_read(
+    adapter: str | Path,
+    revision: str | None = None,
+    remedy: str = "use `Bridge.cast` with `source`, or `translate` with `bridge` and `steps=0`",
+) -> None:
     """
+    Args:
+        adapter, revision: Folder or hub id, and hub revision.
+        remedy: What to do with an adapter whose kernels cannot be read.
+
     Raises:
         ValueError: If the kernels of an adapter must be measured on the source model, which is not loaded.
     """
@@ -165,8 +182,7 @@ def check_is_read(adapter: str | Path, revision: str | None) -> None:
     if not held.read and held.refused is None:
         raise ValueError(
             f"The adapter '{without_secrets(adapter)}' ({held.kind}) is no plain LoRA, so its effect must be measured "
-            "on the source model's weights, which are not loaded from file to file: use `Bridge.cast` with `source`, "
-            "or `translate` with `bridge` and `steps=0`."
+            f"on the source model's weights, which are not loaded from file to file: {remedy}."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from ..models import as_peft_reads, check_loaded, load_model, load_on_skeleton, skeleton_of, unload_adapters
 from ..tuner.checks import check_finite, shown
-from ..utils import adapter_folder, one_line, read_adapter_config, read_weights_header, why_no_model, without_secrets
+from ..utils import adapter_folder, read_adapter_config, read_weights_header, why_no_model, without_secrets
 from .disagreement import other_tokens
-from .files import idle, unusable
+from .files import idle, of_another_file, unusable
 from .kernels import SourceAdapter, nothing_carried, read_adapter
 from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
@@ -136,6 +136,7 @@ def adapted_source(
     adapter: str | Path | PeftModel,
     revision: str | None = None,
     source_rank: int | float | None = None,
+    which: str = "source",
 ) -> Iterator[SourceAdapter]:
     """The source model with its adapter active, and the adapter's kernels; afterwards a loaded `source` is as it was.
 
@@ -148,6 +149,7 @@ def adapted_source(
         adapter: Hub id, folder, or a PeftModel on `source`.
         revision: Hub revision of the adapter.
         source_rank: How far delta weights that are no plain LoRA are cut, see `translate`.
+        which: The argument that the model is passed as, or `BRIDGED`.
 
     Raises:
         ValueError: If the adapter cannot be read, does not fit the model, or nothing of it can be carried over.
@@ -159,7 +161,7 @@ def adapted_source(
             yield _acting(read_adapter(adapter, {}, source_rank))
         return
     config = read_adapter_config(adapter, revision)
-    with _loaded(source, adapter, revision, config) as (model, changed, renamed):
+    with _loaded(source, adapter, revision, config, which) as (model, changed, renamed):
         yield dataclasses.replace(_acting(read_adapter(model, changed, source_rank)), renamed=renamed)
 
 
@@ -189,7 +191,7 @@ def check_on_source(
     base = source if isinstance(source, nn.Module) else skeleton_of(source, "source", source_revision)
     for adapter in adapters:
         if base is not None and not isinstance(adapter, PeftModel):
-            matched(adapter, revision, base, read_adapter_config(adapter, revision))
+            check_on(base, adapter, revision, read_adapter_config(adapter, revision))
 
 
 def check_on_target(
@@ -203,20 +205,31 @@ def check_on_target(
     base = target if isinstance(target, nn.Module) else skeleton_of(target, "target", target_revision)
     for adapter in adapters:
         config = _config_to_run(adapter)
-        if base is None:
-            read_weights_header(adapter)
-        elif base is target:
-            matched(adapter, None, base, config, "target")
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it is loaded once more
-                with with_adapter(base, adapter):
-                    pass
+        if base is not None:
+            check_on(base, adapter, None, config, "target")
+
+
+def check_on(
+    base: PreTrainedModel, adapter: str | Path, revision: str | None, config: PeftConfig, which: str = "source"
+) -> None:
+    """Refuse an adapter that does not fit its model, which is passed as `which`: on a skeleton it is put there as it
+    will be put on the model, of a loaded model the names are compared.
+
+    Raises:
+        ValueError: If they do not go together.
+    """
+    if base.device.type != "meta":
+        matched(adapter, revision, base, config, which)
+        return
+    with warnings.catch_warnings(), suppress(NotImplementedError):  # SHiRA looks at weights: loading it tells more
+        warnings.simplefilter("ignore")  # it is loaded once more
+        with _loaded(base, adapter, revision, config, which):
+            pass
 
 
 def _config_to_run(adapter: str | Path, revision: str | None = None) -> PeftConfig:
     config = read_adapter_config(adapter, revision)
-    if (why := refusal_to_run(config)) is not None:
+    if (why := refusal_to_run(config) or of_another_file(config, read_weights_header(adapter, revision))) is not None:
         raise ValueError(f"The adapter '{without_secrets(adapter)}' {why}.")
     return config
 
@@ -273,7 +286,9 @@ def _load(adapter: str | Path, file: Readable, match: Match, own: Mapping[str, n
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
-        raise no_match(adapter, match, refused_by_peft(match, one_line(error))) from error
+        if (why := refused_by_peft(match, error)) is None:
+            raise NotImplementedError("It can be put on a model with weights alone.") from error
+        raise no_match(adapter, match, why) from error
     if why is not None:
         raise no_match(adapter, match, why)
     return model
@@ -371,7 +386,8 @@ def _other_keys(model: PeftModel, own: Mapping[str, nn.Parameter], file: Readabl
         return base_name(key.removeprefix(PREFIX)) in own and not trained
 
     def found(keys: Iterable[str]) -> set[str]:
-        return {key for key in keys if key in expected or not is_copy(key)}
+        # What MonteCLoRA samples with while it is trained is not there on a skeleton.
+        return {key for key in keys if key in expected or not (is_copy(key) or ".lora_monteclora_sampler." in key)}
 
     if (keys := found(file.header)) == expected:
         return None

@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from ..align import layer_count
 from ..tuner import CastConfig
 from ..tuner.checks import shown
-from .disagreement import limits_of, other_rank, unsaved
-from .names import OTHER_TOWERS, ROOT, WITH_NAMES, Match, Part, halves
+from ..utils import one_line
+from .disagreement import limits_of, other_model, other_rank, other_sizes, transposed, unsaved, widths_of
+from .names import BRIDGED, OTHER_TOWERS, ROOT, WITH_NAMES, Match, Part, halves
 
 
 _ZERO3 = (
@@ -60,7 +61,14 @@ def misplaced(match: Match) -> str | None:
     if match.layers and max(match.layers) >= (depth := layer_count(match.source)):
         return (
             f"its `layer_replication` speaks of layer {max(match.layers)}, counted from 0, and {match.model} has "
-            f"{depth}: correct it in adapter_config.json, or pass the model that it belongs to as `{match.which}`"
+            f"{depth}: correct it in adapter_config.json, or, if it is right, {other_model(match)}"
+        )
+    if match.layers and _reached(part.key for part in match.parts) >= len(match.layers):
+        return _replicated(match, (part.key for part in match.parts))
+    if solid := [part for part in match.tuned if len(part.shape) > 2 and _on_linear(match, part)]:
+        return (
+            f"{len(solid)} of its {len(match.header)} tensors should be matrices ({_named(solid)}): take the further "
+            "dimensions from them, or save the adapter again with PEFT"
         )
     if (match.as_it_is or match.read_by_peft or match.renaming) and (match.read_by_peft or not _too_wide(match)):
         return None
@@ -69,14 +77,11 @@ def misplaced(match: Match) -> str | None:
     if wide := _too_wide(match):
         part, module = wide[0]
         if all(match.fits(module, part._replace(shape=part.shape[::-1])) for part, module in wide):
-            return (
-                f"its matrices are transposed ({_named([part])}), as other tools than PEFT save them: transpose them, "
-                "or convert the file to PEFT's format with the tool that made it"
-            )
+            return transposed(part)
         width, height = match.modules[module] or (0, 0)
         return (
             f"{_named([part])} is for another width, '{module}' takes {width} numbers and gives {height}: "
-            f"{_other_model(match)}"
+            f"{other_model(match)}"
         )
     return (
         f"{_named(match.parts)} could belong to several modules of {match.model}, or several tensors to one: rename "
@@ -101,7 +106,7 @@ def _astray(match: Match) -> list[Part]:
 
 def _lost(match: Match, astray: list[Part]) -> str:
     """Why some tensors have no module."""
-    other_model = _other_model(match)
+    remedy = other_model(match)
     experts = [part for part in astray if part.is_expert]
     if experts:
         return _no_room_for(match, experts)
@@ -113,7 +118,7 @@ def _lost(match: Match, astray: list[Part]) -> str:
         most = max(int(part.tail[0]) for part in beyond)
         return (
             f"it was made for at least {most + 1} layers and {match.model} has {depth} ({_named(beyond)} is in the "
-            f"file, not in the model; {len(beyond)} such tensors): {other_model}"
+            f"file, not in the model; {len(beyond)} such tensors): {remedy}"
         )
     in_layers = [part for part in astray if part.tail]
     for head in match.stacks:
@@ -123,12 +128,12 @@ def _lost(match: Match, astray: list[Part]) -> str:
         if any(OTHER_TOWERS.search(step) for step in part.head):
             return (
                 f"it changes another part of a model, '{'.'.join(part.head)}...' ({_named([part])}), which "
-                f"{match.model} does not have: {other_model}"
+                f"{match.model} does not have: {remedy}"
             )
         old, new = ".".join(part.head), ".".join(("base_model.model", *head))
         return (
             f"its tensors are named '{old}...' ({_named([part])}), which does not say that they are those of "
-            f"'{new}...': rename them if they are, else {other_model}"
+            f"'{new}...': rename them if they are, else {remedy}"
         )
     if not any(step.startswith(match.prefix) for part in astray for step in part.inner):
         return (
@@ -140,7 +145,7 @@ def _lost(match: Match, astray: list[Part]) -> str:
     has = sorted({name.rpartition(".")[2] for name, size in match.modules.items() if size})
     return (
         f"it is for a model of another class, with modules named {_list(missing)} ({_named(astray)} is in the file, "
-        f"not in the model; {len(astray)} such tensors), where {match.model} has {_list(has)}: {other_model}"
+        f"not in the model; {len(astray)} such tensors), where {match.model} has {_list(has)}: {remedy}"
     )
 
 
@@ -161,8 +166,13 @@ def resized(match: Match) -> str | None:
             return (
                 f"it was trained with a vocabulary of {found} tokens and {match.model} has {tokens}: load the model "
                 f"that it was trained on{f' ({trained_on})' if trained_on else ''}, call "
-                f"`resize_token_embeddings({found})` and pass it with the adapter's tokenizer as "
-                f"`{match.which}_tokenizer`"
+                f"`resize_token_embeddings({found})` and "
+                + (
+                    "fit a bridge from it, with the adapter's tokenizer as `source_tokenizer`"
+                    if match.which == BRIDGED
+                    else f"pass it as `{match.which}`, where texts are read with the adapter's tokenizer as "
+                    f"`{match.which}_tokenizer`"
+                )
             )
     return None
 
@@ -185,7 +195,7 @@ def deeper(match: Match) -> str | None:
         if reached >= 0 and missing and all(names[name] > reached for name in missing):
             return (
                 f"it was made for {reached + 1} layers and {match.model} has {_layers(match, head)} ('{missing[0]}' "
-                f"is in the model, not in the file): {_other_model(match)}"
+                f"is in the model, not in the file): {other_model(match)}"
             )
     return None
 
@@ -214,11 +224,13 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
         )
     if (experts := [part for part in match.parts if part.is_expert]) and any(".experts." in key for key in extra):
         return _no_room_for(match, experts)
-    beyond, reached = [_layer(key) for key in absent], max(map(_layer, found), default=-1)
+    beyond, reached = [_layer(key) for key in absent], _reached(found)
+    if match.layers and not extra and reached >= 0 and min(beyond) > reached:
+        return _replicated(match, found)
     if not extra and reached >= 0 and min(beyond) > reached:
         return (
             f"it was made for {reached + 1} layers and {match.model} has {max(beyond) + 1} ('{absent[0][:200]}' is "
-            f"in the model, not in the file): {_other_model(match)}"
+            f"in the model, not in the file): {other_model(match)}"
         )
     targets = getattr(match.config, "target_modules", None)
     named = sorted({part.tail[-1] for part in match.parts if part.tail and match.prefix in ".".join(part.inner)})
@@ -241,16 +253,23 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
     )
 
 
-def refused_by_peft(match: Match, said: str) -> str:
-    """Why PEFT could not load a file whose tensors have their modules, from what it said."""
+def refused_by_peft(match: Match, error: Exception) -> str | None:
+    """Why PEFT could not load a file whose tensors have their modules, from its error; `None` if that is the lack of
+    weights on a skeleton.
+    """
+    said = one_line(error)
     if any(part.is_expert for part in match.parts) and match.read_by_peft:
         return _no_room_for(match, [part for part in match.parts if part.is_expert])
     if why := other_rank(match) or unsaved(match) or _other_class(match):
         return why
     if match.is_lora and "target" in said.lower():
         return disagreement(match, (), [part.key for part in match.parts])
+    if isinstance(error, NotImplementedError) and match.source.device.type == "meta":
+        return None
+    if (why := other_sizes(match, str(error))) is not None:
+        return why
     if "size mismatch" in said or "shape" in said:
-        remedy = _other_model(match)
+        remedy = other_model(match)
     else:
         options = [name for name in vars(match.config) if re.search(rf"\b{name}\b", said)]
         named = " or ".join(f"`{name}`" for name in options[:3]) or "its settings"
@@ -284,19 +303,6 @@ def _too_wide(match: Match) -> list[tuple[Part, str]]:
     return found
 
 
-def _other_model(match: Match) -> str:
-    """What to do when the adapter belongs to another model."""
-    named, which = match.config.base_model_name_or_path, match.which
-    if named and str(named) != str(match.source.name_or_path):
-        return f"it was trained on '{named}', pass that as `{which}`"
-    if named:
-        return (
-            "the adapter names this very model, so pass the revision of it that the adapter belongs to, as "
-            f"`{which}` or by `{which}_revision`"
-        )
-    return f"pass the model that it was trained on as `{which}`"
-
-
 def _no_room_for(match: Match, experts: list[Part]) -> str:
     """PEFT fuses the experts of some models, and only if all the parts that are fused have a LoRA."""
     names = _list(sorted({part.tail[-1] for part in experts}))
@@ -305,6 +311,18 @@ def _no_room_for(match: Match, experts: list[Part]) -> str:
         f"them ({names}) on the experts of {match.model}: merge it into its model with transformers 4, or train it "
         "without the experts"
     )
+
+
+def _replicated(match: Match, found: Iterable[str]) -> str:
+    return (
+        f"its configuration and its file disagree: `layer_replication` in adapter_config.json makes "
+        f"{len(match.layers)} layers, and the file is for {_reached(found) + 1}: correct `layer_replication`, or get "
+        "both files again"
+    )
+
+
+def _on_linear(match: Match, part: Part) -> bool:
+    return any(widths_of(match, head, part) for head in match.heads.get(match.reduced(part.head), []))
 
 
 def _named(parts: Iterable[Part]) -> str:
@@ -319,6 +337,11 @@ def _layer(name: str) -> int:
     """The number of the layer in a name, -1 without."""
     tail = halves(name.split("."))[1]
     return int(tail[0]) if tail else -1
+
+
+def _reached(names: Iterable[str]) -> int:
+    """The last layer that is named, -1 without."""
+    return max(map(_layer, names), default=-1)
 
 
 def _layers(match: Match, head: tuple[str, ...]) -> int:

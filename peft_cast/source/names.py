@@ -44,6 +44,7 @@ OTHER_TOWERS = re.compile(f"{SENSES.pattern}|encoder|decoder|draft|critic|value|
 # Behind them a name speaks of what PEFT puts into a module, no longer of the module.
 _INNER = ("base_layer", "modules_to_save", "original_module", "token_adapter")
 WITH_NAMES = re.compile(r"lora_(embedding_)?[AB]|lora_magnitude_vector")
+BRIDGED = "bridge's source"  # a model that is no argument: what a bridge keeps of it
 _MOST_GROUPS = 500  # of tensors whose way to the layers is the same; no model has as many
 
 
@@ -89,7 +90,7 @@ class Match:
         header: Of the file.
         source: The model, without the adapter.
         config: The adapter's configuration.
-        which (`str`): The argument that the model is passed as.
+        which (`str`): The argument that the model is passed as, or `BRIDGED`.
     """
 
     def __init__(

@@ -26,12 +26,11 @@ from ..align import layer_paths
 from ..models import unload_adapters
 from ..tuner import CastConfig
 from ..tuner.checks import TensorInfo
-from ..utils import one_line, read_adapter_config, without_secrets
+from ..utils import read_adapter_config
 from .files import holdings_of
 from .kernels import SourceAdapter, read_adapter
 from .kinds import PREFIX, default_rank, is_read, kept_rank, kind_of, rank_of_change, variants_of
-from .loading import adapted_source, base_name, check_adapter, matched, no_match
-from .mismatch import refused_by_peft
+from .loading import adapted_source, base_name, check_adapter, check_on, matched
 from .renamed import readable
 
 
@@ -59,17 +58,13 @@ def planned_source(
         with adapted_source(source, adapter, revision, source_rank) as read:
             yield read, read.holdings.not_carried, None
         return
-    name = f"The adapter '{without_secrets(adapter)}'"
     check_adapter(adapter, revision)
-    match = matched(adapter, revision, source, config)
-    with readable(adapter, revision, match) as file:
+    check_on(source, adapter, revision, config)
+    with readable(adapter, revision, matched(adapter, revision, source, config)) as file:
         config, header = file.config, file.header
     if layers := getattr(config, "layer_replication", None):
-        try:
-            replicate_layers(source, layers)
-        except ValueError as error:  # of a model whose layers PEFT does not find
-            raise no_match(adapter, match, refused_by_peft(match, one_line(error))) from error
-    ranks = _ranks(source, config, header, name, source_rank)
+        replicate_layers(source, layers)
+    ranks = _ranks(source, config, header, source_rank)
     if not ranks:
         raise ValueError(
             f"Nothing of the {kind_of(config)} adapter can be carried over: a translation needs at least one adapter "
@@ -103,11 +98,7 @@ def _is_read(source: PreTrainedModel, config: PeftConfig) -> bool:
 
 
 def _ranks(
-    source: PreTrainedModel,
-    config: PeftConfig,
-    header: Mapping[str, TensorInfo],
-    name: str,
-    source_rank: int | float | None,
+    source: PreTrainedModel, config: PeftConfig, header: Mapping[str, TensorInfo], source_rank: int | float | None
 ) -> dict[str, int]:
     """The rank of the kernel of each linear module that the adapter changes."""
     modules, own = dict(source.named_modules()), dict(source.named_parameters(remove_duplicate=False))
@@ -119,22 +110,13 @@ def _ranks(
         module = plain
         while module and module not in modules:
             module = module.rpartition(".")[0]
-        if not module or isinstance(modules[module], nn.ModuleList):
-            raise ValueError(f"{name} does not fit the source model: it has no place for '{key[:200]}'.")
         tensors[module][plain.removeprefix(f"{module}.")] = info.shape
     head, ranks, layers = source.get_output_embeddings(), {}, tuple(f"{path}." for path in layer_paths(source))
     for module, shapes in tensors.items():
         layer = modules[module]
         if layer is head or not isinstance(layer, (nn.Linear, Conv1D)) or not module.startswith(layers):
             continue
-        widths = _get_in_out_features(layer)
-        first = shapes.get("lora_A.weight", ())
-        if first and first[-1] != widths[0] and not getattr(config, "use_bdlora", None):
-            raise ValueError(
-                f"{name} does not fit the source model: '{module}' reads {widths[0]} numbers there and {first[-1]} in "
-                "the adapter."
-            )
-        exact = min(_exact_rank(config, module, shapes), *widths)
+        exact = min(_exact_rank(config, module, shapes), *_get_in_out_features(layer))
         whole = None if isinstance(source_rank, float) else source_rank  # how much a share keeps must be measured
         ranks[module] = kept_rank(exact, whole, default_rank(config))
     return ranks
