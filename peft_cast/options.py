@@ -122,8 +122,14 @@ class Projections(Group):
 
 @dataclass(frozen=True)
 class Fit(Group):
-    """The closed form: the first maps between the models, from general text."""
+    """The first maps between the models: the identity, or the closed form, from general text."""
 
+    first_maps: Literal["auto", "copy", "closed_form"] = option(
+        "auto",
+        "`copy` puts the LoRA on the target as it is, where every module has the source's shape. `auto` does so where "
+        "that alone brings the target at least half of the way to the teacher, as between versions of a model; else, "
+        "and with `closed_form` always, the closed form is fitted.",
+    )
     fit_text: Any = option(
         None,
         "General text for the closed form and the anchors: a file, a hub dataset id, a list of strings, or what else "
@@ -193,6 +199,11 @@ class Training(Group):
         "knowledge. `delta` adds only what the LoRA changes to the target's own prediction; a number from 0 "
         "(`source`) to 1 (`delta`) mixes them (docs/results.md).",
         check=_teacher,
+    )
+    enough: float = option(
+        0.98,
+        "Share of the way to the teacher from which the first maps are left as they are; 1 refines in any case.",
+        least=0,
     )
     teacher_top_k: int | None = option(
         128,
