@@ -14,7 +14,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..models import load_model, load_tokenizer, moved, untouched
+from ..models import check_unwrapped, load_model, load_tokenizer, moved, untouched
 from ..options import Options, Pairing, Run, takes
 from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
 from ..source import check_on_target, refusal_to_run, with_adapter
@@ -155,6 +155,7 @@ def _runs(adapters: Any) -> dict[str, list[Adapter]]:
     for name, group in runs.items():
         for one in group:
             if not isinstance(one, (str, Path, PeftModel, TranslationResult)):
+                check_unwrapped(one, f"adapters['{name}']")
                 raise ValueError(
                     f"The adapter '{name}' must be a folder, a hub id, a PeftModel or what `translate` returned, got "
                     f"{type(one).__name__}."

@@ -144,6 +144,8 @@ def _load(name: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
         raise FileNotFoundError("The model does not say where it comes from.")
     if (why := why_no_name(name)) is not None:
         raise FileNotFoundError(f"{why}.")
+    if Path(name).is_file():
+        raise FileNotFoundError(f"'{name}' is a file, pass the folder that it is in.")
     place, subfolder = (str(name), None) if Path(name).is_dir() else hub_parts(name)
     options = {"subfolder": subfolder or "", "revision": revision, "trust_remote_code": False}
     try:

@@ -31,6 +31,19 @@ def unsaved(match: Match) -> str | None:
     return None
 
 
+def passed_over(match: Match) -> str | None:
+    """Which modules and parameters the configuration names beside `target_modules` that the model does not have."""
+    own = {"modules_to_save": match.modules, "target_parameters": dict(match.source.named_parameters())}
+    for option, names in own.items():
+        for name in getattr(match.config, option, None) or ():
+            if not any(one.endswith(name) for one in names):
+                return (
+                    f"`{option}` in adapter_config.json names '{name[:80]}', which {match.model} does not have: it is "
+                    "passed over. Correct it if that is a part of the adapter."
+                )
+    return None
+
+
 def _from_front(module: str) -> list[str]:
     """The names of the modules around a tensor, the outermost first."""
     steps = module.split(".")
@@ -92,8 +105,13 @@ def limits_of(config: PeftConfig, key: str) -> str | None:
     alone = copy.copy(config)
     for name in limits:
         setattr(alone, name, None)
-    meant = any(check_target_module_exists(alone, name) for name in _from_front(key.removeprefix(PREFIX)))
-    return " or ".join(f"`{name}`" for name in limits) if limits and meant else None
+    return " or ".join(f"`{name}`" for name in limits) if limits and is_meant(alone, key) else None
+
+
+def is_meant(config: PeftConfig, key: str) -> bool:
+    """Whether `target_modules` means a module that a tensor is on."""
+    targets, names = getattr(config, "target_modules", None), _from_front(key.removeprefix(PREFIX))
+    return targets == "all-linear" or bool(targets and any(check_target_module_exists(config, n) for n in names))
 
 
 def other_sizes(match: Match, said: str) -> str | None:

@@ -16,7 +16,16 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import as_peft_reads, check_loaded, load_model, load_on_skeleton, skeleton_of, unload_adapters
+from ..models import (
+    as_peft_reads,
+    check_loaded,
+    check_own_weights,
+    check_unwrapped,
+    load_model,
+    load_on_skeleton,
+    skeleton_of,
+    unload_adapters,
+)
 from ..tuner.checks import check_finite, shown
 from ..utils import adapter_folder, read_adapter_config, read_weights_header, why_no_model, without_secrets
 from .disagreement import other_tokens
@@ -58,6 +67,7 @@ def load_source(
                     f"`adapter` is a PeftModel on '{named}', which is not `source`, '{source}': pass `source=None`."
                 )
             )
+        check_own_weights(model, "source")
         return model
     if source is None:
         source, named = base_of(adapter, adapter_revision)
@@ -93,6 +103,7 @@ def check_adapter(adapter: Any, revision: str | None = None) -> None:
     if isinstance(adapter, PeftModel):
         return _check_in_memory(adapter)
     if isinstance(adapter, nn.Module):
+        check_unwrapped(adapter, "adapter")
         raise ValueError(
             f"`adapter` is a model ({type(adapter).__name__}), not an adapter: pass the LoRA's folder or hub id, or a "
             "PeftModel."
@@ -188,7 +199,7 @@ def check_on_source(
     Raises:
         ValueError, OSError: As `adapted_source`.
     """
-    base = source if isinstance(source, nn.Module) else skeleton_of(source, "source", source_revision)
+    base = skeleton_of(source, "source", source_revision)
     for adapter in adapters:
         if base is not None and not isinstance(adapter, PeftModel):
             check_on(base, adapter, revision, read_adapter_config(adapter, revision))
@@ -202,7 +213,7 @@ def check_on_target(
     Raises:
         ValueError, OSError: As `with_adapter`, and if the target is none.
     """
-    base = target if isinstance(target, nn.Module) else skeleton_of(target, "target", target_revision)
+    base = skeleton_of(target, "target", target_revision)
     for adapter in adapters:
         config = _config_to_run(adapter)
         if base is not None:
