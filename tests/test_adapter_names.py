@@ -419,6 +419,16 @@ WRONG = {
     "modules left out": ({"exclude_modules": ["q_proj"]}, "`exclude_modules` in .* leaves it out; 6 such tensors"),
     "layers too far": ({"layer_replication": [[0, 2], [1, 9]]}, "speaks of layer 8, .* has 3: correct it in adapter"),
     "no whole module": ({"modules_to_save": ["lm_head"]}, "`modules_to_save` .* means 'lm_head', .*: correct `"),
+    "a part that no LoRA has": (
+        {"edit": lambda t: t | {min(t).replace("lora_A", "lora_C"): torch.zeros(4, 4)}},
+        "lora_C.weight' is in its file, and PEFT has no such tensor for it; 1 such tensors: delete them",
+    ),
+    "an option of another kind": ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, "correct `use_bdlora` in "),
+    "a tensor beside the modules": ({"edit": lambda t: t | {"epoch": torch.ones(1)}}, "'epoch' of .*or delete them"),
+    "a tensor twice": (
+        {"edit": lambda t: t | {min(t).replace("weight", "old.weight"): torch.zeros(4, 4)}},
+        "old.weight' and '.*' .* are the same tensor by their names: delete the one",
+    ),
     "a pattern of one": ({"target_modules": r".*layers\.0\.(self_attn\.q|mlp\.down)_proj"}, "8 such tensors: correct"),
 }
 
@@ -461,6 +471,24 @@ def test_tensors_that_would_land_on_one_place_are_not_renamed(source, tmp_path):
     changed(adapter, edit=lambda t: t | {"module." + name: tensor + 1 for name, tensor in t.items()})
     with pytest.raises(ValueError, match="could belong to several|rename the tensors"):
         opened(source, adapter).__enter__()
+
+
+@pytest.mark.parametrize("option", ["modules_to_save", "target_parameters"])
+def test_modules_that_the_model_does_not_have_are_passed_over_and_it_is_said(option, source, tmp_path):
+    adapter = changed(save_adapter(source, lora(), tmp_path), **{option: ["odd"]})
+    with pytest.warns(UserWarning, match=f"`{option}` in adapter_config.json names 'odd', .* passed over"):
+        with opened(source, adapter) as on_source:
+            assert len(on_source.kernels) == 6
+
+
+def test_what_is_left_out_of_a_file_renames_nothing(source, tmp_path):
+    adapter = save_adapter(source, lora(modules_to_save=["lm_head"]), tmp_path)
+    own = {ROOT + "lm_head.original_module.weight": source.lm_head.weight.data.clone()}
+    changed(adapter, edit=lambda tensors: tensors | own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with opened(source, adapter) as on_source:
+            assert "renamed" not in on_source.metrics and len(on_source.kernels) == 6
 
 
 @pytest.mark.parametrize("dora", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..align import sees_or_hears
 from ..tuner.checks import check_finite, read_header, shown
 from ..utils import (
     FaultError,
@@ -131,6 +133,8 @@ def check_own_weights(model: nn.Module, which: str) -> None:
         OSError: If weights of a model are NaN or infinite, with which it computes nothing.
     """
     for name, parameter in model.named_parameters():
+        if sees_or_hears(name):
+            continue  # no text passes through it
         try:
             check_finite(name, parameter.detach())
         except ValueError:
@@ -350,12 +354,27 @@ def skeleton_of(
     config = check_model(model, which, revision)
     if isinstance(model, nn.Module):
         return model
+    named = f"The {which} model '{without_secrets(model)}' could not be loaded"
     try:
-        return skeleton(config) if config is not None else None
+        built = skeleton(config) if config is not None else None
     except FaultError as error:
-        raise OSError(f"The {which} model '{without_secrets(model)}' could not be loaded: {error}") from error
+        raise OSError(f"{named}: {error}") from error
     except Exception:  # a configuration may lead to anything; what is wrong with it, loading says
         return None
+    if built is not None and not hasattr(config, "quantization_config"):  # which packs several numbers into one
+        promised, held = sum(parameter.numel() for parameter in built.parameters()), _numbers_in(Path(model))
+        if held and promised > 2 * held + 2**20:  # which would be made at random, until the memory is full
+            raise OSError(
+                f"{named}: its config.json speaks of {promised:,} numbers, its files have {held:,}: the two do not "
+                "belong together, get both again."
+            )
+    return built
+
+
+def _numbers_in(folder: Path) -> int:
+    """How many numbers a model's files in a folder hold; 0 if that cannot be told before they are loaded."""
+    headers = (read_header(file) for file in folder.glob("model*.safetensors"))
+    return sum(math.prod(info.shape) for header in headers for info in header.values())
 
 
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:

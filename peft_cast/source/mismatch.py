@@ -45,17 +45,17 @@ def broken(match: Match) -> str | None:
             f"{len(flat)} of its {len(header)} tensors should be matrices ({_named(flat)}), as when a training saves "
             "its flattened shards: save it again with the weights gathered (FSDP: `FULL_STATE_DICT`)"
         )
-    if match.is_lora and match.twins:
-        one, other = match.twins
-        return (
-            f"'{one.key[:200]}' and {other.named} in its file are the same tensor by their names: delete the one that "
-            "does not belong to the adapter"
-        )
     if len(match.adapter_names) > 1:
         names = ", ".join(f"'{name}'" for name in sorted(match.adapter_names)[:5])
         return (
             f"its file holds several adapters, {names}: save one alone, with "
             "`save_pretrained(folder, selected_adapters=[name])`"
+        )
+    if match.is_lora and match.twins:
+        one, other = match.twins
+        return (
+            f"'{one.key[:200]}' and {other.named} in its file are the same tensor by their names: delete the one that "
+            "does not belong to the adapter"
         )
     if match.is_lora and not any(WITH_NAMES.fullmatch(step) for part in tuned for step in part.inner):
         return (

@@ -44,7 +44,8 @@ def at_fault(values: Mapping[str, Any], build: Callable[[dict[str, Any]], Any]) 
         return None
     found = [name for name in values if _builds({k: v for k, v in values.items() if k != name}, build)]
     if len(found) == 1 and isinstance(inner := values[found[0]], Mapping) and len(str(inner)) > _SHORT:
-        return at_fault(inner, lambda own: build({**values, found[0]: own})) or f"`{found[0]}`"
+        own = at_fault(inner, lambda own: build({**values, found[0]: own}))
+        return f"{own} of `{found[0]}`" if own else f"`{found[0]}`"
     return " or ".join(f"`{name}` ({shown(values[name])})" for name in found[:3]) or None
 
 
