@@ -28,13 +28,14 @@ from ..models import (
 )
 from ..tuner.checks import check_finite, shown
 from ..utils import adapter_folder, read_adapter_config, read_weights_header, why_no_model, without_secrets
-from .disagreement import other_tokens
+from .disagreement import other_masks, other_tokens
 from .files import idle, of_another_file, unusable
 from .kernels import SourceAdapter, nothing_carried, read_adapter
 from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
 from .names import Match
 from .renamed import Readable, readable
+from .switching import disabling, unmerged
 
 
 _NAME = "peft_cast_source"
@@ -168,7 +169,7 @@ def adapted_source(
     check_adapter(adapter, revision)
     if isinstance(adapter, PeftModel):
         adapter.eval()
-        with _unmerged(adapter):
+        with unmerged(adapter):
             yield _acting(read_adapter(adapter, {}, source_rank))
         return
     config = read_adapter_config(adapter, revision)
@@ -269,7 +270,7 @@ def _loaded(
             parameters = {name: parameters[name] for name in kept}
             changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
             if changed and not skeleton:  # which has no weights to put back
-                model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
+                model.disable_adapter = disabling(model, {parameters[name]: value for name, value in changed.items()})
             yield model.eval(), changed, file.renamed
         finally:
             unload_adapters(base)
@@ -314,7 +315,8 @@ def matched(
         ValueError: If they do not go together.
     """
     match = Match(read_weights_header(adapter, revision), source, config, which)
-    if (why := misplaced(match) or resized(match) or other_tokens(match) or deeper(match)) is not None:
+    why = misplaced(match) or resized(match) or other_tokens(match) or other_masks(match) or deeper(match)
+    if why is not None:
         raise no_match(adapter, match, why)
     return match
 
@@ -324,42 +326,6 @@ def no_match(adapter: str | Path, match: Match, why: str) -> ValueError:
     return ValueError(
         without_secrets(f"The adapter '{adapter}' does not fit the {match.which} model '{name}': {why}.")
     )
-
-
-def _disabling(model: PeftModel, originals: Mapping[nn.Parameter, torch.Tensor]):
-    """`model.disable_adapter` that also has the base model's own weights back within the context."""
-    disable = model.disable_adapter
-
-    @contextmanager
-    def disable_adapter() -> Iterator[None]:
-        changed = {parameter: parameter.data for parameter in originals}
-        with disable():
-            for parameter, value in originals.items():
-                parameter.data = value
-            try:
-                yield
-            finally:
-                for parameter, value in changed.items():
-                    parameter.data = value
-
-    return disable_adapter
-
-
-@contextmanager
-def _unmerged(model: PeftModel) -> Iterator[None]:
-    """Within the context nothing is merged into the weights; what was is merged again after."""
-    merged = [
-        (layer, list(layer.merged_adapters))
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer) and layer.merged
-    ]
-    for layer, _ in merged:
-        layer.unmerge()
-    try:
-        yield
-    finally:
-        for layer, names in merged:
-            layer.merge(adapter_names=names)
 
 
 def _is_list(module: nn.Module) -> bool:

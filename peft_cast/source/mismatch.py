@@ -16,8 +16,19 @@ from ..models import skeleton
 from ..tuner import CastConfig
 from ..tuner.checks import shown
 from ..utils import at_fault, said_by
-from .disagreement import is_meant, limits_of, other_model, other_rank, other_sizes, transposed, unsaved, widths_of
-from .kinds import variants_of
+from .disagreement import (
+    foreign,
+    incomplete,
+    is_meant,
+    limits_of,
+    of_experts,
+    other_model,
+    other_rank,
+    other_sizes,
+    transposed,
+    unsaved,
+    widths_of,
+)
 from .names import BRIDGED, OTHER_TOWERS, ROOT, WITH_NAMES, Match, Part, halves
 
 
@@ -233,6 +244,8 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
             f"its file is cut: '{unpaired}' is in the model, not in the file, while its other half is there: get the "
             "file again"
         )
+    if why := of_experts(match, extra, absent) or incomplete(match, extra, absent, found):
+        return why
     if (experts := [part for part in match.parts if part.is_expert]) and any(".experts." in key for key in extra):
         return _no_room_for(match, experts)
     beyond, reached = [_layer(key) for key in absent], _reached(found)
@@ -252,12 +265,7 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
             f"adapter_config.json leaves it out; {len(extra)} such tensors: correct {limits}"
         )
     if extra and is_meant(match.config, extra[0]):
-        variants = " or ".join(f"`{name}`" for name in variants_of(match.config))
-        return (
-            f"'{extra[0][:200]}' is in its file, and PEFT has no such tensor for it; {len(extra)} such tensors: "
-            + (f"correct {variants} in adapter_config.json, or " if variants else "delete them from the file, or ")
-            + "get both files again"
-        )
+        return foreign(match, extra, absent)
     if extra:
         return (
             f"its configuration and its file disagree: `target_modules` in adapter_config.json is {said}, and "
