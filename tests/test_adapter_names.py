@@ -418,6 +418,12 @@ WRONG = {
     "layers left out": ({"layers_to_transform": [0]}, "`layers_to_transform` in .* leaves it out; 8 such tensors"),
     "modules left out": ({"exclude_modules": ["q_proj"]}, "`exclude_modules` in .* leaves it out; 6 such tensors"),
     "layers too far": ({"layer_replication": [[0, 2], [1, 9]]}, "speaks of layer 8, .* has 3: correct it in adapter"),
+    "layers made too often": (
+        {"layer_replication": [[0, 2], [1, 3]]},
+        "makes 4 layers, and the file is for 3: correct",
+    ),
+    "layers made too seldom": ({"layer_replication": [[0, 2]]}, "`layer_replication` .* makes 2 layers, .* is for 3"),
+    "further dimensions": ({"edit": lambda t: {n: x[..., None] for n, x in t.items()}}, "should be matrices.*: take"),
     "no whole module": ({"modules_to_save": ["lm_head"]}, "`modules_to_save` .* means 'lm_head', .*: correct `"),
     "a part that no LoRA has": (
         {"edit": lambda t: t | {min(t).replace("lora_A", "lora_C"): torch.zeros(4, 4)}},
@@ -448,6 +454,52 @@ def test_what_does_not_match_is_said_in_one_sentence_with_the_remedy(kind, weigh
     assert "trained on" not in text and text.endswith(".") and "\n" not in text and text.count(": ") <= 3
     assert_untouched(source, before)
     assert list(on.state_dict()) == names
+
+
+IA3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+LOHA = peft.LoHaConfig(r=2, target_modules=FEW)
+# The same of other kinds, which PEFT alone compares with a model.
+WRONG_TOO = {
+    "LoHa, half": (LOHA, {"edit": lambda t: {n: x for n, x in t.items() if "w1" in n}}, "disagree: .*'q_proj'"),
+    "LoHa, no layer": (LOHA, {"edit": lambda t: {n: x for n, x in t.items() if "layers.2" not in n}}, "for 2 layers"),
+    "LoHa, transposed": (LOHA, {"edit": lambda t: {n: x.T for n, x in t.items()}}, "matrices are transposed"),
+    "LoHa, rank": (
+        LOHA,
+        {"r": 3},
+        r"shape \(32, 2\) is in the file, and by `r` in .* would be \(32, 3\): correct `r`",
+    ),
+    "IA3, transposed": (IA3, {"edit": lambda t: {n: x.T for n, x in t.items()}}, "matrices are transposed"),
+    "IA3, inputs": (IA3, {"feedforward_modules": []}, "correct `feedforward_modules`"),
+    "OFT, blocks": (
+        peft.OFTConfig(oft_block_size=4, target_modules=FEW),
+        {"oft_block_size": 8},
+        r"correct `oft_block_size`, .*\(if they are right, the adapter names this very model",
+    ),
+    "SHiRA, names": (
+        peft.ShiraConfig(r=4, target_modules=FEW),
+        {"rename": lambda n: n.replace("q_proj", "query")},
+        "another class, with modules named 'query'",
+    ),
+    "CAST": (
+        peft_cast.CastConfig(r=4, target_modules=FEW, init_weights=False),
+        {"edit": lambda t: {n: x for n, x in t.items() if "layers.2" not in n}},
+        "lacks the tensor .*layers.2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_TOO)
+def test_a_plan_says_what_a_translation_says_of_other_kinds(kind, source, tmp_path):
+    config, change, message = WRONG_TOO[kind]
+    adapter = changed(save_adapter(source, config, tmp_path), base_model_name_or_path="me/my-llama", **change)
+    without = skeleton(source.config)
+    without.name_or_path = source.name_or_path
+    said = []
+    for reading in (planned_source(without, adapter), opened(source, adapter)):
+        with pytest.raises(ValueError, match=f"does not fit the source model .*{message}") as error:
+            reading.__enter__()
+        said.append(str(error.value))
+    assert said[0] == said[1]
 
 
 def test_an_adapter_of_another_model_names_the_model_to_pass(source, tmp_path):

@@ -164,8 +164,15 @@ def test_an_adapter_of_another_model_is_refused(same, tmp_path, byte_tokenizer):
     _, bridge, _ = same
     other = tiny_model("llama", len(byte_tokenizer), hidden_size=64)
     lora = make_lora(other, tmp_path)
-    with pytest.raises(ValueError, match="does not fit|belongs to another model"):
-        bridge.cast(lora, tiny_model("llama", len(byte_tokenizer)))
+    resized = tiny_model("llama", len(byte_tokenizer) + 5)
+    larger = make_lora(resized, tmp_path / "larger", ["q_proj"], modules_to_save=["lm_head"])
+    for given, remedy in (
+        (lora, "fit a bridge from the model that it was trained on.$"),
+        (larger, "fit a bridge from it"),
+    ):
+        for work in (bridge.cast, bridge.cast_file):
+            with pytest.raises(ValueError, match=f"does not fit the bridge's source model .*{remedy}"):
+                work(given, tiny_model("llama", len(byte_tokenizer)) if work == bridge.cast else tmp_path / "out")
     opt = tiny_model("opt", len(byte_tokenizer))
     foreign = make_lora(opt, tmp_path / "opt", ["fc1"])
     with pytest.raises(ValueError, match="None of the adapter's modules"):
@@ -178,7 +185,11 @@ def test_broken_bridges_are_one_clear_error(same, tmp_path):
         Bridge.from_pretrained(str(tmp_path))
     bridge.save_pretrained(tmp_path)
     (tmp_path / BRIDGE_WEIGHTS_NAME).write_bytes(b"broken")
-    with pytest.raises(ValueError, match="is broken"):
+    with pytest.raises(ValueError, match="is broken .*: get it again, or fit it anew.$") as error:
+        Bridge.from_pretrained(str(tmp_path))
+    assert "delete it" not in str(error.value) and "Pass a folder" not in str(error.value)
+    (tmp_path / BRIDGE_WEIGHTS_NAME).unlink()
+    with pytest.raises(ValueError, match=f"it lacks {BRIDGE_WEIGHTS_NAME}: get that file"):
         Bridge.from_pretrained(str(tmp_path))
     config = json.loads((tmp_path / BRIDGE_CONFIG_NAME).read_text())
     del config["layers"]
@@ -196,6 +207,9 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
     for work, message in (
         (lambda: fit_bridge(None, folder), "`source` must be a folder, a hub id or a loaded model, got NoneType"),
         (lambda: Bridge.from_pretrained(None), "a NoneType is no name of one"),
+        (lambda: Bridge.from_pretrained(lora_folder), "holds no bridge, but an adapter: pass a folder or hub id"),
+        (lambda: Bridge.from_pretrained(folder), "holds no bridge, but a model: pass a folder or hub id"),
+        (lambda: Bridge.from_pretrained(tmp_path), "holds no bridge, it has no bridge_config.json: pass"),
         (lambda: Bridge.from_pretrained("./no/where"), "there is no folder './no/where'"),
         (lambda: bridge.cast(lora_folder, folder, adapter_name=5), "`adapter_name` must be a string, got 5"),
         (lambda: bridge.cast(lora_folder, folder, adapter_name="a.b"), "cannot be called 'a.b'"),

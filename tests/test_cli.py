@@ -120,9 +120,16 @@ def test_the_report_is_there_and_can_be_made_again(translated):
     assert page.read_text() == before and "Which layers resemble each other" in before
 
 
-def test_inspects_other_adapters(lora_folder, source_folder):
+def test_inspects_other_adapters(lora_folder, source_folder, tmp_path):
     text = call("inspect", lora_folder).stdout
     assert f"LORA for {source_folder}" in text and "rank         4" in text
+    for name in ("broken", "whole"):
+        shutil.copytree(lora_folder, tmp_path / name)
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"x")
+    text = call("inspect", tmp_path).stdout
+    assert "broken' could not be read" in text and f"whole:\n  LORA for {source_folder}" in text
+    shutil.rmtree(tmp_path / "whole")
+    assert "broken' could not be read" in call("inspect", tmp_path, code=1).stderr
 
 
 def test_folds(translated, tmp_path, target_folder):
@@ -132,11 +139,14 @@ def test_folds(translated, tmp_path, target_folder):
     assert model.active_peft_config.peft_type == "LORA" and model.active_peft_config.r == 16
 
 
-def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_folder, tmp_path, corpus):
+def test_fits_a_bridge_and_casts_over_it(source_folder, lora_folder, target_folder, tmp_path, corpus, translated):
     call("bridge", source_folder, target_folder, "-o", tmp_path / "bridge", "--text", corpus, "--samples", 8, "-q")
     assert "bridge for" in call("inspect", tmp_path / "bridge").stdout
     call("cast", tmp_path / "bridge", lora_folder, "-o", tmp_path / "cast")
     assert json.loads(call("inspect", tmp_path / "cast", "--json").stdout)["kind"] == "CAST adapter"
+    refused = call("cast", tmp_path / "bridge", translated[0], "-o", tmp_path / "no", code=1).stderr
+    command = f"translate {source_folder} {translated[0]} {target_folder} --bridge {tmp_path / 'bridge'} --steps 0"
+    assert f"use `peft-cast {command} -o {tmp_path / 'no'}`" in refused and "`Bridge" not in refused
 
 
 def test_pushes_and_inspects_what_is_on_the_hub(translated, hub, monkeypatch):
@@ -193,6 +203,10 @@ def test_evaluates(translated, target_folder, tmp_path):
         (["inspect", "./no/where"], "there is no folder './no/where'"),
         (["bridge", "a", "b", "-o", "d", "--samples", "0"], "`samples` must be at least 1"),
         (["evaluate", "a", "b"], "name=folder"),
+        (["evaluate", "a", "=b"], "name=folder"),
+        (["evaluate", "a", "b="], "name=folder"),
+        (["bridge", "-", "b", "-o", "d"], "source model could not be loaded: there is no folder '-', and no hub id"),
+        (["report", "/nope"], "There are no metrics of a translation, there is no folder '/nope': pass the folder"),
         (["evaluate", "a", "b=c"], "nothing to evaluate on"),
     ],
 )

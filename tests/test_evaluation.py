@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import c4_texts, make_lora, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
+from peft.tuners.lora.config import MontecloraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -310,6 +311,18 @@ def test_trained_heads_and_biases_do_not_stay_in_the_target(source_folder, tmp_p
     assert again.row("base", "counted") == found.row("base", "counted")
 
 
+@pytest.mark.parametrize("config", [ShiraConfig(r=2), LoraConfig(monteclora_config=MontecloraConfig())])
+def test_kinds_that_need_weights_to_be_loaded_are_measured(config, source_folder, tmp_path):
+    config.target_modules, options = ["q_proj"], {"progress": False}
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(source_folder), config)
+    for parameter in trained.parameters():
+        parameter.data += 0.1 * parameter.requires_grad
+    trained.save_pretrained(tmp_path)
+    found = peft_cast.evaluate(source_folder, {"a": tmp_path}, [Counted()], **options)
+    expected = Counted().run(trained.eval(), None).metrics["score"]
+    assert found.row("a", "counted").scores[0] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", [{"init_lora_weights": "pissa"}, {"layer_replication": [[0, 2], [1, 3]]}])
 def test_adapters_that_change_the_models_own_weights_leave_nothing_of_it(kind, source_folder, tmp_path):
     config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", **kind)
@@ -351,6 +364,8 @@ def foreign(kind: str, folder):
         ("cast", "this model needs"),
         ("SEQ_CLS", "task type SEQ_CLS, whose head a causal language model has not"),
         ("unmatched names", "is for a model of another class"),
+        ("use_dora", "`use_dora` is set, and no tensor of its file is for it. Correct it in adapter_config.json"),
+        ("lora_bias", "`lora_bias` is set, and no tensor of its file is for it"),
         ("absent", "there is no folder"),
     ],
 )
@@ -360,9 +375,10 @@ def test_what_does_not_fit_is_refused_before_the_target_is_loaded(
     folder = tmp_path / "foreign"
     if kind != "absent":
         foreign(kind, folder)
-    if kind == "SEQ_CLS":
+    if kind in ("SEQ_CLS", "use_dora", "lora_bias"):
         config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": kind}))
+        change = {"task_type": kind} if kind == "SEQ_CLS" else {kind: True}
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
     if kind == "unmatched names":
         tensors = load_file(folder / "adapter_model.safetensors")
         save_file({k.replace("q_proj", "query"): v for k, v in tensors.items()}, folder / "adapter_model.safetensors")
@@ -402,6 +418,11 @@ def test_evaluate_gives_models_back(source_folder, loras):
         ({"a": "no/adapter"}, [LIKELIHOOD], {}, "'no/adapter' could not be read"),
         (["x"], [LIKELIHOOD], {}, "`adapters` must be a mapping from names to adapters"),
         ("x", [LIKELIHOOD], {}, "`adapters` must be a mapping from names to adapters"),
+        ({"a": []}, [LIKELIHOOD], {}, "'a' is an empty list: pass"),
+        ({"": "x"}, [LIKELIHOOD], {}, "Every adapter needs a name"),
+        ({5: "x"}, [LIKELIHOOD], {}, "Every adapter needs a name"),
+        ({}, [], {}, "nothing to measure: pass `tasks`"),
+        ({}, [], {"drift_text": ["a text"]}, "nothing to measure: pass `tasks`"),
         ({"a": 5}, [LIKELIHOOD], {}, "'a' must be a folder, a hub id, a PeftModel"),
         ({}, LIKELIHOOD, {}, "`tasks` must be a list of tasks"),
         ({}, ["sums"], {}, "`tasks` must be a list of tasks"),

@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 import torch
 import transformers
-from conftest import c4_texts, make_lora, save_model
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+from conftest import c4_texts, make_lora, save_model, tiny_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -68,10 +68,16 @@ def test_a_peft_model_is_translated_from_its_own_model(source_folder, lora_folde
     refused(lambda: translated(None), "Exactly one adapter", "`set_adapter`")
 
 
-def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(target_folder, lora_folder, monkeypatch):
+def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(
+    source_folder, target_folder, lora_folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     for work in (peft_cast.translate, peft_cast.baselines.direct_copy, peft_cast.baselines.distill_lora):
         refused(lambda: work(target_folder, lora_folder, target_folder), "does not fit the source model")
+    loha = tmp_path / "loha"
+    get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
+    wrong = edited(loha, tmp_path / "wrong", r=3)
+    refused(lambda: peft_cast.translate(source_folder, wrong, target_folder, **QUICK), "would be (32, 3): correct `r`")
 
 
 @pytest.fixture

@@ -164,6 +164,13 @@ def test_a_bridge_says_what_it_loses(case, bridges, tmp_path):
         assert "not carried over from there" in describe(inspect(tmp_path / "lora"))
 
 
+def test_an_adapter_in_memory_is_not_called_by_the_name_of_its_model(bridges):
+    source, bridge = bridges["llama"]
+    adapter = get_peft_model(copy.deepcopy(source), lora(modules_to_save=["lm_head"], init_lora_weights=False))
+    _, said = warned(lambda: bridge.cast(adapter))
+    assert len(said) == 1 and said[0].startswith("The adapter is not carried over whole; lost is")
+
+
 def test_a_bridge_is_silent_where_nothing_is_lost(bridges, tmp_path):
     source, bridge = bridges["llama"]
     held, said = warned(lambda: bridge.cast_file(make_lora(source, tmp_path / "a", FEW), tmp_path / "out"))

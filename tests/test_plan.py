@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
 import peft_cast
-from peft_cast import plan, to_lora
+from peft_cast import fit_bridge, plan, to_lora
 from peft_cast.planning.devices import DEVICES, Device, this_machine
 from peft_cast.planning.fake import counted
 from peft_cast.refine.cache import TopKLogProbs
@@ -164,10 +164,30 @@ def test_held_out_positions_of_the_closed_form_take_memory(source_folder, lora_f
 
 
 @pytest.mark.parametrize("given", ["bridge", "start"])
-def test_what_is_begun_from_needs_no_closed_form(source_folder, lora_folder, target_folder, given):
+def test_what_is_begun_from_needs_no_closed_form(source_folder, lora_folder, target_folder, given, tmp_path):
     models, options = (source_folder, lora_folder, target_folder), {"on": SLOW, "batch_size": 4, "max_length": 64}
-    with_fit, without = (plan(*models, **options, **more) for more in ({}, {given: "a folder"}))
+    begun = fit_bridge(source_folder, target_folder, text=c4_texts(4), max_length=16, progress=False)
+    if given == "start":
+        begun.cast_file(lora_folder, begun := tmp_path / "start")
+    with_fit, without = (plan(*models, **options, **more) for more in ({}, {given: begun}))
     assert set(with_fit.phases) - set(without.phases) == {"closed_form"} and without.seconds < with_fit.seconds
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"start": "/nope"}, "there is no folder '/nope'"),
+        ({"start": 5}, "`start` must be the folder or hub id of a translation"),
+        ({"bridge": 3}, "`bridge` must be a `Bridge`"),
+        ({"bridge": "/nope"}, "there is no folder '/nope'"),
+    ],
+)
+def test_what_cannot_be_begun_from_is_refused_as_in_a_translation(
+    given, message, source_folder, lora_folder, target_folder
+):
+    for verb, options in ((plan, {"on": SLOW}), (peft_cast.translate, {})):
+        with pytest.raises(ValueError, match=message):
+            verb(source_folder, lora_folder, target_folder, **given, **options)
 
 
 def test_steps_on_own_words_are_counted(source_folder, lora_folder, target_folder):

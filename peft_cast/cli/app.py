@@ -13,6 +13,7 @@ from ..fit import Bridge, fit_bridge
 from ..options import names_taken
 from ..planning import DEVICES, Plan, plan
 from ..results import TranslationResult, push, to_lora, write_report
+from ..source import check_is_read
 from ..translate import Job, translate
 from ..utils import check_place, distributed, one_line
 from . import inspect as inspection
@@ -204,7 +205,7 @@ def evaluate_command(
     runs: dict[str, list[str]] = {}
     for word in adapters:
         name, equals, folder = word.partition("=")
-        if not equals:
+        if not (name and equals and folder):
             raise ValueError(f"An adapter is given as name=folder, got '{word}'.")
         runs.setdefault(name, []).append(folder)
     chosen = [HarnessTask(task.strip(), limit=limit) for task in harness.split(",")] if harness else []
@@ -261,7 +262,10 @@ def cast_command(
 ) -> None:
     """Carry a LoRA over a bridge: file to file, no model weights, no text, no training."""
     check_place(output, bridge, adapter)
-    held = Bridge.from_pretrained(bridge).cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
+    over = Bridge.from_pretrained(bridge)
+    models = f"{over.source.name} {adapter} {over.target.name}"
+    check_is_read(adapter, remedy=f"use `peft-cast translate {models} --bridge {bridge} --steps 0 -o {output}`")
+    held = over.cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
     account = {"output": str(output), "not_carried": held.not_carried, "holdings": held.as_dict()}
     print_result(account, "\n".join([*held.lines(), f"CAST adapter saved in {output}"]), as_json, quiet)
 

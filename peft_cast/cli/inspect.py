@@ -43,8 +43,10 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
         return _bridge(adapter, revision)
     inner = _subfolders(adapter)
     if inner and not Path(adapter, CONFIG_NAME).is_file():
-        accounts = {name: inspect(Path(adapter, name)) for name in inner}
-        base = next(iter(accounts.values()))["base_model"]
+        accounts = {name: _inspect_inner(Path(adapter, name)) for name in inner}
+        if all("error" in account for account in accounts.values()):
+            raise ValueError(next(iter(accounts.values()))["error"])
+        base = next((account["base_model"] for account in accounts.values() if account["base_model"]), None)
         return {"kind": f"{len(inner)} adapters in subfolders", "base_model": base, "file": {}, "adapters": accounts}
     config, holdings = read_files(adapter, revision)
     account: dict[str, Any] = {
@@ -72,8 +74,18 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
     return account
 
 
+def _inspect_inner(adapter: Path) -> dict[str, Any]:
+    """The account of one adapter of several; of one that cannot be read, why."""
+    try:
+        return inspect(adapter)
+    except (ValueError, OSError) as error:
+        return {"kind": "unreadable", "base_model": None, "file": {}, "error": str(error)}
+
+
 def describe(account: Mapping[str, Any]) -> str:
     """The account as a few lines of text."""
+    if "error" in account:
+        return account["error"]
     file = account["file"]
     lines = [
         f"{account['kind']} for {account['base_model']}"

@@ -81,6 +81,8 @@ def evaluate(
     named = [one for group in runs.values() for one in group if isinstance(one, (str, Path))]
     check_on_target(target, *named, target_revision=pairing.target_revision)
     tokenizer = load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision)
+    if not tasks and (drift_text is None or not runs):
+        raise ValueError("There is nothing to measure: pass `tasks`, or adapters and a `drift_text`.")
     model = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
     for name, group in runs.items():
         for one in group:
@@ -153,6 +155,10 @@ def _runs(adapters: Any) -> dict[str, list[Adapter]]:
         )
     runs = {name: as_path(a if isinstance(a, (list, tuple)) else [a]) for name, a in adapters.items()}
     for name, group in runs.items():
+        if not name or not isinstance(name, str):
+            raise ValueError(f"Every adapter needs a name, a text that is not empty, got {name!r}.")
+        if not group:
+            raise ValueError(f"The adapter '{name}' is an empty list: pass at least one run of it.")
         for one in group:
             if not isinstance(one, (str, Path, PeftModel, TranslationResult)):
                 check_unwrapped(one, f"adapters['{name}']")

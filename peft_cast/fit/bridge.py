@@ -124,6 +124,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         check_option("gain", gain, Fit)
         check_adapter_name(adapter_name)
         check_adapter(adapter, chosen.adapter_revision)
+        if source is None and not isinstance(adapter, PeftModel):
+            check_is_read(adapter, chosen.adapter_revision, "pass `source`")
         device = distributed.init(chosen.device)
         if target is not None:
             check_model(target, "target", self.target.revision)
@@ -233,7 +235,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
                 revision=self.target.revision,
             )
             metrics = {"source": read.metrics, "alignment": modules.metrics}
-        if (lost := held.lost(adapter_name_of(adapter), modules.metrics["unmapped"])) is not None:
+        named = None if isinstance(adapter, PeftModel) else adapter
+        if (lost := held.lost(named, modules.metrics["unmapped"])) is not None:
             warnings.warn(lost, stacklevel=3)
         freeze_adapter(model)
         return model, held, {**metrics, "bridge": {"source": self.source.name, "target": self.target.name}}

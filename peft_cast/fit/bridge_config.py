@@ -10,15 +10,20 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, PreTrainedModel
 
 from ..align import ModuleMap
 from ..models import read_model_config, skeleton
 from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
 from ..tuner.checks import check_fields, is_name, read_json, shown
-from ..utils import check_model_config, hub_parts, one_line, secrets_removed, why_no_folder, without_secrets
+from ..utils import check_model_config, files_of, hub_parts, one_line, secrets_removed, why_no_folder, without_secrets
 from .maps import ClosedForm, PlaceMaps
 from .saved import load_closed_form
+
+
+# How the sentences of checks end that say what to do.
+_WITH_REMEDY = ("get it again.", "fit it anew.", "correct it.", "rename it.")
 
 
 @dataclass(frozen=True)
@@ -152,11 +157,22 @@ def read_bridge(
     try:
         sides, modules, metrics = read_bridge_config(file(BRIDGE_CONFIG_NAME))
         maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME), PlaceMaps) if weights else ClosedForm({}, {}, {}, 0)
-    except (EntryNotFoundError, FileNotFoundError, ValueError) as error:
-        if isinstance(error, (LocalEntryNotFoundError, HFValidationError)):
-            why = f"there is no such folder here, and on the Hub it could not be reached: {one_line(error)}"
-            raise ValueError(f"The bridge {named} could not be read: {why} {remedy}") from error
-        raise ValueError(f"{named} holds no bridge, or a broken one: {one_line(error)} {remedy}") from error
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        why = f"there is no such folder here, and on the Hub it could not be reached: {one_line(error)}"
+        raise ValueError(f"The bridge {named} could not be read: {why} {remedy}") from error
+    except (EntryNotFoundError, FileNotFoundError) as error:
+        files = files_of(bridge, options.get("revision"))
+        if BRIDGE_CONFIG_NAME in files:
+            raise ValueError(
+                f"{named} holds no whole bridge, it lacks {BRIDGE_WEIGHTS_NAME}: get that file."
+            ) from error
+        kinds = {CONFIG_NAME: "an adapter", "config.json": "a model"}
+        why = next((f"but {kind}" for name, kind in kinds.items() if name in files), f"it has no {BRIDGE_CONFIG_NAME}")
+        raise ValueError(f"{named} holds no bridge, {why}: pass a folder or hub id of one.") from error
+    except ValueError as error:
+        why = one_line(error)
+        more = "" if why.endswith(_WITH_REMEDY) else " Get it again, or fit it anew."
+        raise ValueError(f"{named} holds no bridge, or a broken one: {why}{more}") from error
     except OSError as error:
         raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {remedy}") from error
     return sides, modules, metrics, maps

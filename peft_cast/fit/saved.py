@@ -98,8 +98,9 @@ def load_closed_form(file: Path, kind: type[FitOrMaps]) -> ClosedForm[FitOrMaps]
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        why = one_line(error).replace(f"'{file}' is", "it is").removesuffix(": get it again.").rstrip(".")
         raise ValueError(
-            f"'{file}' holds no closed form, or is broken: delete it and fit again. ({one_line(error)})"
+            f"'{file}' holds no closed form, or is broken ({why}): get it again, or fit it anew."
         ) from error
 
 

@@ -165,8 +165,16 @@ def holdings_of(config: PeftConfig, header: Mapping[str, TensorInfo] | None, unr
     )
 
 
-def check_is_read(adapter: str | Path, revision: str | None) -> None:
+def check_is_read(
+    adapter: str | Path,
+    revision: str | None = None,
+    remedy: str = "use `Bridge.cast` with `source`, or `translate` with `bridge` and `steps=0`",
+) -> None:
     """
+    Args:
+        adapter, revision: Folder or hub id, and hub revision.
+        remedy: What to do with an adapter whose kernels cannot be read.
+
     Raises:
         ValueError: If the kernels of an adapter must be measured on the source model, which is not loaded.
     """
@@ -174,8 +182,7 @@ def check_is_read(adapter: str | Path, revision: str | None) -> None:
     if not held.read and held.refused is None:
         raise ValueError(
             f"The adapter '{without_secrets(adapter)}' ({held.kind}) is no plain LoRA, so its effect must be measured "
-            "on the source model's weights, which are not loaded from file to file: use `Bridge.cast` with `source`, "
-            "or `translate` with `bridge` and `steps=0`."
+            f"on the source model's weights, which are not loaded from file to file: {remedy}."
         )
 
 

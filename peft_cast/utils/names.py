@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, list_repo_files
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 
@@ -60,6 +61,14 @@ def files_of(adapter: str | Path, revision: str | None = None) -> list[str]:
     return []
 
 
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(hub_parts(name)[0])
+    except HFValidationError:
+        return False
+    return True
+
+
 def looks_like_path(name: Any) -> bool:
     """Whether a name can be no hub id (`name`, `user/name`, or with a subfolder)."""
     if "://" in str(name):
@@ -77,7 +86,9 @@ def why_no_name(name: str | Path) -> str | None:
     if folder.exists():
         return None
     if (found := _ADDRESS.fullmatch(text)) is None:
-        return f"there is no folder '{name}'" if looks_like_path(name) else None
+        if looks_like_path(name):
+            return f"there is no folder '{name}'"
+        return f"there is no folder '{name}', and no hub id is written so" if text and not _is_hub_id(text) else None
     parts = (found[1] or "").split("/")
     if len(parts) < 2 or parts[0] in ("datasets", "spaces"):
         return f"'{text}' is an address of something else than a model or adapter on the Hub"
