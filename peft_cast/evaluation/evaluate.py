@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -109,15 +111,20 @@ def evaluate(
         with ExitStack() as stack:
             adapted = None
             for (row, task), key in zip(wanted, keys):
+                kind = (task.name, task.metric, getattr(task, "higher_is_better", True)) if task else _DRIFT
                 scores = known.get(key)
                 if scores is None:
                     if adapted is None:  # loaded only if there is something left to measure
                         stack.enter_context(moved(model, device))
                         adapted = stack.enter_context(_adapted(model, adapter))
                     scores = task.run(adapted, tokenizer) if task else Scores(drift(adapted, tokenizer, texts))
+                    if not isfinite(scores.metrics[kind[1]]):
+                        warnings.warn(
+                            f"'{row}' gives NaN or infinite numbers on '{kind[0]}', as in a `dtype` too narrow for "
+                            "the model: pass float32 or bfloat16."
+                        )
                     if key:
                         known[key] = scores
-                kind = (task.name, task.metric, getattr(task, "higher_is_better", True)) if task else _DRIFT
                 measured.append(Measurement(row, number, *kind, scores.metrics, scores.samples, scores.each))
                 if output is not None:
                     so_far = Evaluation(tuple(measured), retrained, settings).to_dict()

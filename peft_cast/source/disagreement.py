@@ -146,16 +146,14 @@ def incomplete(match: Match, extra: Sequence[str], absent: Sequence[str], found:
 
 def foreign(match: Match, extra: Sequence[str], absent: Sequence[str]) -> str:
     """Why a file has tensors on modules that `target_modules` means, for which the configuration has none such."""
-    names = variants_of(match.config) or [name for name in ("rank_pattern", *_SIZES) if _is_set(match, name)]
-    settings = " or ".join(f"`{name}`" for name in names)
+    variants = variants_of(match.config)
+    names = variants or [name for name in ("rank_pattern", *_SIZES) if _is_set(match, name)]
     instead = next((key for key in absent if _module_of(match, key) == _module_of(match, extra[0])), None)
     why = f"where '{instead[:200]}' would be" if instead else "and PEFT has no such tensor for it"
-    return (
-        f"'{extra[0][:200]}' is in its file, {why}; {len(extra)} such tensors: "
-        + (f"correct {settings} in adapter_config.json, or " if instead or variants_of(match.config) else "")
-        + ("" if instead or variants_of(match.config) else "delete them from the file, or ")
-        + "get both files again"
-    )
+    remedy = "delete them from the file"
+    if instead or variants:
+        remedy = f"correct {' or '.join(f'`{name}`' for name in names)} in adapter_config.json"
+    return f"'{extra[0][:200]}' is in its file, {why}; {len(extra)} such tensors: {remedy}, or get both files again"
 
 
 def _module_of(match: Match, key: str) -> str:
@@ -188,8 +186,8 @@ def other_sizes(match: Match, said: str) -> str | None:
     pairs: list[tuple[Part, tuple[int, ...]]] = []
     for key, shape in _SIZE_MISMATCH.findall(said):
         steps = key.split(".")  # one of them is the adapter's name
-        names = (".".join(steps[:at] + steps[at + 1 :]) for at in range(len(steps)))
-        names = (name.removesuffix(end) for name in list(names) for end in ("", ".weight"))  # DoRA's has none
+        names = [".".join(steps[:at] + steps[at + 1 :]) for at in range(len(steps))]
+        names += [name.removesuffix(".weight") for name in names]  # DoRA's magnitudes are saved without
         if part := next((parts[name] for name in names if name in parts), None):
             pairs.append((part, tuple(map(int, filter(None, shape.split(","))))))
     if not pairs:
