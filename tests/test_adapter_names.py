@@ -425,6 +425,16 @@ WRONG = {
     "layers made too seldom": ({"layer_replication": [[0, 2]]}, "`layer_replication` .* makes 2 layers, .* is for 3"),
     "further dimensions": ({"edit": lambda t: {n: x[..., None] for n, x in t.items()}}, "should be matrices.*: take"),
     "no whole module": ({"modules_to_save": ["lm_head"]}, "`modules_to_save` .* means 'lm_head', .*: correct `"),
+    "a part that no LoRA has": (
+        {"edit": lambda t: t | {min(t).replace("lora_A", "lora_C"): torch.zeros(4, 4)}},
+        "lora_C.weight' is in its file, and PEFT has no such tensor for it; 1 such tensors: delete them",
+    ),
+    "an option of another kind": ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, "correct `use_bdlora` in "),
+    "a tensor beside the modules": ({"edit": lambda t: t | {"epoch": torch.ones(1)}}, "'epoch' of .*or delete them"),
+    "a tensor twice": (
+        {"edit": lambda t: t | {min(t).replace("weight", "old.weight"): torch.zeros(4, 4)}},
+        "old.weight' and '.*' .* are the same tensor by their names: delete the one",
+    ),
     "a pattern of one": ({"target_modules": r".*layers\.0\.(self_attn\.q|mlp\.down)_proj"}, "8 such tensors: correct"),
 }
 
@@ -513,6 +523,90 @@ def test_tensors_that_would_land_on_one_place_are_not_renamed(source, tmp_path):
     changed(adapter, edit=lambda t: t | {"module." + name: tensor + 1 for name, tensor in t.items()})
     with pytest.raises(ValueError, match="could belong to several|rename the tensors"):
         opened(source, adapter).__enter__()
+
+
+OF_KINDS = {
+    "DoRA": lora(use_dora=True),
+    "LoKr": peft.LoKrConfig(r=2, decompose_factor=4, target_modules=FEW),
+    "AdaLoRA": peft.AdaLoraConfig(init_r=4, target_r=2, target_modules=FEW, total_step=9),
+}
+MASK = {"model.layers.0.self_attn.q_proj.lora_E": [True, False, True]}
+
+
+def reshaped(part: str, shape):
+    return lambda tensors: {n: x.reshape(shape) if part in n else x for n, x in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        *(
+            (
+                kind,
+                {"edit": lambda t, part=part: {n: x for n, x in t.items() if f"2.mlp.down_proj.{part}" not in n}},
+                cut,
+            )
+            for kind, part in (("DoRA", "lora_magnitude"), ("LoKr", "lokr_w1"), ("AdaLoRA", "lora_E"))
+            for cut in (
+                f"its file is cut: '.*{part}.*' is in the model, .*others of its module .*: get the file again",
+            )
+        ),
+        ("DoRA", {"edit": reshaped("magnitude", (1, -1))}, "PEFT wants it of shape \\(32,\\): reshape it"),
+        ("LoKr", {"decompose_factor": 2}, "correct `r` or `decompose_factor`"),
+        ("LoKr", {"rank_pattern": {"q_proj": 7}}, "lokr_w2_a' .*where '.*lokr_w2' would be; .*correct `rank_pattern`"),
+        ("AdaLoRA", {"init_r": 3}, "by `init_r` in adapter_config.json"),
+        (
+            "AdaLoRA",
+            {"rank_pattern": MASK},
+            "`rank_pattern` .* keeps .* and its file has 4 .*: correct `rank_pattern`",
+        ),
+        ("AdaLoRA", {"rank_pattern": {"odd": 3}}, "`rank_pattern` .* keeps 3 of 'odd', and its file has none"),
+    ],
+)
+def test_other_kinds_that_are_broken_name_the_tensor_or_the_setting(kind, change, message, source, tmp_path):
+    adapter = changed(save_adapter(source, OF_KINDS[kind], tmp_path), **change)
+    for on in (source, skeleton(source.config)):
+        with pytest.raises(ValueError, match=f"does not fit the source model .*{message}"):
+            opened(on, adapter).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"target_parameters": None},
+            "None, '.*experts.lora_A.weight' would not be in the file, and it is: correct `",
+        ),
+        (
+            {"edit": lambda t: {n: x for n, x in t.items() if "experts" not in n}},
+            "'.*experts.lora_A.weight' would be in the file, and it is not: correct `target_parameters`",
+        ),
+    ],
+)
+def test_experts_that_configuration_and_file_do_not_both_mean_are_told(change, message, tmp_path):
+    source = mixture("qwen3_moe")
+    config = lora(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    adapter = changed(save_adapter(source, config, tmp_path), **change)
+    with pytest.raises(ValueError, match=f"by `target_parameters` in adapter_config.json, .*{message}"):
+        opened(source, adapter).__enter__()
+
+
+@pytest.mark.parametrize("option", ["modules_to_save", "target_parameters"])
+def test_modules_that_the_model_does_not_have_are_passed_over_and_it_is_said(option, source, tmp_path):
+    adapter = changed(save_adapter(source, lora(), tmp_path), **{option: ["odd"]})
+    with pytest.warns(UserWarning, match=f"`{option}` in adapter_config.json names 'odd', .* passed over"):
+        with opened(source, adapter) as on_source:
+            assert len(on_source.kernels) == 6
+
+
+def test_what_is_left_out_of_a_file_renames_nothing(source, tmp_path):
+    adapter = save_adapter(source, lora(modules_to_save=["lm_head"]), tmp_path)
+    own = {ROOT + "lm_head.original_module.weight": source.lm_head.weight.data.clone()}
+    changed(adapter, edit=lambda tensors: tensors | own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with opened(source, adapter) as on_source:
+            assert "renamed" not in on_source.metrics and len(on_source.kernels) == 6
 
 
 @pytest.mark.parametrize("dora", [True, False])

@@ -304,6 +304,12 @@ def test_a_quantized_base_whose_package_is_missing_names_the_remedy(
         ({"init_lora_weights": "corda"}, ["corda"]),
         ({"init_lora_weights": "best"}, ["'best'", "correct `init_lora_weights` in adapter_config.json"]),
         ({"bias": "some"}, ["`bias`", "'some'", "correct adapter_config.json"]),
+        ({"bias": None}, ["`bias`", "None", "correct adapter_config.json"]),
+        ({"lora_dropout": 2.0}, ["`lora_dropout` must be a number from 0 to 1, got 2.0"]),
+        ({"task_type": "causal_lm"}, ["`task_type` must be CAUSAL_LM", "'causal_lm'"]),
+        ({"layer_replication": 5}, ["`layer_replication` must be a list of lists of 2 integers or null, got 5"]),
+        ({"target_modules": None}, ["correct `target_modules`, the file has 'down_proj'"]),
+        ({"arrow_config": {"top_k": 1}}, ["PEFT could not put it there", "correct `arrow_config` (ArrowConfig("]),
         ({"lora_alpha": 0}, ["changes nothing", "`lora_alpha`"]),
         *(
             ({option: value}, [f"`{option}` is set", "Correct it in adapter_config.json"])
@@ -544,7 +550,7 @@ def more_tokens(folder):
             ),
             ["tokenizer", "pass `target_tokenizer=`"],
         ),
-        (written("tokenizer.json", "{"), ["cannot be read", "get its files again"]),
+        (written("tokenizer.json", "{"), ["cannot be read", "its tokenizer.json is broken, get it again"]),
         (without_vocabulary, ["no vocabulary but its special tokens", "`target_tokenizer"]),
         (more_tokens, ["tokens up to number 420 ('<new>')", "420 rows", "`target_tokenizer`"]),
     ],
@@ -559,6 +565,68 @@ def test_what_is_wrong_with_a_models_folder_is_told_before_a_model_is_loaded(
         refused(lambda: peft_cast.evaluate(target, {}, []), *words)
         refused(lambda: peft_cast.fit_bridge(source_folder, target, text=TEXTS), *words)
     assert loads.call_count == 0
+
+
+@pytest.mark.parametrize("which", ["source", "target"])
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_attention_heads": 0}, ["ZeroDivisionError", "correct `num_attention_heads` (0) in it"]),
+        ({"hidden_act": "foo"}, ["KeyError", "correct `hidden_act` ('foo') in it"]),
+        ({"hidden_act": None}, ["correct `hidden_act` (None) in it"]),
+        ({"dtype": "foo"}, ["correct `dtype` ('foo') in it"]),
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, ["correct `rope_parameters` ({'rope_type': '"]),
+        ({"pad_token_id": 999}, ["correct `vocab_size` (300) or `pad_token_id` (999) in it"]),
+        ({"vocab_size": 0}, ["`vocab_size` in its config.json is 0", "correct it"]),
+        ({"hidden_size": 33}, ["The hidden size (33) is not a multiple", "correct `hidden_size` (33) in it"]),
+        ({"num_hidden_layers": 100_000}, ["`num_hidden_layers` in its config.json is 100000", "correct it"]),
+        ({"vocab_size": 10**6}, ["speaks of", "its files have", "get both again"]),
+    ],
+)
+def test_a_setting_with_which_no_model_can_be_built_is_named(
+    which, values, words, source_folder, lora_folder, target_folder, tmp_path
+):
+    odd = folder_of(source_folder, tmp_path / "odd", settings(**values))
+    pair = {"source": source_folder, "target": target_folder, which: odd}
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        for work in (peft_cast.translate, peft_cast.baselines.direct_copy):
+            refused(lambda: work(pair["source"], lora_folder, pair["target"]), f"{which} model '{odd}'", *words)
+    assert loads.call_count == 0
+
+
+def test_a_setting_within_a_part_of_a_model_is_named(vision, source_folder, lora_folder, tmp_path):
+    odd = Path(shutil.copytree(vision, tmp_path / "odd"))
+    config = json.loads((odd / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "foo"
+    (odd / "config.json").write_text(json.dumps(config))
+    words = ["correct `hidden_act` ('foo') of `vision_config` in it"]
+    refused(lambda: peft_cast.translate(source_folder, lora_folder, str(odd), **QUICK), *words)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_of_a_model_that_are_not_finite_are_told(number, source_folder, lora_folder, target_folder):
+    broken, tower = (AutoModelForCausalLM.from_pretrained(source_folder) for _ in range(2))
+    broken.model.layers[1].mlp.up_proj.weight.data[0] = number
+    words = ["NaN or infinite numbers in its own weights ('model.layers.1.mlp.up_proj.weight')", "get its weights"]
+    adapter = PeftModel.from_pretrained(broken, lora_folder)
+    for source, given in ((None, adapter), (adapter.unload(), lora_folder)):
+        refused(lambda: peft_cast.translate(source, given, target_folder, **QUICK), "source model", *words)
+    refused(lambda: peft_cast.evaluate(broken, {"it": lora_folder}, []), "target model", *words)
+    tower.vision_tower = torch.nn.Linear(2, 2)
+    tower.vision_tower.weight.data[:] = number
+    assert peft_cast.translate(tower, lora_folder, target_folder, **QUICK).metrics["kl"]
+
+
+def test_tokenizers_files_and_wrapped_adapters_are_told_by_what_they_are(source_folder, lora_folder, target_folder):
+    file = str(Path(source_folder) / "tokenizer.json")
+    refused(
+        lambda: peft_cast.translate(source_folder, lora_folder, target_folder, source_tokenizer=file, **QUICK),
+        f"'{file}' is a file, pass the folder that it is in",
+    )
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder)
+    for wrapped, inner in ((torch.nn.DataParallel(adapter), "module"), (torch.compile(adapter), "_orig_mod")):
+        refused(lambda: peft_cast.translate(None, wrapped, target_folder, **QUICK), f"`adapter.{inner}`")
+        refused(lambda: peft_cast.evaluate(source_folder, {"a": wrapped}, []), f"`adapters['a'].{inner}`")
 
 
 @pytest.mark.parametrize(
@@ -581,7 +649,7 @@ def test_plans_of_configurations_that_make_no_sense_are_one_sentence(
     values, source_folder, lora_folder, target_folder, tmp_path
 ):
     target = folder_of(target_folder, tmp_path / "target", settings(**values))
-    refused(lambda: peft_cast.plan(source_folder, lora_folder, target), "target model", "configuration")
+    refused(lambda: peft_cast.plan(source_folder, lora_folder, target), "target model", f"correct `{[*values][0]}` (")
 
 
 def test_objects_that_are_no_language_models_are_called_what_they_are(source_folder, lora_folder, target_folder):

@@ -127,14 +127,14 @@ def test_what_cannot_be_gone_on_from_is_one_clear_error(models, first, tmp_path,
     refused("pass its adapter as `start`", text=SelfWritten(prompts=PROMPTS, on_policy=True))
     refused("would be overwritten while it is read", start=folder, output_dir=folder)
     refused("`start` must be the folder or hub id of a translation, got TranslationResult", start=first[2])
-    refused("there is no folder './nowhere'", start="./nowhere")
+    refused("The adapter to start from could not be read: there is no folder './nowhere'", start="./nowhere")
     wide = tiny_model("gemma3", hidden_size=64)
     get_peft_model(wide, CastConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "wide")
     with monkeypatch.context() as patch:
         patch.setattr(
             sys.modules["peft_cast.translate"], "open_pair", lambda *_, **__: pytest.fail("models were loaded")
         )
-        refused("does not fit the target model", start=tmp_path / "wide")
+        refused("The adapter to start from '.*wide' does not fit the target model", start=tmp_path / "wide")
         refused("is no CAST adapter", start=tmp_path / "plain")
     mlp = peft_cast.translate(*models, **OPTIONS, steps=0, projection_type="mlp")
     mlp.save_pretrained(tmp_path / "mlp")

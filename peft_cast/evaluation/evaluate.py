@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +16,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..models import load_model, load_tokenizer, moved, untouched
+from ..models import check_unwrapped, load_model, load_tokenizer, moved, untouched
 from ..options import Options, Pairing, Run, takes
 from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
 from ..source import check_on_target, refusal_to_run, with_adapter
@@ -109,15 +111,20 @@ def evaluate(
         with ExitStack() as stack:
             adapted = None
             for (row, task), key in zip(wanted, keys):
+                kind = (task.name, task.metric, getattr(task, "higher_is_better", True)) if task else _DRIFT
                 scores = known.get(key)
                 if scores is None:
                     if adapted is None:  # loaded only if there is something left to measure
                         stack.enter_context(moved(model, device))
                         adapted = stack.enter_context(_adapted(model, adapter))
                     scores = task.run(adapted, tokenizer) if task else Scores(drift(adapted, tokenizer, texts))
+                    if not isfinite(scores.metrics[kind[1]]):
+                        warnings.warn(
+                            f"'{row}' gives NaN or infinite numbers on '{kind[0]}', as in a `dtype` too narrow for "
+                            "the model: pass float32 or bfloat16."
+                        )
                     if key:
                         known[key] = scores
-                kind = (task.name, task.metric, getattr(task, "higher_is_better", True)) if task else _DRIFT
                 measured.append(Measurement(row, number, *kind, scores.metrics, scores.samples, scores.each))
                 if output is not None:
                     so_far = Evaluation(tuple(measured), retrained, settings).to_dict()
@@ -161,6 +168,7 @@ def _runs(adapters: Any) -> dict[str, list[Adapter]]:
             raise ValueError(f"The adapter '{name}' is an empty list: pass at least one run of it.")
         for one in group:
             if not isinstance(one, (str, Path, PeftModel, TranslationResult)):
+                check_unwrapped(one, f"adapters['{name}']")
                 raise ValueError(
                     f"The adapter '{name}' must be a folder, a hub id, a PeftModel or what `translate` returned, got "
                     f"{type(one).__name__}."

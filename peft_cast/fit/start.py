@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,23 @@ def check_start(start: Any, target: str | Path | PreTrainedModel, target_revisio
             f"`start` must be the folder or hub id of a translation, got {type(start).__name__}: save it, with "
             "`save_pretrained(folder)`, and pass the folder."
         )
-    name, config = without_secrets(start), read_adapter_config(start)
+    with _said_of_start():
+        name, config = without_secrets(start), read_adapter_config(start)
     if not isinstance(config, CastConfig):
         raise ValueError(f"`start`, '{name}', is no CAST adapter: pass one that `translate` has made.")
     if config.projection_type == "mlp" or config.projection_bias:
         raise ValueError(f"`start`, '{name}', {_NOT_FOLDABLE}.")
-    check_on_target(target, start, target_revision=target_revision)
+    with _said_of_start():
+        check_on_target(target, start, target_revision=target_revision)
+
+
+@contextmanager
+def _said_of_start() -> Iterator[None]:
+    """Within the context what is said of an adapter is said of the one to start from."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("he adapter", "he adapter to start from", 1)) from error
 
 
 @torch.no_grad()

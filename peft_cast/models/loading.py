@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +20,7 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -28,8 +30,19 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from ..tuner.checks import read_header
-from ..utils import distributed, one_line, read_json_if_there, secrets_removed, why_no_model, without_secrets
+from ..align import sees_or_hears
+from ..tuner.checks import check_finite, read_header, shown
+from ..utils import (
+    FaultError,
+    check_model_config,
+    distributed,
+    explained,
+    one_line,
+    read_json_if_there,
+    secrets_removed,
+    why_no_model,
+    without_secrets,
+)
 
 
 _NO_DECODER = "which is no decoder-only language model: only adapters between decoders can be translated."
@@ -64,10 +77,11 @@ def load_model(
 
     Raises:
         ValueError: If `model` is none, see `check_loaded`, or needs code of its own.
-        OSError: If it cannot be found; the message says what to pass.
+        OSError: If it cannot be found, or its weights are not finite; the message says what to pass.
     """
     config = check_model(model, which, revision)
     if isinstance(model, nn.Module):
+        check_own_weights(model, which)
         return model
     named = f"The {which} model '{without_secrets(model)}'"
     kind = auto_class(config, named) if config is not None else AutoModelForCausalLM
@@ -87,6 +101,7 @@ def load_model(
         ) from error
     except Exception as error:  # of whatever lies in the folder of a stranger
         check_remote_code(error, named, which)
+        skeleton_of(model, which, revision)  # which says what is wrong with its configuration
         raise OSError(
             f"{named} could not be loaded: {one_line(error)} Pass a hub id, a folder or a loaded model."
         ) from error
@@ -107,7 +122,28 @@ def load_model(
             f"it, remove adapter_config.json, and pass the folder as `{which}`."
         )
     loaded.name_or_path = loaded.config.name_or_path = str(model)
-    return loaded.to(device)
+    loaded = loaded.to(device)
+    check_own_weights(loaded, which)
+    return loaded
+
+
+def check_own_weights(model: nn.Module, which: str) -> None:
+    """
+    Raises:
+        OSError: If weights of a model are NaN or infinite, with which it computes nothing.
+    """
+    for name, parameter in model.named_parameters():
+        if sees_or_hears(name):
+            continue  # no text passes through it
+        try:
+            check_finite(name, parameter.detach())
+        except ValueError:
+            also = ", or pass `dtype` as float32 or bfloat16" if parameter.dtype == torch.float16 else ""
+            called = f" '{without_secrets(model.name_or_path)}'" if model.name_or_path else ""
+            raise OSError(
+                f"The {which} model{called} has NaN or infinite numbers in its own weights ({shown(name)}), with "
+                f"which it computes nothing: get its weights again{also}."
+            ) from None
 
 
 def read_model_config(model: str | Path, which: str, revision: str | None = None) -> PretrainedConfig:
@@ -120,9 +156,16 @@ def read_model_config(model: str | Path, which: str, revision: str | None = None
     named = f"The {which} model '{without_secrets(model)}'"
     try:
         with secrets_removed():
-            return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+            check_model_config(config.to_dict(), "its config.json")
+            return config
     except Exception as error:  # a configuration may say anything
         check_remote_code(error, named, which)
+        values: dict[str, Any] = {}
+        if not isinstance(error, OSError):  # it was read, and says what cannot be
+            values, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+        if why := explained(error, "its config.json", values, lambda v: CONFIG_MAPPING[v["model_type"]].from_dict(v)):
+            raise OSError(f"{named} could not be loaded: {why}.") from error
         raise OSError(
             f"{named} could not be loaded: {one_line(error)} Pass a hub id or a folder with config.json."
         ) from error
@@ -174,9 +217,7 @@ def check_loaded(model: nn.Module, which: str) -> None:
     if isinstance(model, PeftModel):
         raise ValueError(f"`{which}` is a PeftModel: pass its base model, `{which}.unload()` or a model id.")
     if not isinstance(model, PreTrainedModel):
-        for inner in ("module", "_orig_mod"):  # of nn.DataParallel and torch.compile
-            if isinstance(getattr(model, inner, None), (PreTrainedModel, PeftModel)):
-                raise ValueError(f"`{which}` is wrapped in {kind}: pass the model in it, `{which}.{inner}`.")
+        check_unwrapped(model, which)
         raise ValueError(f"`{which}` is a {kind}, no language model of transformers: pass one, a hub id or a folder.")
     if model.config.is_encoder_decoder or _is_encoder(model.config):
         raise ValueError(f"`{which}` is a {kind}, {_NO_DECODER}")
@@ -187,6 +228,18 @@ def check_loaded(model: nn.Module, which: str) -> None:
             f"`{which}` ({kind}) has weights on the meta device, where they are none or loaded piece by piece: pass a "
             "model that is loaded whole, a hub id or a folder."
         )
+
+
+def check_unwrapped(model: Any, argument: str) -> None:
+    """
+    Raises:
+        ValueError: If a model is wrapped by what trains or compiles models.
+    """
+    for inner in ("module", "_orig_mod"):  # of nn.DataParallel and torch.compile
+        if isinstance(getattr(model, inner, None), (PreTrainedModel, PeftModel)):
+            raise ValueError(
+                f"`{argument}` is wrapped in {type(model).__name__}: pass the model in it, `{argument}.{inner}`."
+            )
 
 
 def _check_files(folder: Path, named: str) -> None:
@@ -265,25 +318,63 @@ def check_remote_code(error: Exception, what: str, argument: str) -> None:
 
 
 def skeleton(config: PretrainedConfig, named: str = "The model") -> PreTrainedModel:
-    """The model of a configuration without weights, on the meta device; what an error calls it is `named`."""
-    with torch.device("meta"):
-        # Named here, because a configuration may name an attention that is downloaded code; a skeleton never attends.
-        kind = auto_class(config, named)
-        model = kind.from_config(config, trust_remote_code=False, attn_implementation="eager")
+    """The model of a configuration without weights, on the meta device; what an error calls it is `named`.
+
+    Raises:
+        FaultError: If the configuration has settings of which no model can be built.
+        ValueError: If it is no decoder's.
+    """
+    kind = auto_class(config, named)
+
+    def built(config: PretrainedConfig) -> PreTrainedModel:
+        with torch.device("meta"):
+            # Named here, because a configuration may name an attention that is downloaded code; it never attends.
+            return kind.from_config(config, trust_remote_code=False, attn_implementation="eager")
+
+    try:
+        model = built(config)
+    except Exception as error:
+        values = {} if "trust_remote_code" in str(error) else config.to_dict()
+        why = explained(error, "its configuration", values, lambda v: built(type(config).from_dict(v)))
+        if why is None:
+            raise
+        raise FaultError(f"{why}.") from error
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     return model
 
 
-def skeleton_of(model: str | Path, which: str, revision: str | None = None) -> PreTrainedModel | None:
-    """The skeleton of a model that is not loaded yet; `None` where only loading it tells more.
+def skeleton_of(
+    model: str | Path | PreTrainedModel, which: str, revision: str | None = None
+) -> PreTrainedModel | None:
+    """The skeleton of a model that is not loaded yet, `None` where only loading it tells more; a loaded one itself.
 
     Raises:
         ValueError, OSError: As `check_model`.
     """
     config = check_model(model, which, revision)
-    with suppress(Exception):  # a configuration may lead to anything; what is wrong with it, loading says
-        return skeleton(config) if config is not None else None
-    return None
+    if isinstance(model, nn.Module):
+        return model
+    named = f"The {which} model '{without_secrets(model)}' could not be loaded"
+    try:
+        built = skeleton(config) if config is not None else None
+    except FaultError as error:
+        raise OSError(f"{named}: {error}") from error
+    except Exception:  # a configuration may lead to anything; what is wrong with it, loading says
+        return None
+    if built is not None and not hasattr(config, "quantization_config"):  # which packs several numbers into one
+        promised, held = sum(parameter.numel() for parameter in built.parameters()), _numbers_in(Path(model))
+        if held and promised > 2 * held + 2**20:  # which would be made at random, until the memory is full
+            raise OSError(
+                f"{named}: its config.json speaks of {promised:,} numbers, its files have {held:,}: the two do not "
+                "belong together, get both again."
+            )
+    return built
+
+
+def _numbers_in(folder: Path) -> int:
+    """How many numbers a model's files in a folder hold; 0 if that cannot be told before they are loaded."""
+    headers = (read_header(file) for file in folder.glob("model*.safetensors"))
+    return sum(math.prod(info.shape) for header in headers for info in header.values())
 
 
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:

@@ -11,10 +11,22 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..utils import as_path, find_file, hub_parts, one_line, secrets_removed, why_no_name, without_secrets
+from ..utils import (
+    as_path,
+    find_file,
+    hub_parts,
+    one_line,
+    read_json_if_there,
+    said_by,
+    secrets_removed,
+    why_no_name,
+    without_secrets,
+)
 from .loading import check_loaded, check_model, check_remote_code
 
 
+# What the names of a tokenizer's files begin with.
+_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab")
 # English of every letter, in which a tokenizer of text knows more than the half.
 _PLAIN = "The quick brown fox jumps over the lazy dog."
 
@@ -50,13 +62,15 @@ def load_tokenizer(
         found = _read(tokenizer or own, revision if str(path) == str(own) else None)
     except Exception as error:  # of files of strangers
         check_remote_code(error, f"The tokenizer of '{shown}'", argument)
-        instead = f"pass `{argument}=`. ({one_line(error)})"
+        instead = f"pass `{argument}=`. ({said_by(error)}.)"
         if isinstance(error, ImportError):
             why = f"{named} needs a package that is missing: install it, or {instead}"
         elif isinstance(error, OSError):
             why = f"No tokenizer was found for the {which} model ('{shown}'): {instead}"
         else:
-            why = f"{named} cannot be read: get its files again, or {instead}"
+            broken = _broken_file(path)
+            again = "get its files again" if broken is None else f"its {broken} is broken, get it again"
+            why = f"{named} cannot be read: {again}, or {instead}"
         raise ValueError(why) from error
     if (reason := _beyond(found, rows)) is not None:
         raise ValueError(
@@ -144,6 +158,8 @@ def _load(name: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
         raise FileNotFoundError("The model does not say where it comes from.")
     if (why := why_no_name(name)) is not None:
         raise FileNotFoundError(f"{why}.")
+    if Path(name).is_file():
+        raise FileNotFoundError(f"'{name}' is a file, pass the folder that it is in.")
     place, subfolder = (str(name), None) if Path(name).is_dir() else hub_parts(name)
     options = {"subfolder": subfolder or "", "revision": revision, "trust_remote_code": False}
     try:
@@ -153,6 +169,12 @@ def _load(name: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
             raise
         why = "There is no tokenizer.json, and no other vocabulary that the installed packages can read."
         raise FileNotFoundError(why) from error
+
+
+def _broken_file(folder: Any) -> str | None:
+    """The first of a tokenizer's files in a folder that cannot be read."""
+    files = sorted(file for name in _FILES for file in Path(str(folder)).glob(f"{name}*.json"))
+    return next((file.name for file in files if read_json_if_there(file) is None), None)
 
 
 def _holds(adapter: str | Path, name: str, revision: str | None) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_modules
 from ..fit import (
@@ -26,12 +26,12 @@ from ..fit import (
     moments_size,
     texts_per_pass,
 )
-from ..models import check_remote_code, default_dtype, sharding, skeleton
+from ..models import default_dtype, read_model_config, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
 from ..source import base_of, list_not_carried, planned_source
 from ..text import ANCHOR_EVERY, anchor_length
 from ..tuner import CastConfig
-from ..utils import as_path, one_line, secrets_removed, why_no_model, without_secrets
+from ..utils import FaultError, as_path, one_line, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
 from .bodies import counted_or_simplified
 from .devices import DEVICES, SHAPES_KEPT, Device, device_of
@@ -183,6 +183,7 @@ def plan(
     Raises:
         ValueError: If the device is unknown, `batch_size` is no multiple of `processes`, sharding meets `weight_bits`,
             or what is given, or a configuration, cannot be used; the message says why.
+        OSError: If a configuration cannot be read.
     """
     source, adapter, target, bridge, start = map(as_path, (source, adapter, target, bridge, start))
     given = Options.of(options, plan, pairing=pairing, projections=projections, fit=fit, training=training)
@@ -355,9 +356,9 @@ def _weights(model: PreTrainedModel, bits: int | None) -> int:
 def _model(config: PretrainedConfig, which: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model = skeleton(copy.deepcopy(config), f"The {which} model").to(dtype).eval().requires_grad_(False)
-    except ValueError:
-        raise
     except Exception as error:  # a configuration may say anything
+        if isinstance(error, ValueError) and not isinstance(error, FaultError):
+            raise
         raise ValueError(f"The {which} model cannot be built from its configuration: {one_line(error)}") from error
     with suppress(ValueError, ImportError):  # a model that has no other attention is planned with its own
         model.set_attn_implementation("sdpa")
@@ -379,15 +380,7 @@ def _config(model: str | Path | PretrainedConfig, which: str, revision: str | No
                 "config.json."
             )
         )
-    try:
-        with secrets_removed():
-            return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    except Exception as error:  # a configuration may say anything
-        check_remote_code(error, f"The {which} model '{without_secrets(model)}'", which)
-        raise ValueError(
-            f"The configuration of the {which} model '{without_secrets(model)}' could not be read: {one_line(error)} "
-            "Pass a hub id, a folder with config.json or a configuration."
-        ) from error
+    return read_model_config(model, which, revision)
 
 
 def _size(number: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from statistics import mean, stdev
 
 
@@ -16,6 +17,13 @@ PAIRED_COLUMNS = (
     "newly wrong",
     "its prompt",
 )
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation: 0 of one value, NaN if one is not finite, of which `statistics` makes an error."""
+    if not all(map(isfinite, values)):
+        return nan
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Paired:
     ) -> Paired:
         """From the metric of each item, of the untouched target and of every run of the adapter, each (items,)."""
         differences = [mean(values) - before for before, *values in zip(untouched, *runs)]
-        margin = 1.96 * stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else 0.0
+        margin = 1.96 * spread(differences) / len(differences) ** 0.5
         flips: tuple[float | None, float | None] = (None, None)
         if all(value in (0, 1) for values in (untouched, *runs) for value in values):
             steps = [[after - before for before, after in zip(untouched, values)] for values in runs]

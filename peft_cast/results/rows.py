@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from ..utils import replacing, write_json
-from .paired import PAIRED_COLUMNS, Paired
+from .paired import PAIRED_COLUMNS, Paired, spread
 
 
 BASE = "base"
@@ -237,8 +237,8 @@ class Evaluation:
         axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axis, (task, rows) in zip(axes, panels.items()):
             values = [row.mean_lift for row in rows]
-            spread = [stdev(row.lift) if len(row.lift) > 1 else 0.0 for row in rows]
-            bars = axis.barh([row.adapter for row in rows], values, xerr=spread, color="#4477aa", height=0.7)
+            margins = [spread(row.lift) for row in rows]
+            bars = axis.barh([row.adapter for row in rows], values, xerr=margins, color="#4477aa", height=0.7)
             axis.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=4, fontsize=8)
             axis.axvline(0, color="black", linewidth=0.8)
             axis.axvline(1, color="gray", linewidth=0.8, linestyle="--")
@@ -258,4 +258,4 @@ def _cell(row: Row | None) -> str:
 
 def _with_spread(values: Sequence[float], digits: int = 3) -> str:
     text = f"{mean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+    return f"{text} ± {spread(values):.{digits}f}" if len(values) > 1 else text

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Collection, Sequence
 
 from peft import AdaLoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from .kinds import PREFIX
+from ..tuner.checks import shown
+from .kinds import PREFIX, variants_of
 from .names import BRIDGED, Match, Part
 
 
 _SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*, the shape in current model is torch.Size\(\[(.*?)\]\)")
 # Settings that decide on the shapes of an adapter's tensors.
 _SIZES = ("r", "oft_block_size", "boft_block_size", "block_size", "n_frequency", "num_vectors", "vector_length")
+_SIZES += ("decompose_factor",)
+_EXPERTS = ("experts",)  # modules whose parameters `target_parameters` means
 
 
 def unsaved(match: Match) -> str | None:
@@ -28,6 +32,19 @@ def unsaved(match: Match) -> str | None:
                 f"its configuration and its file disagree: `modules_to_save` in adapter_config.json means '{name}', "
                 "and no tensor of the file is of it: correct `modules_to_save`, or get both files again"
             )
+    return None
+
+
+def passed_over(match: Match) -> str | None:
+    """Which modules and parameters the configuration names beside `target_modules` that the model does not have."""
+    own = {"modules_to_save": match.modules, "target_parameters": dict(match.source.named_parameters())}
+    for option, names in own.items():
+        for name in getattr(match.config, option, None) or ():
+            if not any(one.endswith(name) for one in names):
+                return (
+                    f"`{option}` in adapter_config.json names '{name[:80]}', which {match.model} does not have: it is "
+                    "passed over. Correct it if that is a part of the adapter."
+                )
     return None
 
 
@@ -74,7 +91,9 @@ def other_rank(match: Match) -> str | None:
     if not match.is_lora or isinstance(config, AdaLoraConfig) or getattr(config, "target_parameters", None):
         return None
     for part in match.parts:
-        if not {"lora_A", "lora_embedding_A"} & {*part.inner} or len(part.shape) != 2 or part.is_expert:
+        if not {"lora_A", "lora_embedding_A"} & {*part.inner} or len(part.shape) != 2:
+            continue
+        if part.is_expert or part.tail[-1:] == _EXPERTS:
             continue
         name = ".".join(part.head[2:] + part.tail)
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
@@ -86,14 +105,79 @@ def other_rank(match: Match) -> str | None:
     return None
 
 
+def other_masks(match: Match) -> str | None:
+    """Whether what AdaLoRA keeps of the ranks is not what is in the file."""
+    masks = getattr(match.config, "rank_pattern", None) if isinstance(match.config, AdaLoraConfig) else None
+    rows = {".".join(part.head[2:] + part.tail): part.shape[0] for part in match.parts if part.inner == ("lora_E",)}
+    for name, mask in (masks or {}).items():
+        module = name.removesuffix(".lora_E")
+        if not isinstance(mask, list) or rows.get(module) != sum(mask):
+            return (
+                f"`rank_pattern` in adapter_config.json keeps {shown(mask)} of '{name[:200]}', and its file has "
+                f"{rows.get(module, 'none')} for it: correct `rank_pattern`, or get both files again"
+            )
+    return None
+
+
+def of_experts(match: Match, extra: Sequence[str], absent: Sequence[str]) -> str | None:
+    """Whether tensors on a model's experts, which `target_parameters` means, are not those in the file."""
+    key = next((key for key in (*extra, *absent) if _module_of(match, key).split(".")[-1:] == [*_EXPERTS]), None)
+    if key is None:
+        return None
+    there, by = ("is", "not ") if key in extra else ("is not", "")
+    return (
+        f"its configuration and its file disagree: by `target_parameters` in adapter_config.json, "
+        f"{shown(match.config.target_parameters)}, '{key[:200]}' would {by}be in the file, and it {there}: correct "
+        "`target_parameters`, or get both files again"
+    )
+
+
+def incomplete(match: Match, extra: Sequence[str], absent: Sequence[str], found: Collection[str]) -> str | None:
+    """Whether the file lacks some of the tensors on a module that it has others of."""
+    held = {_module_of(match, key) for key in found}
+    key = next((key for key in absent if not extra and _module_of(match, key) in held), None)
+    if key is None:
+        return None
+    return (
+        f"its file is cut: '{key[:200]}' is in the model, not in the file, while others of its module are there: get "
+        "the file again"
+    )
+
+
+def foreign(match: Match, extra: Sequence[str], absent: Sequence[str]) -> str:
+    """Why a file has tensors on modules that `target_modules` means, for which the configuration has none such."""
+    variants = variants_of(match.config)
+    names = variants or [name for name in ("rank_pattern", *_SIZES) if _is_set(match, name)]
+    instead = next((key for key in absent if _module_of(match, key) == _module_of(match, extra[0])), None)
+    why = f"where '{instead[:200]}' would be" if instead else "and PEFT has no such tensor for it"
+    remedy = "delete them from the file"
+    if instead or variants:
+        remedy = f"correct {' or '.join(f'`{name}`' for name in names)} in adapter_config.json"
+    return f"'{extra[0][:200]}' is in its file, {why}; {len(extra)} such tensors: {remedy}, or get both files again"
+
+
+def _module_of(match: Match, key: str) -> str:
+    """The module that one of the adapter's tensors is on."""
+    return key.partition(f".{match.prefix}")[0].removesuffix(".base_layer")
+
+
+def _is_set(match: Match, name: str) -> bool:
+    return bool(getattr(match.config, name, None))
+
+
 def limits_of(config: PeftConfig, key: str) -> str | None:
     """The options that keep `target_modules` from a module that they mean, which a tensor of the file is on."""
     limits = [name for name in ("exclude_modules", "layers_to_transform") if getattr(config, name, None)]
     alone = copy.copy(config)
     for name in limits:
         setattr(alone, name, None)
-    meant = any(check_target_module_exists(alone, name) for name in _from_front(key.removeprefix(PREFIX)))
-    return " or ".join(f"`{name}`" for name in limits) if limits and meant else None
+    return " or ".join(f"`{name}`" for name in limits) if limits and is_meant(alone, key) else None
+
+
+def is_meant(config: PeftConfig, key: str) -> bool:
+    """Whether `target_modules` means a module that a tensor is on."""
+    targets, names = getattr(config, "target_modules", None), _from_front(key.removeprefix(PREFIX))
+    return targets == "all-linear" or bool(targets and any(check_target_module_exists(config, n) for n in names))
 
 
 def other_sizes(match: Match, said: str) -> str | None:
@@ -102,7 +186,8 @@ def other_sizes(match: Match, said: str) -> str | None:
     pairs: list[tuple[Part, tuple[int, ...]]] = []
     for key, shape in _SIZE_MISMATCH.findall(said):
         steps = key.split(".")  # one of them is the adapter's name
-        names = (".".join(steps[:at] + steps[at + 1 :]) for at in range(len(steps)))
+        names = [".".join(steps[:at] + steps[at + 1 :]) for at in range(len(steps))]
+        names += [name.removesuffix(".weight") for name in names]  # DoRA's magnitudes are saved without
         if part := next((parts[name] for name in names if name in parts), None):
             pairs.append((part, tuple(map(int, filter(None, shape.split(","))))))
     if not pairs:
@@ -111,10 +196,14 @@ def other_sizes(match: Match, said: str) -> str | None:
     is_ia3 = hasattr(match.config, "feedforward_modules")  # whose vectors are of a module's inputs or of its outputs
     if all(one.shape == shape[::-1] for one, shape in pairs) and (not is_ia3 or len(pairs) == len(parts)):
         return transposed(part)
+    if all([n for n in one.shape if n != 1] == [n for n in shape if n != 1] for one, shape in pairs):
+        return f"{part.named} is in its file, and PEFT wants it of shape {wanted}: reshape it, or get the file again"
     widths = {width for head in match.heads[match.reduced(part.head)] for width in widths_of(match, head, part)}
-    ranks = {getattr(match.config, "r", None), *(getattr(match.config, "rank_pattern", None) or {}).values()}
+    patterns = (getattr(match.config, "rank_pattern", None) or {}).values()
+    ranks = {getattr(match.config, "r", None), *(rank for rank in patterns if isinstance(rank, int))}
     wider = {new for old, new in zip(part.shape, wanted) if old != new} & widths - ranks
-    names = ["feedforward_modules"] if is_ia3 else [name for name in _SIZES if getattr(match.config, name, None)]
+    names = ["feedforward_modules"] if is_ia3 else [name for name in _SIZES if _is_set(match, name)]
+    names = ["init_r"] if isinstance(match.config, AdaLoraConfig) else names  # which `r` says nothing of
     if not names or (not widths & {*part.shape} if is_ia3 else wider):
         return None
     named = " or ".join(f"`{name}`" for name in names)

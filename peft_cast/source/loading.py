@@ -16,16 +16,26 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models import as_peft_reads, check_loaded, load_model, load_on_skeleton, skeleton_of, unload_adapters
+from ..models import (
+    as_peft_reads,
+    check_loaded,
+    check_own_weights,
+    check_unwrapped,
+    load_model,
+    load_on_skeleton,
+    skeleton_of,
+    unload_adapters,
+)
 from ..tuner.checks import check_finite, shown
 from ..utils import adapter_folder, read_adapter_config, read_weights_header, why_no_model, without_secrets
-from .disagreement import other_tokens
+from .disagreement import other_masks, other_tokens
 from .files import idle, of_another_file, unusable
 from .kernels import SourceAdapter, nothing_carried, read_adapter
 from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
 from .names import Match
 from .renamed import Readable, readable
+from .switching import disabling, unmerged
 
 
 _NAME = "peft_cast_source"
@@ -58,6 +68,7 @@ def load_source(
                     f"`adapter` is a PeftModel on '{named}', which is not `source`, '{source}': pass `source=None`."
                 )
             )
+        check_own_weights(model, "source")
         return model
     if source is None:
         source, named = base_of(adapter, adapter_revision)
@@ -93,6 +104,7 @@ def check_adapter(adapter: Any, revision: str | None = None) -> None:
     if isinstance(adapter, PeftModel):
         return _check_in_memory(adapter)
     if isinstance(adapter, nn.Module):
+        check_unwrapped(adapter, "adapter")
         raise ValueError(
             f"`adapter` is a model ({type(adapter).__name__}), not an adapter: pass the LoRA's folder or hub id, or a "
             "PeftModel."
@@ -157,7 +169,7 @@ def adapted_source(
     check_adapter(adapter, revision)
     if isinstance(adapter, PeftModel):
         adapter.eval()
-        with _unmerged(adapter):
+        with unmerged(adapter):
             yield _acting(read_adapter(adapter, {}, source_rank))
         return
     config = read_adapter_config(adapter, revision)
@@ -188,7 +200,7 @@ def check_on_source(
     Raises:
         ValueError, OSError: As `adapted_source`.
     """
-    base = source if isinstance(source, nn.Module) else skeleton_of(source, "source", source_revision)
+    base = skeleton_of(source, "source", source_revision)
     for adapter in adapters:
         if base is not None and not isinstance(adapter, PeftModel):
             check_on(base, adapter, revision, read_adapter_config(adapter, revision))
@@ -202,7 +214,7 @@ def check_on_target(
     Raises:
         ValueError, OSError: As `with_adapter`, and if the target is none.
     """
-    base = target if isinstance(target, nn.Module) else skeleton_of(target, "target", target_revision)
+    base = skeleton_of(target, "target", target_revision)
     for adapter in adapters:
         config = _config_to_run(adapter)
         if base is not None:
@@ -258,7 +270,7 @@ def _loaded(
             parameters = {name: parameters[name] for name in kept}
             changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
             if changed and not skeleton:  # which has no weights to put back
-                model.disable_adapter = _disabling(model, {parameters[name]: value for name, value in changed.items()})
+                model.disable_adapter = disabling(model, {parameters[name]: value for name, value in changed.items()})
             yield model.eval(), changed, file.renamed
         finally:
             unload_adapters(base)
@@ -303,7 +315,8 @@ def matched(
         ValueError: If they do not go together.
     """
     match = Match(read_weights_header(adapter, revision), source, config, which)
-    if (why := misplaced(match) or resized(match) or other_tokens(match) or deeper(match)) is not None:
+    why = misplaced(match) or resized(match) or other_tokens(match) or other_masks(match) or deeper(match)
+    if why is not None:
         raise no_match(adapter, match, why)
     return match
 
@@ -313,42 +326,6 @@ def no_match(adapter: str | Path, match: Match, why: str) -> ValueError:
     return ValueError(
         without_secrets(f"The adapter '{adapter}' does not fit the {match.which} model '{name}': {why}.")
     )
-
-
-def _disabling(model: PeftModel, originals: Mapping[nn.Parameter, torch.Tensor]):
-    """`model.disable_adapter` that also has the base model's own weights back within the context."""
-    disable = model.disable_adapter
-
-    @contextmanager
-    def disable_adapter() -> Iterator[None]:
-        changed = {parameter: parameter.data for parameter in originals}
-        with disable():
-            for parameter, value in originals.items():
-                parameter.data = value
-            try:
-                yield
-            finally:
-                for parameter, value in changed.items():
-                    parameter.data = value
-
-    return disable_adapter
-
-
-@contextmanager
-def _unmerged(model: PeftModel) -> Iterator[None]:
-    """Within the context nothing is merged into the weights; what was is merged again after."""
-    merged = [
-        (layer, list(layer.merged_adapters))
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer) and layer.merged
-    ]
-    for layer, _ in merged:
-        layer.unmerge()
-    try:
-        yield
-    finally:
-        for layer, names in merged:
-            layer.merge(adapter_names=names)
 
 
 def _is_list(module: nn.Module) -> bool:

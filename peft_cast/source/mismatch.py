@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
 from collections.abc import Collection, Iterable
+from typing import Any
 
-from peft import AdaLoraConfig
+from peft import AdaLoraConfig, get_peft_model
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from ..align import layer_count
+from ..models import skeleton
 from ..tuner import CastConfig
 from ..tuner.checks import shown
-from ..utils import one_line
-from .disagreement import limits_of, other_model, other_rank, other_sizes, transposed, unsaved, widths_of
+from ..utils import at_fault, said_by
+from .disagreement import (
+    foreign,
+    incomplete,
+    is_meant,
+    limits_of,
+    of_experts,
+    other_model,
+    other_rank,
+    other_sizes,
+    transposed,
+    unsaved,
+    widths_of,
+)
 from .names import BRIDGED, OTHER_TOWERS, ROOT, WITH_NAMES, Match, Part, halves
 
 
@@ -45,6 +61,12 @@ def broken(match: Match) -> str | None:
         return (
             f"its file holds several adapters, {names}: save one alone, with "
             "`save_pretrained(folder, selected_adapters=[name])`"
+        )
+    if match.is_lora and match.twins:
+        one, other = match.twins
+        return (
+            f"'{one.key[:200]}' and {other.named} in its file are the same tensor by their names: delete the one that "
+            "does not belong to the adapter"
         )
     if match.is_lora and not any(WITH_NAMES.fullmatch(step) for part in tuned for step in part.inner):
         return (
@@ -222,6 +244,8 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
             f"its file is cut: '{unpaired}' is in the model, not in the file, while its other half is there: get the "
             "file again"
         )
+    if why := of_experts(match, extra, absent) or incomplete(match, extra, absent, found):
+        return why
     if (experts := [part for part in match.parts if part.is_expert]) and any(".experts." in key for key in extra):
         return _no_room_for(match, experts)
     beyond, reached = [_layer(key) for key in absent], _reached(found)
@@ -240,6 +264,8 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
             f"its configuration and its file disagree: '{extra[0][:200]}' is in the file, and {limits} in "
             f"adapter_config.json leaves it out; {len(extra)} such tensors: correct {limits}"
         )
+    if extra and is_meant(match.config, extra[0]):
+        return foreign(match, extra, absent)
     if extra:
         return (
             f"its configuration and its file disagree: `target_modules` in adapter_config.json is {said}, and "
@@ -257,7 +283,7 @@ def refused_by_peft(match: Match, error: Exception) -> str | None:
     """Why PEFT could not load a file whose tensors have their modules, from its error; `None` if that is the lack of
     weights on a skeleton.
     """
-    said = one_line(error)
+    said = said_by(error)
     if any(part.is_expert for part in match.parts) and match.read_by_peft:
         return _no_room_for(match, [part for part in match.parts if part.is_expert])
     if why := other_rank(match) or unsaved(match) or _other_class(match):
@@ -272,9 +298,22 @@ def refused_by_peft(match: Match, error: Exception) -> str | None:
         remedy = other_model(match)
     else:
         options = [name for name in vars(match.config) if re.search(rf"\b{name}\b", said)]
-        named = " or ".join(f"`{name}`" for name in options[:3]) or "its settings"
+        named = " or ".join(f"`{name}`" for name in options[:3]) or _at_fault(match) or "its settings"
         remedy = f"correct {named} in adapter_config.json"
-    return f"PEFT could not put it there ({said.rstrip('.')}): {remedy}"
+    return f"PEFT could not put it there ({said}): {remedy}"
+
+
+def _at_fault(match: Match) -> str | None:
+    """The settings of an adapter with each of which PEFT cannot put it on a model of its model's configuration."""
+    fields = dataclasses.fields(match.config)
+    given = {field.name: getattr(match.config, field.name) for field in fields}
+    start = {"init_lora_weights": False} if match.is_lora else {}  # others may ask for the weights
+
+    def put(settings: dict[str, Any]) -> None:
+        base = skeleton(copy.deepcopy(match.source.config))
+        get_peft_model(base, type(match.config)(**{**settings, **start}), low_cpu_mem_usage=True)
+
+    return at_fault({name: value for name, value in given.items() if value not in (None, False, [], {})}, put)
 
 
 def _other_class(match: Match) -> str | None:

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
@@ -75,12 +75,12 @@ class Renaming:
     Args:
         names (`dict[str, str | None]`): Name in the file → name that PEFT expects; `None` for one that is left out.
         modules (`dict[str, str]`): Of the adapted modules, name in the file → name in the model.
-        said (`str`): A sentence for the user.
+        said (`str`, *optional*): A sentence for the user, if a tensor is read under another name.
     """
 
     names: dict[str, str | None]
     modules: dict[str, str]
-    said: str
+    said: str | None
 
 
 class Match:
@@ -127,6 +127,16 @@ class Match:
         return set() if not self.is_lora and len(set(following)) > 1 else {step for step in following if step}
 
     @cached_property
+    def twins(self) -> tuple[Part, Part] | None:
+        """Two of the adapter's tensors that would be one in PEFT."""
+        found: dict[Any, Part] = {}
+        for part in self.tuned:
+            other = found.setdefault((part.head, part.tail, self._inner(part)), part)
+            if other is not part:
+                return other, part
+        return None
+
+    @cached_property
     def heads(self) -> dict[tuple[str, ...], list[tuple[str, ...]]]:
         """Ways to layers, and single modules outside of them, in the model, by what is left without neutral steps."""
         found: dict[tuple[str, ...], dict[tuple[str, ...], None]] = defaultdict(dict)
@@ -158,6 +168,8 @@ class Match:
 
     def module(self, head: tuple[str, ...], part: Part) -> str | None:
         """The model's module that a tensor is on, if the way to the layers is `head`."""
+        if self.is_lora and not part.head and not part.tail:  # a tensor beside all modules
+            return None
         for tail in (part.tail, tuple(step for step in part.tail if step not in WRAPPERS)):
             name = ".".join(head + tail)
             if self.layers and tail and int(tail[0]) < len(self.layers):
@@ -273,9 +285,11 @@ class Match:
             return inner[:-1]
         return inner
 
-    def _said(self, names: Mapping[str, str | None]) -> str:
-        old = min((old for old, new in names.items() if new and new != old), default=min(names))
-        new = names[old] or "nothing"
+    def _said(self, names: Mapping[str, str | None]) -> str | None:
+        if not (changed := {old: new for old, new in names.items() if new and new != old}):
+            return None  # some are left out, which the model has too
+        old = min(changed)
+        new = changed[old]
         steps, kept = old.split("."), new.split(".")
         reasons = [why for step, why in WRAPPERS.items() if steps.count(step) > kept.count(step)]
         if steps.count("base_model") > 1:

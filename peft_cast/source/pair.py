@@ -32,6 +32,7 @@ from ..models import (
     load_tokenizer,
     moved,
     sharding,
+    skeleton_of,
     untouched,
 )
 from ..options import Pairing
@@ -103,7 +104,7 @@ def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairi
         pairing = replace(pairing, source_revision=pairing.source_revision or revision)
     if source is not None or not any(isinstance(adapter, PeftModel) for adapter in adapters):
         check_model(source, "source", pairing.source_revision)
-    check_model(target, "target", pairing.target_revision)
+    skeleton_of(target, "target", pairing.target_revision)
     for adapter in adapters:
         if not isinstance(adapter, torch.nn.Module):
             check_adapter(adapter, pairing.adapter_revision)

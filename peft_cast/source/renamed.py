@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from ..align import sees_or_hears
 from ..tuner.checks import TensorInfo
 from ..utils import check_weights, find_file
+from .disagreement import passed_over
 from .kinds import PREFIX
 from .names import Match, Part, halves
 
@@ -48,13 +49,15 @@ class Readable:
 def readable(adapter: str | Path, revision: str | None, match: Match) -> Iterator[Readable]:
     """Within the context the adapter can be loaded on the model of `match`; its own folder is left alone.
 
-    Warns if its tensors had to be renamed.
+    Warns if its tensors had to be renamed, and of modules in its configuration that the model does not have.
 
     Raises:
         ValueError: If what its file holds cannot be used.
     """
     config, renaming = _following(match), match.renaming
     header = check_weights(adapter, config, revision, match.source)
+    if said := passed_over(match):
+        warnings.warn(said)
     if renaming is None:
         yield Readable(str(adapter), revision, config, header)
         return
@@ -64,7 +67,8 @@ def readable(adapter: str | Path, revision: str | None, match: Match) -> Iterato
             tensors = {new: file.get_tensor(old) for old, new in renaming.names.items() if new is not None}
         save_file(tensors, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         header = {new: header[old] for old, new in renaming.names.items() if new is not None}
-        warnings.warn(renaming.said)
+        if renaming.said:
+            warnings.warn(renaming.said)
         yield Readable(folder, None, config, header, renaming.said)
 
 

@@ -136,10 +136,18 @@ def _in_words(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_in_words, arguments)))
     if origin is list:
-        return f"a list of {_in_words(arguments[0]).split(' ', 1)[-1]}s" if arguments else "a list"
+        return f"a list of {_many(_in_words(arguments[0]))}" if arguments else "a list"
+    if origin is tuple and len(set(arguments)) == 1:
+        return f"a list of {len(arguments)} {_many(_in_words(arguments[0]))}"
     if origin is dict or dataclasses.is_dataclass(hint):
         return "an object"
     return words.get(hint, "one of PEFT's values")
+
+
+def _many(words: str) -> str:
+    """The plural: "integers" of "an integer", "lists of texts" of "a list of texts"."""
+    first, of, rest = words.partition(" ")[2].partition("of ")
+    return f"{first.rstrip()}s {of}{rest}".strip() if first else rest
 
 
 def is_name(text: Any, limit: int = MAX_NAME) -> bool:

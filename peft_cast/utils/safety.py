@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
-from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -31,6 +31,7 @@ from .names import files_of, find_file, hub_parts, why_no_folder
 
 MAX_LAYERS = 2048  # of a model that is built from a configuration in a file
 _COUNTS = re.compile(r"(num|n)_(\w+_)?(layers?|experts?|blocks?|stages?)|depths?", re.IGNORECASE)
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 HIDDEN = "***"
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")
 _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
@@ -154,9 +155,18 @@ def check_adapter_values(values: Mapping[str, Any]) -> None:
         raise ValueError(f"'{odd.pop()}' is no setting: delete it.")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     check_fields(config_class, values)
-    bias = values.get("bias")
-    if isinstance(bias, str) and bias not in ("none", "all") and not bias.endswith("_only"):
+    bias = values.get("bias", "none")
+    if hasattr(config_class, "bias") and bias not in ("none", "all") and not str(bias).endswith("_only"):
         raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {shown(bias)}: correct {CONFIG_NAME}.")
+    task = values.get("task_type")
+    if task is not None and task not in list(TaskType):
+        raise ValueError(
+            f"`task_type` must be CAUSAL_LM, another of PEFT's task types or null, got {shown(task)}: correct "
+            f"{CONFIG_NAME}."
+        )
+    for name, value in values.items():
+        if name.endswith("dropout") and hasattr(config_class, name) and value is not None and not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must be a number from 0 to 1, got {shown(value)}: correct {CONFIG_NAME}.")
     for name in _IMPORTS:
         if values.get(name):
             raise ValueError(
@@ -301,7 +311,7 @@ def check_model_config(values: Mapping[str, Any], where: str) -> None:
     for name, value in _numbers(values):
         if _COUNTS.fullmatch(name) and not 0 <= value <= MAX_LAYERS:
             raise ValueError(f"`{name}` in {where} is {shown(value)}, at most {MAX_LAYERS} are built: correct it.")
-        if abs(value) >= 2**40:
+        if abs(value) >= 2**40 or (name in _SIZES and value < 1 and name in values):
             raise ValueError(f"`{name}` in {where} is {shown(value)}, which is no size of any model: correct it.")
 
 

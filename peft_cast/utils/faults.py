@@ -1,0 +1,57 @@
+"""Which setting of a configuration keeps something from being built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..tuner.checks import shown
+from .safety import one_line
+
+
+_SHORT = 80  # characters of an object in a configuration that a message can show whole
+
+
+class FaultError(ValueError):
+    """A configuration of which nothing can be built; the message ends in the settings at fault."""
+
+
+def explained(
+    error: Exception, file: str, values: Mapping[str, Any], build: Callable[[dict[str, Any]], Any]
+) -> str | None:
+    """What is wrong with a configuration, in words without a stop; `None` where no one setting is at fault.
+
+    Args:
+        error: What building it raised; of errors from the depths the type is all that is said.
+        file (`str`): What the configuration is called.
+        values: All of its settings.
+        build: Builds it of settings, without weights, or raises whatever they lead to.
+    """
+    found = None if isinstance(error, ImportError) else at_fault(values, build)
+    return f"{file} cannot be used ({said_by(error)}): correct {found} in it" if found else None
+
+
+def said_by(error: Exception) -> str:
+    """What an error says, in words without a stop; of one from the depths its type."""
+    return one_line(error).rstrip(".").removeprefix("its settings do not make sense together, ")
+
+
+def at_fault(values: Mapping[str, Any], build: Callable[[dict[str, Any]], Any]) -> str | None:
+    """The settings each of which alone keeps something from being built, as "`hidden_act` ('foo')"; `None` if no one
+    does. A long object among them is looked through for its own.
+    """
+    if _builds(dict(values), build):
+        return None
+    found = [name for name in values if _builds({k: v for k, v in values.items() if k != name}, build)]
+    if len(found) == 1 and isinstance(inner := values[found[0]], Mapping) and len(str(inner)) > _SHORT:
+        own = at_fault(inner, lambda own: build({**values, found[0]: own}))
+        return f"{own} of `{found[0]}`" if own else f"`{found[0]}`"
+    return " or ".join(f"`{name}` ({shown(values[name])})" for name in found[:3]) or None
+
+
+def _builds(values: dict[str, Any], build: Callable[[dict[str, Any]], Any]) -> bool:
+    try:
+        build(values)
+    except Exception:  # that of the setting at fault, or of one that cannot be left out
+        return False
+    return True
