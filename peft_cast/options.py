@@ -40,8 +40,12 @@ def _source_rank(value: Any) -> str | None:
 
 
 def _teacher(value: Any) -> str | None:
-    named = value in ("source", "shown", "delta") if isinstance(value, str) else is_a(value, Real) and 0 <= value <= 1
-    return None if named else "be 'source', 'shown', 'delta' or a number from 0 to 1"
+    named = (
+        value in ("auto", "source", "shown", "delta")
+        if isinstance(value, str)
+        else is_a(value, Real) and 0 <= value <= 1
+    )
+    return None if named else "be 'auto', 'source', 'shown', 'delta' or a number from 0 to 1"
 
 
 @dataclass(frozen=True)
@@ -192,12 +196,13 @@ class Training(Group):
         least=0,
     )
     temperature: float = option(1.0, "Temperature T of the KL divergence.", above=0)
-    teacher: Literal["source", "shown", "delta"] | float = option(
-        "source",
+    teacher: Literal["auto", "source", "shown", "delta"] | float = option(
+        "auto",
         "`source` imitates the adapted source model. `shown`, for a target that is the better model, imitates the "
         "target itself as it answers when it is shown three of the adapted source's answers: their form and its own "
-        "knowledge. `delta` adds only what the LoRA changes to the target's own prediction; a number from 0 "
-        "(`source`) to 1 (`delta`) mixes them (docs/results.md).",
+        "knowledge. `auto` takes `shown` where the target is clearly the stronger on the prompts of the text, else "
+        "`source` (docs/how-it-works.md). `delta` adds only what the LoRA changes to the target's own prediction; a "
+        "number from 0 (`source`) to 1 (`delta`) mixes them (docs/results.md).",
         check=_teacher,
     )
     enough: float = option(
@@ -231,10 +236,10 @@ class Training(Group):
 
     @property
     def target_share(self) -> float:
-        """The share of the target's own prediction in the adapted source's: 0 for `"source"`, 1 for `"delta"`, or the
-        number given.
+        """The share of the target's own prediction in the adapted source's: the number given, 1 for `"delta"`, else
+        0.
         """
-        return float({"source": 0.0, "shown": 0.0, "delta": 1.0}.get(self.teacher, self.teacher))  # type: ignore[arg-type]
+        return float(self.teacher == "delta") if isinstance(self.teacher, str) else float(self.teacher)
 
 
 @dataclass(frozen=True)

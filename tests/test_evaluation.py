@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import peft_cast
 from peft_cast import AnswerLikelihood, CastConfig, Classification, Evaluation, Generation, HarnessTask
 from peft_cast.evaluation.drift import drift
-from peft_cast.evaluation.likelihood import answer_nats, choice_nats
 from peft_cast.evaluation.tasks import Scores
+from peft_cast.models.likelihood import answer_nats, choice_nats
 from peft_cast.results.rows import Measurement
 
 

@@ -87,7 +87,11 @@ def test_options_come_in_groups_or_by_name_and_names_go_before():
         (Training, {"steps": True}, "`steps` must be a whole number"),
         (Training, {"gamma": float("nan")}, "`gamma` must be a number of at least 0"),
         (Training, {"learning_rate": 0}, "`learning_rate` must be a number above 0"),
-        (Training, {"teacher": "pupil"}, "`teacher` must be 'source', 'shown', 'delta' or a number from 0 to 1"),
+        (
+            Training,
+            {"teacher": "pupil"},
+            "`teacher` must be 'auto', 'source', 'shown', 'delta' or a number from 0 to 1",
+        ),
         (Training, {"training_args": {"warmup": 1}}, "TrainingArguments has no 'warmup'"),
         (Pairing, {"depth_map": "nearest"}, "`depth_map` must be 'proportional', 'similarity' or a mapping"),
         (Pairing, {"dtype": torch.int8}, "`dtype` must be torch.float32"),

@@ -23,7 +23,7 @@ from ..utils import Phases, as_path, distributed
 from ..utils.fields import check_count
 from .batches import TrainingTexts
 from .imitate import imitate
-from .shown import open_teacher, shown_if_asked
+from .shown import choose_teacher, open_teacher, shown_if_asked
 
 
 @takes(
@@ -71,6 +71,7 @@ def distill_lora(
         with phases.measure("text"):
             bar = partial(tqdm, disable=not progress)
             texts = read_texts(pair, text, given.fit, training, bar=bar)
+            training, teaches = choose_teacher(pair, texts, training, text)
             texts = shown_if_asked(pair, texts, training, text, bar=bar)
         if given.pairing.depth_map == "similarity":
             pair = map_by_similarity(pair, texts.fit, given.pairing.module_map)
@@ -98,7 +99,8 @@ def distill_lora(
         "kl": {"target": reached.kl["target"], "translated": reached.kl["end"]},
         **reached.metrics(pair, texts, trained),
         "phases": phases.costs,
-        "settings": {**given.settings(), "rank": r},
+        "route": {**teaches, "refined": bool(reached.refinement.steps)},
+        "settings": {**given.but(teacher=training.teacher).settings(), "rank": r},
     }
     result = TranslationResult(model, metrics, reached.refinement.history, pair.modules)
     if given.run.output_dir is not None:

@@ -5,7 +5,7 @@ what it knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..align import AlignedPair
-from ..models import in_eval_mode
+from ..models import in_eval_mode, sharding
 from ..options import Training
 from ..source import Pair
 from ..text import (
@@ -32,6 +32,7 @@ from ..text import (
 )
 from .cache import TeacherCache
 from .losses import Logits, kl_divergence
+from .stronger import compare
 from .teacher import Teacher, teacher_cache
 
 
@@ -81,6 +82,32 @@ class ShownTeacher(Teacher):
         return kl_divergence(shown, plain)
 
 
+def choose_teacher(
+    pair: Pair, texts: PairTexts, training: Training, text: Any, *, keep: Keep = lambda key, write: write()
+) -> tuple[Training, dict[str, Any]]:
+    """The settings with `teacher="auto"` decided: `shown` where the target is clearly the stronger model on the
+    prompts of the text, else `source`.
+
+    Args:
+        pair, texts, training, text, keep: As in `shown_if_asked`.
+
+    Returns:
+        The settings, and JSON-ready the teacher and the numbers that decided.
+    """
+    if training.teacher != "auto":
+        return training, {"teacher": training.teacher}
+    able = texts.answers and not training.beta and not sharding.is_requested(training.training_args)
+    found = None
+    with suppress(ValueError):  # too few answers to show, or none that is given: then there is but one teacher
+        found = compare(pair, texts.answers, _how_written(text), training.seed, keep) if able else None
+    teacher = found.teacher if found else "source"
+    return replace(training, teacher=teacher), {"teacher": teacher, **({"minds": vars(found)} if found else {})}
+
+
+def _how_written(text: Any) -> SelfWritten:
+    return text if isinstance(text, SelfWritten) else SelfWritten()
+
+
 def shown_if_asked(
     pair: Pair,
     texts: PairTexts,
@@ -105,7 +132,7 @@ def shown_if_asked(
     """
     if training.teacher != "shown":
         return texts
-    spec, tokenizer = text if isinstance(text, SelfWritten) else SelfWritten(), pair.tokenizers[1]
+    spec, tokenizer = _how_written(text), pair.tokenizers[1]
     spec = replace(spec, temperature=min(spec.temperature, TEMPERATURE), on_policy=False)
     prompts = shown_prompts(texts.answers, tokenizer, training.seed, spec.max_new_tokens)
     samples = write_answers(pair.target, tokenizer, prompts, spec, training.seed, partial(bar, desc="showing"), keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..refine import (
     TrainingTexts,
     check_first_maps,
     check_prompts,
+    choose_teacher,
     described,
     first_maps,
     imitate,
@@ -50,7 +52,8 @@ def translate_one(job: Job) -> TranslationResult:
         stack.enter_context(run.advising())
         # 2. Read the text, or let the models write it.
         with phases.measure("text"):
-            texts, earlier = _read(job, pair, run)
+            job, texts, earlier, teaches = _read(job, pair, run)
+        options, training = job.options, job.options.training
         # 3. Initial maps: the adapter as it is, the closed form, a bridge's, or those of an earlier translation.
         with phases.measure("closed_form"):
             maps, pair, route = first_maps(pair, texts, options, bridge=bridge, start=earlier, cache=run.cache)
@@ -83,7 +86,7 @@ def translate_one(job: Job) -> TranslationResult:
         "source": pair.given.metrics,
         "alignment": {"shared_tokens": len(pair.vocabulary), **pair.modules.metrics},
         **reached.metrics(pair, texts, trained),
-        "route": {**route, "refined": bool(reached.refinement.steps)},
+        "route": {**teaches, **route, "refined": bool(reached.refinement.steps)},
         **({"closed_form": maps.metrics} if route["first_maps"] in ("closed_form", "bridge") else {}),
         "settings": {**_settings(job), "projection_type": config.projection_type, "rank": config.r},
         "phases": phases.costs,
@@ -95,8 +98,10 @@ def translate_one(job: Job) -> TranslationResult:
     return result
 
 
-def _read(job: Job, pair: Pair, run: RunFolder) -> tuple[PairTexts, ClosedForm[KernelFit] | None]:
-    """The texts, and the projections of the translation to go on from, which may write some of them."""
+def _read(job: Job, pair: Pair, run: RunFolder) -> tuple[Job, PairTexts, ClosedForm[KernelFit] | None, dict[str, Any]]:
+    """The job with its teacher decided, the texts, the projections of the translation to go on from, which may write
+    some of them, and what decided on the teacher.
+    """
     options, start = job.options, job.start
     with with_adapter(pair.target, start) if start is not None else nullcontext() as translated:
         read = partial(
@@ -114,8 +119,11 @@ def _read(job: Job, pair: Pair, run: RunFolder) -> tuple[PairTexts, ClosedForm[K
         earlier = None
         if translated is not None:
             earlier = projections_of(translated, pair.kernels, pair.modules, without_secrets(start))
-    show = partial(shown_if_asked, pair, texts, options.training, job.text, bar=job.bar, keep=run.written)
-    return (run.texts(show, "shown") if options.training.teacher == "shown" else texts), earlier
+    training, teaches = choose_teacher(pair, texts, options.training, job.text, keep=run.written)
+    if training.teacher == "shown":
+        show = partial(shown_if_asked, pair, texts, training, job.text, bar=job.bar, keep=run.written)
+        texts = run.texts(show, "shown")
+    return replace(job, options=options.but(teacher=training.teacher)), texts, earlier, teaches
 
 
 def _origin(job: Job, pair: Pair) -> dict[str, str | None]:

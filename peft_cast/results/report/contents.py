@@ -184,17 +184,34 @@ ROUTES = {
 }
 
 
-def _route(route: Mapping[str, Any]) -> str:
-    """In one line, what was done."""
-    said = ROUTES.get(route["first_maps"], str(route["first_maps"]))
-    if "copy" in route:
-        said += f" (as it is it covers {route['copy']:.0%} of the way on held-out text)"
-    return f"Route: the LoRA {said}, then {'refined' if route['refined'] else 'left as it was'}"
+TEACHERS = {
+    "source": "the adapted source",
+    "shown": "the target itself, shown answers of the adapted source",
+    "delta": "the target with what the LoRA changes",
+}
+
+
+def _route(route: Mapping[str, Any]) -> Iterator[str]:
+    """In a line each, what was done and who taught."""
+    if (first := route.get("first_maps")) is not None:
+        said = ROUTES.get(first, str(first))
+        if "copy" in route:
+            said += f" (as it is it covers {route['copy']:.0%} of the way on held-out text)"
+        yield f"Route: the LoRA {said}, then {'refined' if route['refined'] else 'left as it was'}"
+    if (teacher := route.get("teacher")) is not None:
+        said = TEACHERS.get(str(teacher), f"a mixture of share {teacher}")
+        if minds := route.get("minds"):
+            said += (
+                f" (on {minds['prompts']} prompts the adapted source minds the target's answers by "
+                f"{minds['source']:.3f} nats per character, the target the source's by {minds['target']:.3f}; "
+                f"standard error of the difference {minds['error']:.3f})"
+            )
+        yield f"Teacher: {said}"
 
 
 def _remarks(metrics: Mapping[str, Any]) -> Iterator[str]:
     if route := metrics.get("route"):
-        yield _route(route)
+        yield from _route(route)
     if own := metrics.get("on_policy"):
         before, after = own["kl"]["before"], own["kl"]["after"]
         yield f"KL on its own answers to {own['texts']} prompts {before:.4f}, then {after:.4f}"
