@@ -235,7 +235,7 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
 )
 def test_what_can_be_told_before_models_are_loaded_is(given, message, same, lora_folder, target_folder, monkeypatch):
     monkeypatch.setattr(
-        sys.modules["peft_cast.translate"], "open_pair", lambda *_, **__: pytest.fail("models were loaded")
+        sys.modules["peft_cast.translate.one"], "open_pair", lambda *_, **__: pytest.fail("models were loaded")
     )
     with pytest.raises(ValueError, match=message):
         peft_cast.translate(same[2], lora_folder, target_folder, **{"bridge": same[1], **given})

@@ -189,6 +189,7 @@ def recovered(source, lora, target, tokenizer):
         texts=60,
         fit_samples=40,
         eval_samples=8,
+        first_maps="closed_form",
         max_length=96,
     )
     kl = result.metrics["kl"]

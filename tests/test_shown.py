@@ -129,9 +129,9 @@ def test_the_model_that_minds_the_others_answers_more_is_believed(models, tmp_pa
     result = peft_cast.translate(
         tmp_path / "source", lora, tmp_path / "target", **{**OPTIONS, "text": text, "steps": 2}
     )
-    route = result.metrics["route"]
-    minds = route["minds"]
-    assert route["teacher"] == teacher == result.metrics["settings"]["teacher"] and minds["prompts"] >= 4
+    found = result.metrics["text"]
+    minds = found["minds"]
+    assert found["teacher"] == teacher == result.metrics["settings"]["teacher"] and minds["prompts"] >= 4
     clearly = minds["target"] - minds["source"] > 2 * minds["error"]
     assert clearly == (teacher == "shown") and (minds["target"] > minds["source"]) == (surer == "target")
     assert f"minds the target's answers by {minds['source']:.3f} nats" in result.summary()
@@ -139,8 +139,8 @@ def test_the_model_that_minds_the_others_answers_more_is_believed(models, tmp_pa
 
 @pytest.mark.parametrize("options", [{"text": c4_texts(30)}, {"beta": 0.1}, {"text": SelfWritten(prefix="Say")}])
 def test_the_adapted_source_teaches_where_nothing_can_be_compared(models, options):
-    route = peft_cast.translate(*models, **{**OPTIONS, "steps": 0, **options}).metrics["route"]
-    assert route["teacher"] == "source" and "minds" not in route
+    found = peft_cast.translate(*models, **{**OPTIONS, "steps": 0, **options}).metrics["text"]
+    assert found["teacher"] == "source" and "minds" not in found
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,6 @@ from .losses import Logits, Predictions, TopKDivergence, kl_divergence, rows_at_
 from .on_policy import check_prompts, imitate_on_own_words
 from .route import check_first_maps, first_maps
 from .run import NotSavedError, RunFolder, check_folder, clear_run, described, open_run
-from .shown import choose_teacher, open_teacher, shown_if_asked
+from .shown import open_teacher, taught
 from .teacher import Teacher
 from .trainer import training_precision

@@ -82,33 +82,7 @@ class ShownTeacher(Teacher):
         return kl_divergence(shown, plain)
 
 
-def choose_teacher(
-    pair: Pair, texts: PairTexts, training: Training, text: Any, *, keep: Keep = lambda key, write: write()
-) -> tuple[Training, dict[str, Any]]:
-    """The settings with `teacher="auto"` decided: `shown` where the target is clearly the stronger model on the
-    prompts of the text, else `source`.
-
-    Args:
-        pair, texts, training, text, keep: As in `shown_if_asked`.
-
-    Returns:
-        The settings, and JSON-ready the teacher and the numbers that decided.
-    """
-    if training.teacher != "auto":
-        return training, {"teacher": training.teacher}
-    able = texts.answers and not training.beta and not sharding.is_requested(training.training_args)
-    found = None
-    with suppress(ValueError):  # too few answers to show, or none that is given: then there is but one teacher
-        found = compare(pair, texts.answers, _how_written(text), training.seed, keep) if able else None
-    teacher = found.teacher if found else "source"
-    return replace(training, teacher=teacher), {"teacher": teacher, **({"minds": vars(found)} if found else {})}
-
-
-def _how_written(text: Any) -> SelfWritten:
-    return text if isinstance(text, SelfWritten) else SelfWritten()
-
-
-def shown_if_asked(
+def taught(
     pair: Pair,
     texts: PairTexts,
     training: Training,
@@ -117,22 +91,42 @@ def shown_if_asked(
     bar: Callable = lambda items, **_: items,
     keep: Keep = lambda key, write: write(),
 ) -> PairTexts:
-    """For the teacher `shown` what the target answers to the prompts of a text, with the adapted source's answers as
-    examples; for others the text as it is.
+    """The texts for the teacher that the settings name, or for the one that suits the pair if that is `auto`: `shown`
+    where the target is clearly the stronger model on the prompts, else `source`.
+
+    For `shown` the prompts are answered again, by the target with the adapted source's answers as examples. For others
+    the texts are as they were.
 
     Args:
         pair (`Pair`): The models, the target without an adapter.
-        texts: What was read: its prompts are answered again, its anchors and general texts stay.
+        texts: What was read.
         training (`Training`): Which teacher, seed, lengths, and how many texts are held out.
         text: What the user gave as text: a `SelfWritten` says how answers are written.
         bar, keep: As in `write_texts`.
 
+    Returns:
+        `PairTexts`: With the `teacher` in its metrics, and the `minds` that decided if two models were compared.
+
     Raises:
         ValueError: If too few answers can be shown or read.
     """
-    if training.teacher != "shown":
-        return texts
-    spec, tokenizer = _how_written(text), pair.tokenizers[1]
+    spec = text if isinstance(text, SelfWritten) else SelfWritten()
+    teacher, metrics = training.teacher, dict(texts.metrics)
+    if teacher == "auto":
+        found = None
+        if texts.answers and not training.beta and not sharding.is_requested(training.training_args):
+            with suppress(ValueError):  # too few answers to show, or none that is given: there is but one teacher
+                found = compare(pair, texts.answers, spec, training.seed, keep)
+        teacher = found.teacher if found else "source"
+        metrics |= {"minds": vars(found)} if found else {}
+    texts = replace(texts, metrics={**metrics, "teacher": teacher})
+    return _shown(pair, texts, training, spec, bar, keep) if teacher == "shown" else texts
+
+
+def _shown(
+    pair: Pair, texts: PairTexts, training: Training, spec: SelfWritten, bar: Callable, keep: Keep
+) -> PairTexts:
+    tokenizer = pair.tokenizers[1]
     spec = replace(spec, temperature=min(spec.temperature, TEMPERATURE), on_policy=False)
     prompts = shown_prompts(texts.answers, tokenizer, training.seed, spec.max_new_tokens)
     samples = write_answers(pair.target, tokenizer, prompts, spec, training.seed, partial(bar, desc="showing"), keep)

@@ -67,10 +67,9 @@ def compare(
         `None` if there are fewer than two prompts that both answer.
     """
     likeliest = replace(spec, temperature=0.0, on_policy=False)
-    first = {prompt.target_prompt: prompt for prompt in reversed(shown_prompts(answers, pair.tokenizers[1], seed))}
-    shown = [first[text] for text in dict.fromkeys(one.target_prompt for one in answers)][:PROMPTS]
-    asked = {one.target_prompt: one for one in answers}
-    models, prompts = (pair.adapted, pair.target), ([asked[one.target_prompt] for one in shown], shown)
+    asked = list({one.target_prompt: one for one in answers}.values())[:PROMPTS]
+    shown = shown_prompts(answers, pair.tokenizers[1], seed, spec.max_new_tokens, asked)
+    models, prompts = (pair.adapted, pair.target), (asked, shown)
     written = [
         {one.target_prompt: one for one in write_answers(model, tokenizer, some, likeliest, seed, keep=keep)}
         for model, tokenizer, some in zip(models, pair.tokenizers, prompts)

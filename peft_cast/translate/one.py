@@ -21,14 +21,13 @@ from ..refine import (
     TrainingTexts,
     check_first_maps,
     check_prompts,
-    choose_teacher,
     described,
     first_maps,
     imitate,
     imitate_on_own_words,
     open_run,
     open_teacher,
-    shown_if_asked,
+    taught,
 )
 from ..results import TranslationResult
 from ..source import Pair, open_pair, with_adapter
@@ -52,7 +51,8 @@ def translate_one(job: Job) -> TranslationResult:
         stack.enter_context(run.advising())
         # 2. Read the text, or let the models write it.
         with phases.measure("text"):
-            job, texts, earlier, teaches = _read(job, pair, run)
+            texts, earlier = _read(job, pair, run)
+        job = replace(job, options=options.but(teacher=texts.metrics["teacher"]))
         options, training = job.options, job.options.training
         # 3. Initial maps: the adapter as it is, the closed form, a bridge's, or those of an earlier translation.
         with phases.measure("closed_form"):
@@ -86,7 +86,7 @@ def translate_one(job: Job) -> TranslationResult:
         "source": pair.given.metrics,
         "alignment": {"shared_tokens": len(pair.vocabulary), **pair.modules.metrics},
         **reached.metrics(pair, texts, trained),
-        "route": {**teaches, **route, "refined": bool(reached.refinement.steps)},
+        "route": {**route, "refined": bool(reached.refinement.steps)},
         **({"closed_form": maps.metrics} if route["first_maps"] in ("closed_form", "bridge") else {}),
         "settings": {**_settings(job), "projection_type": config.projection_type, "rank": config.r},
         "phases": phases.costs,
@@ -98,32 +98,24 @@ def translate_one(job: Job) -> TranslationResult:
     return result
 
 
-def _read(job: Job, pair: Pair, run: RunFolder) -> tuple[Job, PairTexts, ClosedForm[KernelFit] | None, dict[str, Any]]:
-    """The job with its teacher decided, the texts, the projections of the translation to go on from, which may write
-    some of them, and what decided on the teacher.
+def _read(job: Job, pair: Pair, run: RunFolder) -> tuple[PairTexts, ClosedForm[KernelFit] | None]:
+    """The texts, with the teacher that they are for, and the projections of the translation to go on from, which may
+    write some of them.
     """
     options, start = job.options, job.start
     with with_adapter(pair.target, start) if start is not None else nullcontext() as translated:
-        read = partial(
-            read_texts,
-            pair,
-            job.text,
-            options.fit,
-            options.training,
-            bar=job.bar,
-            translated=translated,
-            keep=run.written,
-        )
-        texts = run.texts(read)
-        check_prompts(options.training, bool(texts.answers))
-        earlier = None
+
+        def read() -> PairTexts:
+            how: dict[str, Any] = {"bar": job.bar, "keep": run.written}
+            texts = read_texts(pair, job.text, options.fit, options.training, translated=translated, **how)
+            check_prompts(options.training, bool(texts.answers))
+            with translated.disable_adapter() if translated is not None else nullcontext():
+                return taught(pair, texts, options.training, job.text, **how)
+
+        texts, earlier = run.texts(read), None
         if translated is not None:
             earlier = projections_of(translated, pair.kernels, pair.modules, without_secrets(start))
-    training, teaches = choose_teacher(pair, texts, options.training, job.text, keep=run.written)
-    if training.teacher == "shown":
-        show = partial(shown_if_asked, pair, texts, training, job.text, bar=job.bar, keep=run.written)
-        texts = run.texts(show, "shown")
-    return replace(job, options=options.but(teacher=training.teacher)), texts, earlier, teaches
+    return texts, earlier
 
 
 def _origin(job: Job, pair: Pair) -> dict[str, str | None]:

@@ -191,16 +191,16 @@ TEACHERS = {
 }
 
 
-def _route(route: Mapping[str, Any]) -> Iterator[str]:
+def _route(route: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
     """In a line each, what was done and who taught."""
     if (first := route.get("first_maps")) is not None:
         said = ROUTES.get(first, str(first))
         if "copy" in route:
             said += f" (as it is it covers {route['copy']:.0%} of the way on held-out text)"
         yield f"Route: the LoRA {said}, then {'refined' if route['refined'] else 'left as it was'}"
-    if (teacher := route.get("teacher")) is not None:
+    if (teacher := text.get("teacher")) is not None:
         said = TEACHERS.get(str(teacher), f"a mixture of share {teacher}")
-        if minds := route.get("minds"):
+        if minds := text.get("minds"):
             said += (
                 f" (on {minds['prompts']} prompts the adapted source minds the target's answers by "
                 f"{minds['source']:.3f} nats per character, the target the source's by {minds['target']:.3f}; "
@@ -210,8 +210,7 @@ def _route(route: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _remarks(metrics: Mapping[str, Any]) -> Iterator[str]:
-    if route := metrics.get("route"):
-        yield from _route(route)
+    yield from _route(metrics.get("route", {}), metrics.get("text", {}))
     if own := metrics.get("on_policy"):
         before, after = own["kl"]["before"], own["kl"]["after"]
         yield f"KL on its own answers to {own['texts']} prompts {before:.4f}, then {after:.4f}"
