@@ -226,6 +226,13 @@ def test_flips_are_counted_item_by_item_against_the_best_prompt(source_folder, l
     assert found.judged == ["a"]
 
 
+def test_numbers_that_are_not_finite_are_told_and_stop_nothing(source_folder, loras):
+    told = Told(adapted=(float("nan"), 0.0, 1.0, 1.0))
+    with pytest.warns(UserWarning, match="'a' gives NaN or infinite numbers on 'told', as in a `dtype` too narrow"):
+        found = peft_cast.evaluate(source_folder, {"a": [loras["a"], loras["a"]]}, [told], progress=False)
+    assert "nan" in str(found)
+
+
 def test_items_that_are_not_right_or_wrong_have_no_flips(source_folder, loras):
     found = peft_cast.evaluate(source_folder, {"a": loras["a"]}, [LIKELIHOOD], progress=False)
     (paired,) = found.paired

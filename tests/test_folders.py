@@ -643,7 +643,7 @@ def test_what_loading_tells_has_its_cause(change, words, source_folder, lora_fol
 
 
 @pytest.mark.parametrize(
-    "values", [{"vocab_size": "many"}, {"hidden_activation": "no such"}, {"num_attention_heads": 3}]
+    "values", [{"vocab_size": "many"}, {"hidden_activation": "no such"}, {"num_attention_heads": 0}]
 )
 def test_plans_of_configurations_that_make_no_sense_are_one_sentence(
     values, source_folder, lora_folder, target_folder, tmp_path

@@ -244,10 +244,10 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
             f"its file is cut: '{unpaired}' is in the model, not in the file, while its other half is there: get the "
             "file again"
         )
-    if why := of_experts(match, extra, absent) or incomplete(match, extra, absent, found):
-        return why
     if (experts := [part for part in match.parts if part.is_expert]) and any(".experts." in key for key in extra):
         return _no_room_for(match, experts)
+    if why := of_experts(match, extra, absent) or incomplete(match, extra, absent, found):
+        return why
     beyond, reached = [_layer(key) for key in absent], _reached(found)
     if match.layers and not extra and reached >= 0 and min(beyond) > reached:
         return _replicated(match, found)
