@@ -114,7 +114,8 @@ def taught(
     teacher, metrics = training.teacher, dict(texts.metrics)
     if teacher == "auto":
         found = None
-        if texts.answers and not training.beta and not sharding.is_requested(training.training_args):
+        whole = not training.beta and not sharding.is_requested(training.training_args)
+        if texts.answers and whole and not spec.on_policy:  # then they are not the adapted source's
             with suppress(ValueError):  # too few answers to show, or none that is given: there is but one teacher
                 found = compare(pair, texts.answers, spec, training.seed, keep)
         teacher = found.teacher if found else "source"
