@@ -108,7 +108,8 @@ def taught(
         ValueError: If too few answers can be shown or read.
     """
     spec = text if isinstance(text, SelfWritten) else SelfWritten()
-    teacher, metrics = training.teacher, dict(texts.metrics)
+    teacher: str | float = training.teacher
+    metrics = dict(texts.metrics)
     if teacher == "auto":
         found = None
         whole = not training.beta and not sharding.is_requested(training.training_args)

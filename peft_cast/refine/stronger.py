@@ -68,6 +68,8 @@ def compare(
     """
     likeliest = replace(spec, temperature=0.0, on_policy=False)
     asked = list({one.target_prompt: one for one in answers}.values())[:PROMPTS]
+    if len(asked) < 2:
+        return None
     shown = shown_prompts(answers, pair.tokenizers[1], seed, spec.max_new_tokens, asked)
     models, prompts = (pair.adapted, pair.target), (asked, shown)
     written = [
