@@ -113,7 +113,8 @@ def taught(
     if teacher == "auto":
         found = None
         whole = not training.beta and not sharding.is_requested(training.training_args)
-        if texts.answers and whole and not spec.on_policy:  # then they are not the adapted source's
+        # Snippets of C4 say nothing of the task, and on-policy answers are not the adapted source's.
+        if text is not None and texts.answers and whole and not spec.on_policy:
             with suppress(ValueError):  # too few answers to show, or none that is given: there is but one teacher
                 found = compare(pair, texts.answers, spec, training.seed, keep)
         teacher = found.teacher if found else "source"
