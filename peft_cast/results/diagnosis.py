@@ -71,8 +71,8 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
         return found
     if covered <= 0:
         found.append(
-            "With this adapter the target is no nearer to its teacher than without: use the target as it is, or retrain "
-            "the adapter on it, unless one of the following helps."
+            "With this adapter the target is no nearer to its teacher than without: use the target as it is, or "
+            "retrain the adapter on it, unless one of the following helps."
         )
     if source.get("converted") and (error := fmean(source["converted"].values())) > 0.3:
         found.append(
