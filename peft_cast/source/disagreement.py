@@ -102,8 +102,8 @@ def other_sizes(match: Match, said: str) -> str | None:
     pairs: list[tuple[Part, tuple[int, ...]]] = []
     for key, shape in _SIZE_MISMATCH.findall(said):
         steps = key.split(".")  # one of them is the adapter's name
-        names = (".".join(steps[:at] + steps[at + 1 :]) for at in range(len(steps)))
-        if part := next((parts[name] for name in names if name in parts), None):
+        without_one = (".".join(steps[:at] + steps[at + 1 :]) for at in range(len(steps)))
+        if part := next((parts[name] for name in without_one if name in parts), None):
             pairs.append((part, tuple(map(int, filter(None, shape.split(","))))))
     if not pairs:
         return None
