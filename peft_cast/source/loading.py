@@ -214,7 +214,8 @@ def check_on_target(
     Raises:
         ValueError, OSError: As `with_adapter`, and if the target is none.
     """
-    base = skeleton_of(target, "target", target_revision)
+    planned = isinstance(target, nn.Module) and target.device.type == "meta"  # a skeleton already
+    base = target if planned else skeleton_of(target, "target", target_revision)
     for adapter in adapters:
         config = _config_to_run(adapter)
         if base is not None:
