@@ -15,6 +15,7 @@ from ..source import Pair
 from ..text import Keep, SelfWritten, TextSample, shown_prompts, write_answers
 
 
+MORE = 2.0  # how many times as much the target must mind, by the few pairs that were read (docs/lab-book.md)
 PROMPTS = 32  # that both answer: one more would not change who is stronger, where it is clear
 
 
@@ -40,8 +41,9 @@ class Comparison:
 
     @property
     def teacher(self) -> str:
-        """`shown` if the target is clearly the stronger, else `source`."""
-        return "shown" if self.target - self.source > 2 * self.error else "source"
+        """`shown` if the target is clearly the stronger, else `source`, which has carried every task it was tried on."""
+        clearly = self.target > MORE * self.source and self.target - self.source > 2 * self.error
+        return "shown" if clearly else "source"
 
 
 def compare(
