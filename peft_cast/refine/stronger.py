@@ -41,7 +41,7 @@ class Comparison:
 
     @property
     def teacher(self) -> str:
-        """`shown` if the target is clearly the stronger, else `source`, which has carried every task it was tried on."""
+        """`shown` if the target is clearly the stronger, else `source`."""
         clearly = self.target > MORE * self.source and self.target - self.source > 2 * self.error
         return "shown" if clearly else "source"
 
