@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,11 @@ from .utils.fields import Group, describe, is_a, option, unknown
 
 
 def _depth_map(value: Any) -> str | None:
-    named = value in ("proportional", "similarity") if isinstance(value, str) else isinstance(value, Mapping)
-    return None if named else "be 'proportional', 'similarity' or a mapping of layer numbers"
+    if isinstance(value, Mapping):
+        numbers = bool(value) and all(is_a(layer, Integral) for pair in value.items() for layer in pair)
+    else:
+        numbers = isinstance(value, str) and value in ("proportional", "similarity")
+    return None if numbers else "be 'proportional', 'similarity' or a mapping of layer numbers, as `{0: 0, 1: 2}`"
 
 
 def _dtype(value: Any) -> str | None:
