@@ -486,7 +486,7 @@ def test_no_error_shows_a_token(valid, monkeypatch):
         lambda: peft_cast.to_lora(bad),
         lambda: peft_cast.evaluate(bad, {}, []),
         lambda: peft_cast.evaluate(valid[2], {"x": bad}, [TASK], target_tokenizer=TOKENIZER, progress=False),
-        lambda: peft_cast.evaluate(valid[2], {}, [], target_tokenizer=TOKENIZER, drift_text=bad, progress=False),
+        lambda: peft_cast.evaluate(valid[2], {}, [TASK], target_tokenizer=TOKENIZER, drift_text=bad, progress=False),
         lambda: Bridge.from_pretrained(bad),
     ]
     for number, call in enumerate(calls):
