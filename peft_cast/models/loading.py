@@ -185,7 +185,7 @@ def check_model(model: Any, which: str, revision: str | None = None) -> Pretrain
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
                 f"`{which}` carries an adapter already, and what is made here belongs to the model alone: pass its "
-                "hub id or folder, or take the adapter off first (`result.model.unload()`)."
+                "hub id or folder, or the model without it (`unload()` of its PeftModel takes it off)."
             )
         return model.config
     if not isinstance(model, (str, Path)) or not str(model):
