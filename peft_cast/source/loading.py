@@ -27,8 +27,8 @@ from ..models import (
     unload_adapters,
 )
 from ..tuner.checks import check_finite, shown
-from ..utils import adapter_folder, read_adapter_config, read_weights_header, why_no_model, without_secrets
-from .disagreement import other_masks, other_tokens
+from ..utils import adapter_folder, differ, read_adapter_config, read_weights_header, why_no_model, without_secrets
+from .disagreement import other_masks, other_model, other_tokens
 from .files import idle, idle_file, of_another_file, unusable
 from .kernels import SourceAdapter, nothing_carried, read_adapter
 from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
@@ -270,6 +270,7 @@ def _loaded(
             "decoder: it is read as CAUSAL_LM."
         )
         config.task_type = "CAUSAL_LM"
+    warn_of_base(adapter, match)
     with readable(adapter, revision, match) as file:
         parameters = dict(base.named_parameters(remove_duplicate=False))
         names = parameters if changes_weights(config) else _base_names(file.header) & parameters.keys()
@@ -331,6 +332,19 @@ def matched(
     if why is not None:
         raise no_match(adapter, match, why)
     return match
+
+
+def warn_of_base(adapter: str | Path, match: Match) -> None:
+    """Warn of an adapter that names another model than the one it is put on: base, instruction-tuned and newer models
+    of one family have equal shapes, so nothing else would tell.
+    """
+    if differ(match.config.base_model_name_or_path, match.source.name_or_path):
+        warnings.warn(
+            without_secrets(
+                f"The adapter '{adapter}' names another model than the {match.which} model "
+                f"'{match.source.name_or_path}' as its own: if its configuration is right, {other_model(match)}."
+            )
+        )
 
 
 def no_match(adapter: str | Path, match: Match, why: str) -> ValueError:
