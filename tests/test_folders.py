@@ -80,6 +80,22 @@ def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(
     refused(lambda: peft_cast.translate(source_folder, wrong, target_folder, **QUICK), "would be (32, 3): correct `r`")
 
 
+@pytest.mark.parametrize("base", ["meta-llama/Llama-3-8B", "user/Tiny-Llama", "/gone/model", "", None])
+def test_an_adapter_that_names_another_model_of_equal_shapes_is_warned_of(base, source_folder, lora_folder, tmp_path):
+    adapter = edited(lora_folder, tmp_path / "a", base_model_name_or_path=base)
+    few = {"steps": 1, "batch_size": 2, "max_length": 8, "fit_samples": 4, "gamma": 0.0}
+    for which, work in {
+        "source": lambda: peft_cast.plan(source_folder, adapter, source_folder, **few),
+        "target": lambda: peft_cast.evaluate(source_folder, {"a": adapter}, [], drift_text=TEXTS[:1], progress=False),
+    }.items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            work()
+        words = [str(one.message) for one in said if "names another model" in str(one.message)]
+        assert len(words) == (base == "meta-llama/Llama-3-8B")
+        assert all(f"it was trained on '{base}', pass that as `{which}`" in one for one in words)
+
+
 @pytest.fixture
 def both(target_folder, lora_folder, tmp_path):
     """A folder with a model and an adapter in it."""

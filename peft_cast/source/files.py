@@ -108,8 +108,13 @@ def unusable(
     """Why a LoRA cannot be a source, as its file and its configuration tell side by side: what follows "it" in a
     sentence, without the stop; `None` if nothing speaks against it.
     """
-    if (why := of_another_file(config, header)) is not None:
-        return why
+    return of_another_file(config, header) or idle_file(adapter, revision, config, header)
+
+
+def idle_file(
+    adapter: str | Path, revision: str | None, config: PeftConfig, header: Mapping[str, TensorInfo]
+) -> str | None:
+    """`idle` of an adapter in a folder or on the hub; tensors are read one at a time."""
     if any(info.dtype not in FLOATS or 0 in info.shape for info in header.values()):
         return None  # is refused where it is loaded
     with safe_open(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision), framework="pt") as tensors:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -27,9 +27,9 @@ from ..models import (
     unload_adapters,
 )
 from ..tuner.checks import check_finite, shown
-from ..utils import adapter_folder, read_adapter_config, read_weights_header, why_no_model, without_secrets
-from .disagreement import other_masks, other_tokens
-from .files import idle, of_another_file, unusable
+from ..utils import adapter_folder, differ, read_adapter_config, read_weights_header, why_no_model, without_secrets
+from .disagreement import other_masks, other_model, other_tokens
+from .files import idle, idle_file, of_another_file, unusable
 from .kernels import SourceAdapter, nothing_carried, read_adapter
 from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
@@ -140,6 +140,17 @@ def _check_in_memory(adapter: PeftModel) -> None:
             ) from None
     if (why := idle(config, list(state), state.__getitem__)) is not None:
         raise ValueError(f"The adapter {why}.")
+
+
+def why_idle(adapter: str | Path | PeftModel) -> str | None:
+    """`idle` of an adapter that may be none to translate: in a folder, on the hub or on its model."""
+    if not isinstance(adapter, PeftModel):
+        return idle_file(adapter, None, read_adapter_config(adapter), read_weights_header(adapter))
+    config = adapter.active_peft_config
+    if type(config) is not LoraConfig or len(adapter.active_adapters) != 1:
+        return None
+    state = get_peft_model_state_dict(adapter, adapter_name=adapter.active_adapter, save_embedding_layers=False)
+    return idle(config, list(state), state.__getitem__)
 
 
 @contextmanager
@@ -259,6 +270,7 @@ def _loaded(
             "decoder: it is read as CAUSAL_LM."
         )
         config.task_type = "CAUSAL_LM"
+    warn_of_base(adapter, match)
     with readable(adapter, revision, match) as file:
         parameters = dict(base.named_parameters(remove_duplicate=False))
         names = parameters if changes_weights(config) else _base_names(file.header) & parameters.keys()
@@ -320,6 +332,19 @@ def matched(
     if why is not None:
         raise no_match(adapter, match, why)
     return match
+
+
+def warn_of_base(adapter: str | Path, match: Match) -> None:
+    """Warn of an adapter that names another model than the one it is put on: base, instruction-tuned and newer models
+    of one family have equal shapes, so nothing else would tell.
+    """
+    if differ(match.config.base_model_name_or_path, match.source.name_or_path):
+        warnings.warn(
+            without_secrets(
+                f"The adapter '{adapter}' names another model than the {match.which} model "
+                f"'{match.source.name_or_path}' as its own: if its configuration is right, {other_model(match)}."
+            )
+        )
 
 
 def no_match(adapter: str | Path, match: Match, why: str) -> ValueError:

@@ -17,6 +17,7 @@ from .files import (
 )
 from .names import (
     adapter_folder,
+    differ,
     files_of,
     find_file,
     hub_parts,
