@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import nn
@@ -29,7 +29,8 @@ from ..models import (
 from ..tuner.checks import check_finite, shown
 from ..utils import adapter_folder, differ, read_adapter_config, read_weights_header, why_no_model, without_secrets
 from .disagreement import other_masks, other_model, other_tokens
-from .files import idle, idle_file, of_another_file, unusable
+from .files import of_another_file, unusable
+from .idle import idle
 from .kernels import SourceAdapter, nothing_carried, read_adapter
 from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
@@ -124,7 +125,13 @@ def _check_in_memory(adapter: PeftModel) -> None:
     check_loaded(adapter.get_base_model(), "source")
     config = adapter.active_peft_config
     check_config(config, "The adapter", in_memory=True)
-    if any(isinstance(layer, BaseTunerLayer) and layer.disable_adapters for layer in adapter.modules()):
+    layers = [layer for layer in adapter.modules() if isinstance(layer, BaseTunerLayer)]
+    if not layers:
+        raise ValueError(
+            "The adapter is no longer on its model, as after `merge_and_unload()`, which put it into the weights: "
+            "load it again, or pass its folder."
+        )
+    if any(layer.disable_adapters for layer in layers):
         raise ValueError(
             "The adapter is disabled, so that it changes nothing: call `adapter.base_model.enable_adapter_layers()` "
             "first."
@@ -140,17 +147,6 @@ def _check_in_memory(adapter: PeftModel) -> None:
             ) from None
     if (why := idle(config, list(state), state.__getitem__)) is not None:
         raise ValueError(f"The adapter {why}.")
-
-
-def why_idle(adapter: str | Path | PeftModel) -> str | None:
-    """`idle` of an adapter that may be none to translate: in a folder, on the hub or on its model."""
-    if not isinstance(adapter, PeftModel):
-        return idle_file(adapter, None, read_adapter_config(adapter), read_weights_header(adapter))
-    config = adapter.active_peft_config
-    if type(config) is not LoraConfig or len(adapter.active_adapters) != 1:
-        return None
-    state = get_peft_model_state_dict(adapter, adapter_name=adapter.active_adapter, save_embedding_layers=False)
-    return idle(config, list(state), state.__getitem__)
 
 
 @contextmanager
