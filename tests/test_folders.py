@@ -502,6 +502,9 @@ def test_weights_that_are_missing_are_not_made_up(source_folder, lora_folder, ta
     refused(
         lambda: peft_cast.translate(source_folder, lora_folder, folder, **QUICK), "lacks the weights", "layers.0.mlp"
     )
+    other = {f"module.{name}": value for name, value in weights.items()}
+    save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(lambda: peft_cast.translate(source_folder, lora_folder, folder, **QUICK), "its file has 'module.")
 
 
 @pytest.mark.parametrize("held", [b"", b"version https://git-lfs.github.com/spec/v1\n"])

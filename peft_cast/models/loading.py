@@ -106,9 +106,11 @@ def load_model(
             f"{named} could not be loaded: {one_line(error)} Pass a hub id, a folder or a loaded model."
         ) from error
     if missing := sorted(found["missing_keys"]):
+        others = sorted(found["unexpected_keys"])  # as where all names have a prefix
+        instead = f" (its file has '{others[0]}' and the like, which it does not have)" if others else ""
         raise OSError(
-            f"{named} lacks the weights of {len(missing)} tensors ('{missing[0]}'), which would be random: get the "
-            "whole model, or pass the one that it was made from."
+            f"{named} lacks the weights of {len(missing)} tensors ('{missing[0]}'), which would be random{instead}: "
+            "get the whole model, or pass the one that it was made from."
         )
     if odd := sorted(found["mismatched_keys"]):
         name, held, wanted = odd[0]

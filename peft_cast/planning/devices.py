@@ -94,7 +94,9 @@ def device_of(device: str | Device | None) -> Device:
     if device is None:
         return this_machine()
     if isinstance(device, str) and device not in DEVICES:
-        raise ValueError(f"There is no device '{device}': choose from {', '.join(DEVICES)}, or pass a `Device`.")
+        raise ValueError(
+            f"There is no device '{device}': choose from {', '.join(DEVICES)} (in Python a `Device` of your own)."
+        )
     return DEVICES[device] if isinstance(device, str) else device
 
 
