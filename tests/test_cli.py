@@ -206,7 +206,7 @@ def test_evaluates(translated, target_folder, tmp_path):
         (["evaluate", "a", "=b"], "name=folder"),
         (["evaluate", "a", "b="], "name=folder"),
         (["bridge", "-", "b", "-o", "d"], "source model could not be loaded: there is no folder '-', and no hub id"),
-        (["report", "/nope"], "There are no metrics of a translation, there is no folder '/nope': pass the folder"),
+        (["report", "/nope"], "could not be read, there is no folder '/nope': pass the folder"),
         (["evaluate", "a", "b=c"], "nothing to evaluate on"),
     ],
 )

@@ -85,7 +85,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]], dict[st
     remedy = "pass the folder of an adapter that `translate` made and `save_pretrained` saved"
     if not (folder / METRICS_NAME).is_file():
         held = f"'{folder}' has no {METRICS_NAME}" if folder.is_dir() else f"there is no folder '{folder}'"
-        raise ValueError(f"There are no metrics of a translation, {held}: {remedy}.")
+        raise ValueError(f"The metrics of a translation could not be read, {held}: {remedy}.")
     try:
         saved = read_metrics(folder)
         metrics, history = saved["metrics"], saved.get("history", [])
@@ -93,7 +93,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]], dict[st
             raise TypeError
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"'{folder / METRICS_NAME}' is broken, or holds no metrics of a translation: get it again, or {remedy}."
+            f"'{folder / METRICS_NAME}' with a translation's metrics could not be read, it is broken, or "
+            f"something else: get it again, or {remedy}."
         ) from error
     beside = (read_json_if_there(folder / name) for name in (CONFIG_NAME, REPORT_NAME))
     config, gathered = (data if isinstance(data, dict) else {} for data in beside)
