@@ -17,8 +17,8 @@ from .names import BRIDGED, Match, Part
 
 _SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*, the shape in current model is torch.Size\(\[(.*?)\]\)")
 # Settings that decide on the shapes of an adapter's tensors.
-_SIZES = ("r", "oft_block_size", "boft_block_size", "block_size", "n_frequency", "num_vectors", "vector_length")
-_SIZES += ("decompose_factor",)
+_SIZES: tuple[str, ...] = ("r", "oft_block_size", "boft_block_size", "block_size", "n_frequency", "num_vectors")
+_SIZES += ("vector_length", "decompose_factor")
 _EXPERTS = ("experts",)  # modules whose parameters `target_parameters` means
 
 

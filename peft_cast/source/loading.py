@@ -200,7 +200,7 @@ def check_on_source(
     Raises:
         ValueError, OSError: As `adapted_source`.
     """
-    base = skeleton_of(source, "source", source_revision)
+    base = source if isinstance(source, nn.Module) else skeleton_of(source, "source", source_revision)
     for adapter in adapters:
         if base is not None and not isinstance(adapter, PeftModel):
             check_on(base, adapter, revision, read_adapter_config(adapter, revision))
@@ -214,7 +214,7 @@ def check_on_target(
     Raises:
         ValueError, OSError: As `with_adapter`, and if the target is none.
     """
-    base = skeleton_of(target, "target", target_revision)
+    base = target if isinstance(target, nn.Module) else skeleton_of(target, "target", target_revision)
     for adapter in adapters:
         config = _config_to_run(adapter)
         if base is not None:
