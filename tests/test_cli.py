@@ -177,7 +177,7 @@ def test_evaluates(translated, target_folder, tmp_path):
     [
         (["inspect", "no/where"], "could not be read"),
         (["cast", "no/where", "x", "-o", "y"], "bridge 'no/where' could not be read"),
-        (["plan", "a", "no/where", "b"], "could not be read"),
+        (["plan", "a", "no/where", "b"], "The source model 'a' could not be loaded"),
         (["translate", "a", "b", "c", "-o", "d", "--set", "speed=3"], "has no argument 'speed'"),
         (["translate", "a", "b", "c", "-o", "d", "--set", "speed"], "takes name=value"),
         (["translate", "a", "b", "c", "-o", "d", "--config", "none.yaml"], "could not be read"),
