@@ -55,6 +55,7 @@ def judged(scenario: str, task: str) -> dict:
         target,
         text=general,
         fit_text=general,
+        first_maps="closed_form",
         steps=0,
         depth_map=depth_map(target),
         report_samples=0,

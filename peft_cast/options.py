@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,11 @@ from .utils.fields import Group, describe, is_a, option, unknown
 
 
 def _depth_map(value: Any) -> str | None:
-    named = value in ("proportional", "similarity") if isinstance(value, str) else isinstance(value, Mapping)
-    return None if named else "be 'proportional', 'similarity' or a mapping of layer numbers"
+    if isinstance(value, Mapping):
+        numbers = bool(value) and all(is_a(layer, Integral) for pair in value.items() for layer in pair)
+    else:
+        numbers = isinstance(value, str) and value in ("proportional", "similarity")
+    return None if numbers else "be 'proportional', 'similarity' or a mapping of layer numbers, as `{0: 0, 1: 2}`"
 
 
 def _dtype(value: Any) -> str | None:
@@ -40,8 +43,12 @@ def _source_rank(value: Any) -> str | None:
 
 
 def _teacher(value: Any) -> str | None:
-    named = value in ("source", "shown", "delta") if isinstance(value, str) else is_a(value, Real) and 0 <= value <= 1
-    return None if named else "be 'source', 'shown', 'delta' or a number from 0 to 1"
+    named = (
+        value in ("auto", "source", "shown", "delta")
+        if isinstance(value, str)
+        else is_a(value, Real) and 0 <= value <= 1
+    )
+    return None if named else "be 'auto', 'source', 'shown', 'delta' or a number from 0 to 1"
 
 
 @dataclass(frozen=True)
@@ -122,8 +129,14 @@ class Projections(Group):
 
 @dataclass(frozen=True)
 class Fit(Group):
-    """The closed form: the first maps between the models, from general text."""
+    """The first maps between the models: the identity, or the closed form, from general text."""
 
+    first_maps: Literal["auto", "copy", "closed_form"] = option(
+        "auto",
+        "`copy` puts the LoRA on the target as it is, where every module has the source's shape. `auto` does so where "
+        "that alone brings the target at least half of the way to the teacher, as between versions of a model; else, "
+        "and with `closed_form` always, the closed form is fitted.",
+    )
     fit_text: Any = option(
         None,
         "General text for the closed form and the anchors: a file, a hub dataset id, a list of strings, or what else "
@@ -186,13 +199,19 @@ class Training(Group):
         least=0,
     )
     temperature: float = option(1.0, "Temperature T of the KL divergence.", above=0)
-    teacher: Literal["source", "shown", "delta"] | float = option(
-        "source",
+    teacher: Literal["auto", "source", "shown", "delta"] | float = option(
+        "auto",
         "`source` imitates the adapted source model. `shown`, for a target that is the better model, imitates the "
         "target itself as it answers when it is shown three of the adapted source's answers: their form and its own "
-        "knowledge. `delta` adds only what the LoRA changes to the target's own prediction; a number from 0 "
-        "(`source`) to 1 (`delta`) mixes them (docs/results.md).",
+        "knowledge. `auto` takes `shown` where the target is clearly the stronger on the prompts of the text, else "
+        "`source` (docs/how-it-works.md). `delta` adds only what the LoRA changes to the target's own prediction; a "
+        "number from 0 (`source`) to 1 (`delta`) mixes them (docs/results.md).",
         check=_teacher,
+    )
+    enough: float = option(
+        0.98,
+        "Share of the way to the teacher from which the first maps are left as they are; 1 refines in any case.",
+        least=0,
     )
     teacher_top_k: int | None = option(
         128,
@@ -220,10 +239,10 @@ class Training(Group):
 
     @property
     def target_share(self) -> float:
-        """The share of the target's own prediction in the adapted source's: 0 for `"source"`, 1 for `"delta"`, or the
-        number given.
+        """The share of the target's own prediction in the adapted source's: the number given, 1 for `"delta"`, else
+        0.
         """
-        return float({"source": 0.0, "shown": 0.0, "delta": 1.0}.get(self.teacher, self.teacher))  # type: ignore[arg-type]
+        return float(self.teacher == "delta") if isinstance(self.teacher, str) else float(self.teacher)
 
 
 @dataclass(frozen=True)

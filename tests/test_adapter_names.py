@@ -460,7 +460,11 @@ IA3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules
 LOHA = peft.LoHaConfig(r=2, target_modules=FEW)
 # The same of other kinds, which PEFT alone compares with a model.
 WRONG_TOO = {
-    "LoHa, half": (LOHA, {"edit": lambda t: {n: x for n, x in t.items() if "w1" in n}}, "cut: .*get the file again"),
+    "LoHa, half": (
+        LOHA,
+        {"edit": lambda t: {n: x for n, x in t.items() if "w1" in n}},
+        "its file is cut: .*get the file again",
+    ),
     "LoHa, no layer": (LOHA, {"edit": lambda t: {n: x for n, x in t.items() if "layers.2" not in n}}, "for 2 layers"),
     "LoHa, transposed": (LOHA, {"edit": lambda t: {n: x.T for n, x in t.items()}}, "matrices are transposed"),
     "LoHa, rank": (

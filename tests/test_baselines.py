@@ -1,5 +1,7 @@
 """The alternatives that a translation is compared with."""
 
+import warnings
+
 import pytest
 import torch
 from conftest import c4_texts, make_lora, tiny_model
@@ -29,6 +31,27 @@ def test_direct_copy_to_the_same_model_is_the_adapter(source_folder, lora_folder
 def test_direct_copy_needs_a_shape_that_fits(source_folder, lora_folder, target_folder):
     with pytest.raises(ValueError, match="direct copy is impossible"):
         direct_copy(source_folder, lora_folder, target_folder)
+
+
+PARTS = {
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, {}, "module trained in full", (direct_copy, cross_lora)),
+    "a wider MLP": ({}, {"intermediate_size": 64}, "9 modules, which have no place", (direct_copy,)),
+    "one layer": ({}, {"num_hidden_layers": 1}, "14 modules, which have no place", (direct_copy,)),
+    "nothing": ({}, {}, None, (direct_copy, cross_lora)),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_baselines_say_what_they_lose(case, tmp_path):
+    options, sizes, what, baselines = PARTS[case]
+    adapter = make_lora(tiny_model(), tmp_path, **options)
+    for baseline in baselines:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            baseline(tiny_model(), adapter, tiny_model(**sizes))
+        lost = [one for one in said if "is not carried over whole; lost is" in str(one.message)]
+        assert len(lost) == (what is not None) and all(what in str(one.message) for one in lost)
+        assert all(one.filename == __file__ and "bridge" not in str(one.message) for one in lost)
 
 
 def test_cross_lora_to_the_same_model_is_the_adapter_at_full_rank(source_folder, lora_folder):

@@ -231,11 +231,15 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
         ({"adapter_name": ""}, "cannot be called ''"),
         ({"adapter_name": "a.b"}, "cannot be called 'a.b'"),
         ({"source_tokenizer": 5}, "`source_tokenizer` must be"),
+        ({"text": []}, "holds no text of at least 50 characters"),
+        ({"text": ["short"]}, "holds no text of at least 50 characters"),
+        ({"text": 5}, "must be a hub id, a path, an iterable of strings or a dataset, got int"),
+        ({"fit_text": [1, 2]}, "must hold strings, got int"),
     ],
 )
 def test_what_can_be_told_before_models_are_loaded_is(given, message, same, lora_folder, target_folder, monkeypatch):
     monkeypatch.setattr(
-        sys.modules["peft_cast.translate"], "open_pair", lambda *_, **__: pytest.fail("models were loaded")
+        sys.modules["peft_cast.translate.one"], "open_pair", lambda *_, **__: pytest.fail("models were loaded")
     )
     with pytest.raises(ValueError, match=message):
         peft_cast.translate(same[2], lora_folder, target_folder, **{"bridge": same[1], **given})

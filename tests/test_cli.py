@@ -177,11 +177,18 @@ def test_evaluates(translated, target_folder, tmp_path):
     [
         (["inspect", "no/where"], "could not be read"),
         (["cast", "no/where", "x", "-o", "y"], "bridge 'no/where' could not be read"),
-        (["plan", "a", "no/where", "b"], "The source model 'a' could not be loaded"),
+        (["plan", "a", "no/where", "b"], "could not be loaded"),
         (["translate", "a", "b", "c", "-o", "d", "--set", "speed=3"], "has no argument 'speed'"),
         (["translate", "a", "b", "c", "-o", "d", "--set", "speed"], "takes name=value"),
-        (["translate", "a", "b", "c", "-o", "d", "--config", "none.yaml"], "could not be read"),
-        (["translate", "a", "b", "c", "-o", "d", "--prompts", "none.txt"], "could not be read"),
+        (
+            ["translate", "a", "b", "c", "-o", "d", "--config", "none.yaml"],
+            "'none.yaml' could not be read: there is no such",
+        ),
+        (
+            ["translate", "a", "b", "c", "-o", "d", "--prompts", "none.txt"],
+            "'none.txt' could not be read: there is no such",
+        ),
+        (["translate", "a", "b", "c", "-o", "d", "--prompts", "."], "could not be read: it is a folder"),
         (["translate", "a", "b", "c", "-o", "d", "--dtype", "int8"], "`dtype` must be"),
         (["translate", "a", "b", "c", "-o", "d", "--set", "step=3"], "did you mean 'steps'?"),
         (["translate", "a", "b", "c", "-o", "d", "--steps", "-1"], "`steps` must be at least 0, got -1"),
@@ -308,6 +315,12 @@ def test_settings_are_yaml_and_checked_by_the_functions_signature():
 def test_tasks_are_made_from_mappings():
     made = tasks_of([{"type": "classification", "name": "n", "data": "d", "prompt": "{text}", "labels": ["a", "b"]}])
     assert made == [peft_cast.Classification("n", "d", "{text}", ("a", "b"))]
-    for wrong in ([{"type": "poem"}], {"type": "harness"}, [{"type": "likelihood", "name": "n"}]):
-        with pytest.raises(ValueError):
+    for wrong, message in (
+        ([{"type": "poem"}], "must be one of"),
+        ([{"type": ["likelihood"]}], "must be one of"),
+        ({"type": "harness"}, "must be a list of mappings"),
+        ([{"type": "likelihood", "name": "n"}], "^`likelihood` lacks `data`, `prompt` and `answer`: add them.$"),
+        ([{"type": "likelihood", 5: 6, "x": 7}], "`likelihood` has no option '5'"),
+    ):
+        with pytest.raises(ValueError, match=message):
             tasks_of(wrong)

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import peft_cast
 from peft_cast import AnswerLikelihood, CastConfig, Classification, Evaluation, Generation, HarnessTask
 from peft_cast.evaluation.drift import drift
-from peft_cast.evaluation.likelihood import answer_nats, choice_nats
 from peft_cast.evaluation.tasks import Scores
+from peft_cast.models.likelihood import answer_nats, choice_nats
 from peft_cast.results.rows import Measurement
 
 
@@ -231,6 +231,20 @@ def test_numbers_that_are_not_finite_are_told_and_stop_nothing(source_folder, lo
     with pytest.warns(UserWarning, match="'a' gives NaN or infinite numbers on 'told', as in a `dtype` too narrow"):
         found = peft_cast.evaluate(source_folder, {"a": [loras["a"], loras["a"]]}, [told], progress=False)
     assert "nan" in str(found)
+
+
+@pytest.mark.parametrize("where", ["folder", "memory"])
+@pytest.mark.parametrize("alpha, why", [(8, "all of its B is zero"), (0, "its `lora_alpha` is 0")])
+def test_adapters_that_change_nothing_are_measured_with_a_warning(alpha, why, where, source_folder, loras, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(source_folder)
+    idle = get_peft_model(model, LoraConfig(lora_alpha=alpha, init_lora_weights=alpha > 0, target_modules=["q_proj"]))
+    if where == "folder":
+        idle.save_pretrained(tmp_path / "idle")
+    adapters = {"idle": tmp_path / "idle" if where == "folder" else idle, "trained": loras["a"]}
+    with pytest.warns(UserWarning, match="changes nothing") as said:
+        found = peft_cast.evaluate(source_folder, adapters, [Counted()], progress=False)
+    (only,) = [str(one.message) for one in said if "changes nothing" in str(one.message)]
+    assert only.startswith(f"The adapter 'idle' changes nothing: {why}") and "trained" in str(found)
 
 
 def test_items_that_are_not_right_or_wrong_have_no_flips(source_folder, loras):

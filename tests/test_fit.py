@@ -522,6 +522,7 @@ def closed_form(source, lora, target, tokenizer, **options):
         target,
         text=c4_texts(60),
         fit_samples=40,
+        first_maps="closed_form",
         steps=0,
         max_length=128,
         source_tokenizer=tokenizer,

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 import peft_cast
 from peft_cast.cli.inspect import describe, inspect
 from peft_cast.models import continuations
+from peft_cast.source.files import check_is_read
 from peft_cast.source.pair import open_pair
 
 
@@ -79,6 +80,22 @@ def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(
     get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
     wrong = edited(loha, tmp_path / "wrong", r=3)
     refused(lambda: peft_cast.translate(source_folder, wrong, target_folder, **QUICK), "would be (32, 3): correct `r`")
+
+
+@pytest.mark.parametrize("base", ["meta-llama/Llama-3-8B", "user/Tiny-Llama", "/gone/model", "", None])
+def test_an_adapter_that_names_another_model_of_equal_shapes_is_warned_of(base, source_folder, lora_folder, tmp_path):
+    adapter = edited(lora_folder, tmp_path / "a", base_model_name_or_path=base)
+    few = {"steps": 1, "batch_size": 2, "max_length": 8, "fit_samples": 4, "gamma": 0.0}
+    for which, work in {
+        "source": lambda: peft_cast.plan(source_folder, adapter, source_folder, **few),
+        "target": lambda: peft_cast.evaluate(source_folder, {"a": adapter}, [], drift_text=TEXTS[:1], progress=False),
+    }.items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            work()
+        words = [str(one.message) for one in said if "names another model" in str(one.message)]
+        assert len(words) == (base == "meta-llama/Llama-3-8B")
+        assert all(f"it was trained on '{base}', pass that as `{which}`" in one for one in words)
 
 
 @pytest.fixture
@@ -312,6 +329,10 @@ def test_a_quantized_base_whose_package_is_missing_names_the_remedy(
         ({"arrow_config": {"top_k": 1}}, ["PEFT could not put it there", "correct `arrow_config` (ArrowConfig("]),
         ({"lora_alpha": 0}, ["changes nothing", "`lora_alpha`"]),
         *(
+            ({"peft_type": kind}, [f"`peft_type` is {kind}, and the file is a LoRA's", "Correct `peft_type` in"])
+            for kind in ("LOHA", "IA3", "ADALORA")
+        ),
+        *(
             ({option: value}, [f"`{option}` is set", "Correct it in adapter_config.json"])
             for option, value in (("use_dora", True), ("lora_bias", True), ("trainable_token_indices", [7]))
         ),
@@ -324,6 +345,20 @@ def test_what_the_configuration_tells_is_told_before_a_model_is_loaded(
     with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
         sentence = refused(lambda: peft_cast.translate(source_folder, adapter, target_folder, **QUICK), *words)
     assert loads.call_count == 0 and "Pass a hub id" not in sentence
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "ADALORA"])
+def test_a_file_of_another_kind_is_named_everywhere(kind, source_folder, lora_folder, tmp_path):
+    """Also where the kind that the configuration names would be refused."""
+    wrong = edited(lora_folder, tmp_path / "a", peft_type=kind)
+    assert "the file is a LoRA's" in describe(inspect(wrong))
+    refused(lambda: peft_cast.evaluate(source_folder, {"a": wrong}, [], drift_text=TEXTS[:2]), "the file is a LoRA's")
+    refused(lambda: check_is_read(wrong), "the file is a LoRA's")
+    loha = tmp_path / "loha"
+    get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
+    assert "the file is a LOHA's" in describe(inspect(edited(loha, tmp_path / "b", peft_type="LORA")))
+    dora = edited(lora_folder, tmp_path / "c", use_dora=True)
+    refused(lambda: check_is_read(dora), "`use_dora` is set, and no tensor of its file is for it")
 
 
 def test_so_are_weights_that_cannot_be_read(source_folder, lora_folder, target_folder, tmp_path):
@@ -434,6 +469,12 @@ def test_a_subfolder_that_cannot_be_reached_is_named(source_folder, target_folde
     )
 
 
+def test_an_adapter_that_was_merged_and_unloaded_is_said_to_be_gone(source_folder, lora_folder, target_folder):
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder)
+    adapter.merge_and_unload()
+    refused(lambda: peft_cast.translate(None, adapter, target_folder, **QUICK), "no longer on its model", "its folder")
+
+
 def test_a_merged_adapter_in_memory_comes_back_merged(source_folder, lora_folder, target_folder):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder).eval()
     plain = peft_cast.translate(None, model, target_folder, source_tokenizer=source_folder, **QUICK)
@@ -538,7 +579,9 @@ def more_tokens(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (written("config.json", "{"), ["could not be loaded", "not a valid JSON"]),
+        (written("config.json", "{"), ["could not be loaded", "not a valid JSON", "correct it"]),
+        (written("config.json", '{"model_type": "new"}'), ["does not know its `model_type`, 'new': update"]),
+        (written("config.json", "{}"), ["its config.json has no `model_type`, so it is no model's: get it again"]),
         (settings(vocab_size="many"), ["could not be loaded", "field 'vocab_size'"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["no weights", "get the whole model"]),
         (in_shards, ["'two.safetensors'", "is missing"]),

@@ -16,6 +16,7 @@ PROMPTS = ("Say: one thing", "Say: another thing", "Say: a third")
 TEXTS = c4_texts(30)
 TEXT = SelfWritten(prompts=PROMPTS, more_prompts=0, max_new_tokens=12)
 OPTIONS = {
+    "teacher": "source",  # whose answers are compared with nobody's
     "text": TEXT,
     "fit_text": TEXTS,
     "batch_size": 4,

@@ -189,6 +189,7 @@ def recovered(source, lora, target, tokenizer):
         texts=60,
         fit_samples=40,
         eval_samples=8,
+        first_maps="closed_form",
         max_length=96,
     )
     kl = result.metrics["kl"]
@@ -575,6 +576,8 @@ def test_a_map_to_nothing_is_one_clear_error():
         map_modules(["model.layers.0.mlp.fc1"], tiny_model("gpt2"), {0: 0}, {"fc1": "up_prj"})
     with pytest.raises(ValueError, match=r"'c_attn\[0:97\]'"):
         map_modules(["model.layers.0.mlp.fc1"], tiny_model("gpt2"), {0: 0}, {"fc1": "c_attn[0:97]"})
+    with pytest.raises(ValueError, match="speaks of 'foo', which no layer of the source has: choose from .*up_proj"):
+        map_modules(["model.layers.0.mlp.up_proj"], tiny_model(), {0: 0}, {"foo": "up_proj"}, tiny_model())
 
 
 def test_other_lists_of_modules_are_no_decoder_layers():

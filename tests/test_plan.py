@@ -23,7 +23,7 @@ from peft_cast.refine.losses import Predictions, whole
 
 SLOW = Device("slow", flops=1e9, flops32=1e9, memory=2**40, runtime=0, start=0.0)
 # The least that is still a plan.
-QUICK = {"on": SLOW, "steps": 1, "batch_size": 2, "max_length": 8, "fit_samples": 4, "gamma": 0.0}
+QUICK = {"on": SLOW, "teacher": "source", "steps": 1, "batch_size": 2, "max_length": 8, "fit_samples": 4, "gamma": 0.0}
 KINDS = {
     **{kind: (config, "llama") for kind, (config, _) in EXACT.items()},
     **{kind: (config, "llama") for kind, config in APPROXIMATED.items()},
@@ -466,7 +466,7 @@ def test_a_plan_says_what_peft_cannot_replicate(byte_tokenizer, tmp_path):
 
 
 def test_a_teacher_that_is_the_target_is_estimated(lora_folder, source_folder, target_folder):
-    estimated = plan(source_folder, lora_folder, target_folder, **QUICK, teacher="shown").assumed["estimated"]
+    estimated = plan(source_folder, lora_folder, target_folder, **{**QUICK, "teacher": "shown"}).assumed["estimated"]
     assert any("teacher `shown`" in one for one in estimated)
 
 

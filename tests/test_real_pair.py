@@ -17,13 +17,6 @@ from peft_cast.align.vocab import shared_vocabulary
 LORA = ROOT / "examples" / "adapters" / "smollm2-135m-gsm8k"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def tokenizers():
     return AutoTokenizer.from_pretrained(models.smollm2()), AutoTokenizer.from_pretrained(models.gemma3())

@@ -265,7 +265,7 @@ def test_next_to_nothing_still_makes_a_report(tmp_path):
 def test_a_folder_without_metrics_is_one_clear_error(content, tmp_path):
     if content is not None:
         (tmp_path / "cast_metrics.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match="could not be read.*pass the folder of an adapter"):
+    with pytest.raises(ValueError, match="could not be read.*pass the folder of an adapter that"):
         peft_cast.write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 

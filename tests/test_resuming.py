@@ -30,7 +30,7 @@ from peft_cast.utils.files import complete_folder, remove_partial, write_json, w
 from peft_cast.utils.out_of_memory import within_memory
 
 
-TRANSLATE = sys.modules["peft_cast.translate"]  # the name in the package is the function
+TRANSLATE = sys.modules["peft_cast.translate.one"]  # the name in the package is the function
 STEPS = 8
 OPTIONS = {
     "text": c4_texts(24),
@@ -470,7 +470,7 @@ def test_written_text_is_kept(translate, tmp_path, monkeypatch):
     text = SelfWritten(prompts=["Say: one thing", "Say: another"], max_new_tokens=8, batch_size=16)
     options = {"text": text, "fit_text": c4_texts(20), "steps": 3}
     with monkeypatch.context() as patch:
-        patch.setattr(TRANSLATE, "initial_maps", raising(KeyboardInterrupt()))
+        patch.setattr(TRANSLATE, "first_maps", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt, match="what was done is kept"):
             translate(tmp_path, **options)
     monkeypatch.setattr("peft_cast.text.reading.write_texts", lambda *_, **__: pytest.fail("written again"))

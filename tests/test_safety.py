@@ -476,7 +476,6 @@ def test_no_error_shows_a_token(valid, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     bad = f"https://me:{TOKEN}@huggingface.co/user/name"
     lora, tokenizers = valid[0] / "lora", {"source_tokenizer": TOKENIZER, "target_tokenizer": TOKENIZER}
-    evaluated = {"target_tokenizer": TOKENIZER, "progress": False}
     calls = [
         lambda: peft_cast.translate(bad, lora, valid[2]),
         lambda: peft_cast.translate(valid[1], bad, valid[2], **tokenizers),
@@ -486,8 +485,8 @@ def test_no_error_shows_a_token(valid, monkeypatch):
         lambda: peft_cast.translate(valid[1], lora, valid[2], bridge=bad, **tokenizers),
         lambda: peft_cast.to_lora(bad),
         lambda: peft_cast.evaluate(bad, {}, []),
-        lambda: peft_cast.evaluate(valid[2], {"x": bad}, [TASK], **evaluated),
-        lambda: peft_cast.evaluate(valid[2], {"x": valid[0] / "cast"}, [], drift_text=bad, **evaluated),
+        lambda: peft_cast.evaluate(valid[2], {"x": bad}, [TASK], target_tokenizer=TOKENIZER, progress=False),
+        lambda: peft_cast.evaluate(valid[2], {}, [TASK], target_tokenizer=TOKENIZER, drift_text=bad, progress=False),
         lambda: Bridge.from_pretrained(bad),
     ]
     for number, call in enumerate(calls):

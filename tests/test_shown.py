@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import c4_texts
+from conftest import c4_texts, save_model
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_cast
 from peft_cast import SelfWritten
@@ -114,6 +115,32 @@ def test_a_lora_distilled_from_scratch_has_the_same_teacher(models, shown):
 def test_it_learns_on_its_own_words_too(models):
     own = peft_cast.translate(*models, teacher="shown", **OPTIONS, on_policy_steps=4).metrics["on_policy"]
     assert own["steps"] == 4 and own["texts"] > 0
+
+
+@pytest.mark.parametrize("surer, teacher", [("source", "source"), ("target", "shown")])
+def test_the_model_that_minds_the_others_answers_more_is_believed(models, tmp_path, surer, teacher):
+    source, lora, target = models
+    for name, folder in (("source", source), ("target", target)):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():  # a larger head makes a model surer of what it says
+            model.lm_head.weight.mul_(4 if name == surer else 0.25)
+        save_model(model, AutoTokenizer.from_pretrained(folder), tmp_path / name)
+    text = SelfWritten(prompts=[f"Say: thing {i}" for i in range(16)], more_prompts=0, max_new_tokens=12)
+    result = peft_cast.translate(
+        tmp_path / "source", lora, tmp_path / "target", **{**OPTIONS, "text": text, "steps": 2}
+    )
+    found = result.metrics["text"]
+    minds = found["minds"]
+    assert found["teacher"] == teacher == result.metrics["settings"]["teacher"] and minds["prompts"] >= 4
+    clearly = minds["target"] > max(2 * minds["source"], minds["source"] + 2 * minds["error"])
+    assert clearly == (teacher == "shown") and (minds["target"] > minds["source"]) == (surer == "target")
+    assert f"minds the target's answers by {minds['source']:.3f} nats" in result.summary()
+
+
+@pytest.mark.parametrize("options", [{"text": c4_texts(30)}, {"beta": 0.1}, {"text": SelfWritten(prefix="Say")}])
+def test_the_adapted_source_teaches_where_nothing_can_be_compared(models, options):
+    found = peft_cast.translate(*models, **{**OPTIONS, "steps": 0, **options}).metrics["text"]
+    assert found["teacher"] == "source" and "minds" not in found
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def closed_form(source, adapter, tokenizer, target=None, **options):
         target or copy.deepcopy(source),
         source_tokenizer=tokenizer,
         target_tokenizer=tokenizer,
-        **{"steps": 0, **settings, **options},
+        **{"steps": 0, "first_maps": "closed_form", **settings, **options},
     )
 
 

@@ -132,7 +132,7 @@ def test_what_cannot_be_gone_on_from_is_one_clear_error(models, first, tmp_path,
     get_peft_model(wide, CastConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "wide")
     with monkeypatch.context() as patch:
         patch.setattr(
-            sys.modules["peft_cast.translate"], "open_pair", lambda *_, **__: pytest.fail("models were loaded")
+            sys.modules["peft_cast.translate.one"], "open_pair", lambda *_, **__: pytest.fail("models were loaded")
         )
         refused("The adapter to start from '.*wide' does not fit the target model", start=tmp_path / "wide")
         refused("is no CAST adapter", start=tmp_path / "plain")

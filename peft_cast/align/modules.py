@@ -77,7 +77,7 @@ def map_modules(
         source: The source model. Without it roles are told by names alone.
 
     Raises:
-        ValueError: If nothing of the adapter can be placed, or `module_map` names what the target does not have.
+        ValueError: If nothing of the adapter can be placed, or `module_map` names what a model does not have.
     """
     places = find_places(target)
     in_layer: dict[int, list[Place]] = {}
@@ -91,6 +91,12 @@ def map_modules(
                 f"{', '.join(names)}."
             )
     known = find_places(source) if source is not None else None
+    for given in module_map or {}:
+        if known is not None and not any(given in _names(place) for place in known.values()):
+            names = dict.fromkeys(place.label for place in known.values())
+            raise ValueError(
+                f"`module_map` speaks of '{given}', which no layer of the source has: choose from {', '.join(names)}."
+            )
     blocks = [target.get_submodule(path) for path in layer_paths(target)]
     kernels: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
@@ -126,7 +132,7 @@ def _counterpart(
 ) -> tuple[Place | None, str]:
     """The place in a target layer for a source place, and what it was found by."""
     last = place.label.rsplit(".", 1)[-1]
-    for key in (place.name, place.label, last, split_place(last)[0], place.role):
+    for key in _names(place):
         if key is not None and key in module_map:
             wanted = module_map[key]
             return everywhere.get(wanted) or _called(wanted, there), "module_map"
@@ -139,6 +145,12 @@ def _counterpart(
     same.sort(key=lambda other: other.label != place.label)
     found = "shape" if same and "shape" in (place.found, same[0].found) else "name"
     return (same[0] if same else None), found
+
+
+def _names(place: Place) -> tuple[str | None, ...]:
+    """What a source place may be called in a module map."""
+    last = place.label.rsplit(".", 1)[-1]
+    return place.name, place.label, last, split_place(last)[0], place.role
 
 
 def _called(wanted: str, there: Iterable[Place]) -> Place | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,11 @@ def read_config(path: Path | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
+    text = _read(path, "config file")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"The config file '{path}' could not be read: {error}") from error
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"The config file '{path}' could not be read, it is no YAML: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"The config file '{path}' must hold `name: value` lines, it holds {type(config).__name__}.")
     return {str(name).replace("-", "_"): value for name, value in config.items()}
@@ -135,14 +136,29 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     Raises:
         ValueError: If the file cannot be read or is empty.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"The prompts '{path}' could not be read: {error}") from error
+    lines = _read(path, "prompts").splitlines()
     prompts = tuple(line.replace("\\n", "\n") for line in lines if line.strip())
     if not prompts:
         raise ValueError(f"The file '{path}' holds no prompt: write one per line.")
     return prompts
+
+
+def _read(path: Path, what: str) -> str:
+    """
+    Raises:
+        ValueError: If there is no such text file; in words of ours, Python's have numbers in brackets.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")  # as some editors save UTF-8
+    except FileNotFoundError:
+        why = "there is no such file"
+    except IsADirectoryError:
+        why = "it is a folder, pass a file"
+    except UnicodeDecodeError:
+        why = "save it as UTF-8"
+    except OSError as error:
+        why = str(error.strerror)
+    raise ValueError(f"The {what} '{path}' could not be read: {why}.")
 
 
 def tasks_of(value: Any) -> list:
@@ -155,7 +171,7 @@ def tasks_of(value: Any) -> list:
     for task in value:
         options = dict(task)
         kind = options.pop("type", None)
-        if kind not in TASKS:
+        if not isinstance(kind, str) or kind not in TASKS:
             raise ValueError(f"A task's `type` must be one of {', '.join(TASKS)}, got {kind!r}.")
         if isinstance(options.get("labels"), list):
             options["labels"] = tuple(options["labels"])
@@ -166,10 +182,14 @@ def tasks_of(value: Any) -> list:
 def _made(kind: type, options: Any, name: str) -> Any:
     if not isinstance(options, dict):
         raise ValueError(f"`{name}` takes a mapping of its options, got {options!r}.")
-    known = [field.name for field in fields(kind)]
-    if odd := sorted(set(options) - set(known)):
-        raise ValueError(f"`{name}` has no option '{odd[0]}': {unknown(str(odd[0]), known)}")
+    known = {field.name: field for field in fields(kind)}
+    if odd := sorted(set(map(str, options)) - set(known)):
+        raise ValueError(f"`{name}` has no option '{odd[0]}': {unknown(odd[0], list(known))}")
+    needed = [key for key, field in known.items() if field.default is field.default_factory is MISSING]
+    if lacking := [f"`{key}`" for key in needed if key not in options]:
+        both = [", ".join(lacking[:-1]), lacking[-1]] if len(lacking) > 1 else lacking
+        raise ValueError(f"`{name}` lacks {' and '.join(both)}: add {'them' if len(lacking) > 1 else 'it'}.")
     try:
         return kind(**options)
     except TypeError as error:
-        raise ValueError(f"`{name}` lacks an option: {error}.") from error
+        raise ValueError(f"`{name}` cannot be made of its options: {error}.") from error

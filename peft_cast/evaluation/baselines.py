@@ -6,6 +6,7 @@ Each returns an ordinary PEFT LoRA on the target, to be saved, merged and evalua
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..align import layer_count, map_layers, map_modules, split_place
 from ..models import load_model, unload_adapters, untouched
 from ..options import Options, Pairing, takes
 from ..refine import distill_lora
-from ..source import LoraKernel, adapted_source, check_pair, load_source
+from ..source import Holdings, LoraKernel, adapted_source, check_pair, load_source
 from ..utils import as_path, distributed
 from ..utils.fields import check_count
 
@@ -48,23 +49,28 @@ def direct_copy(
         pairing, options: `source_rank`, revisions, `device` and `dtype`, as in `translate`.
 
     Returns:
-        `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place.
+        `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place. A warning names what of the
+        adapter is lost.
 
     Raises:
         ValueError: If no module's shapes fit.
     """
     pairing = Options.of(options, direct_copy, pairing=pairing).pairing
-    source, target, kernels = _load(source, adapter, target, pairing)
+    source, target, kernels, held = _load(source, adapter, target, pairing)
     depth = min(layer_count(source), layer_count(target))
     modules = map_modules(kernels, target, {layer: layer for layer in range(depth)}, source=source)
-    factors = {}
+    factors, without_place = {}, modules.metrics["unmapped"]
     for name, sources in modules.kernels.items():
         kernel = kernels[sources[0]]  # layers are mapped one to one
         if (kernel.B.shape[0], kernel.A.shape[1]) == _weight(target, name).shape:
             factors[name] = [(kernel.A, kernel.scaling * kernel.B)]
+        else:
+            without_place.append({"module": sources[0], "what": "its shape is not its target's"})
     if not factors:
         raise ValueError("A direct copy is impossible: no adapted module of the source has the shape of its target.")
-    return lora_from_factors(target, _by_module(target, factors))
+    model = lora_from_factors(target, _by_module(target, factors))
+    _warn_of_lost(adapter, held, without_place, "a direct copy", "use `translate`, which fits maps for them")
+    return model
 
 
 @takes(f"depth_map module_map {_LOADING}")
@@ -93,13 +99,14 @@ def cross_lora(
             revisions, `device` and `dtype`, as in `translate`. Kernels that share a target module add up.
 
     Returns:
-        `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place.
+        `PeftModel`: The target with a plain LoRA. A loaded target is wrapped in place. A warning names what of the
+        adapter is lost.
     """
     check_count("rank", rank, 1)
     pairing = Options.of(options, cross_lora, pairing=pairing).pairing
     if pairing.depth_map == "similarity":
         raise ValueError("Cross-LoRA reads no text, so `depth_map='similarity'` is not possible: pass a mapping.")
-    source, target, kernels = _load(source, adapter, target, pairing)
+    source, target, kernels, held = _load(source, adapter, target, pairing)
     layers = map_layers(layer_count(source), layer_count(target), pairing.depth_map)
     modules = map_modules(kernels, target, layers, pairing.module_map, source)
     factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -112,7 +119,9 @@ def cross_lora(
             A_T = (kernel.A.to(V_S.device) @ V_S[:, :k]).to(V_T.device) @ V_T[:, :k].T
             B_T = U_T[:, :k] @ (U_S[:, :k].T @ kernel.B.to(U_S.device)).to(U_T.device)
             factors[name].append((A_T, kernel.scaling * B_T))
-    return lora_from_factors(target, _by_module(target, factors))
+    model = lora_from_factors(target, _by_module(target, factors))
+    _warn_of_lost(adapter, held, modules.metrics["unmapped"], "Cross-LoRA", "name one in `module_map`")
+    return model
 
 
 def lora_from_factors(
@@ -152,7 +161,10 @@ def lora_from_factors(
     return model.eval()
 
 
-def _load(source, adapter, target, pairing: Pairing) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel]]:
+def _load(
+    source, adapter, target, pairing: Pairing
+) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel], Holdings]:
+    """Both models, the adapter's kernels, and what it holds besides."""
     source, adapter, target = map(as_path, (source, adapter, target))
     check_pair(source, [adapter], target, pairing)
     device = distributed.init(pairing.device)
@@ -168,8 +180,14 @@ def _load(source, adapter, target, pairing: Pairing) -> tuple[PreTrainedModel, P
                 "The adapter replicates layers of the source, which this baseline does not follow: load it yourself "
                 "and pass the PeftModel."
             )
-        kernels = on_source.kernels
-    return source, target, kernels
+        kernels, held = on_source.kernels, on_source.holdings
+    return source, target, kernels, held
+
+
+def _warn_of_lost(adapter, held: Holdings, without_place: list[dict[str, str]], on: str, remedy: str) -> None:
+    lost = held.lost(None if isinstance(adapter, PeftModel) else adapter, without_place, on, remedy)
+    if lost is not None:
+        warnings.warn(lost, stacklevel=3)
 
 
 def _by_module(

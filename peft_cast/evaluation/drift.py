@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from ..models import padded
+from ..models import by_length, padded
 from ..refine import rows_at_once
-from .likelihood import by_length
 
 
 @torch.no_grad()

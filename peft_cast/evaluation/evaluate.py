@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..models import check_unwrapped, load_model, load_tokenizer, moved, untouched
 from ..options import Options, Pairing, Run, takes
 from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
-from ..source import check_on_target, refusal_to_run, with_adapter
+from ..source import check_on_target, refusal_to_run, why_idle, with_adapter
 from ..text import read_corpus
 from ..utils import as_path, distributed, environment, without_secrets, write_json
 from ..utils.fields import check_count
@@ -82,6 +82,10 @@ def evaluate(
     device = distributed.init(pairing.device)
     named = [one for group in runs.values() for one in group if isinstance(one, (str, Path))]
     check_on_target(target, *named, target_revision=pairing.target_revision)
+    for name, group in runs.items():
+        idle = (why_idle(one.model if isinstance(one, TranslationResult) else one) for one in group)
+        if (why := next(filter(None, idle), None)) is not None:
+            warnings.warn(f"The adapter '{name}' {why}.", stacklevel=2)
     tokenizer = load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision)
     if not tasks and (drift_text is None or not runs):
         raise ValueError("There is nothing to measure: pass `tasks`, or adapters and a `drift_text`.")

@@ -12,8 +12,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import contiguous_head, continuations
-from .likelihood import answer_nats, by_length, choice_nats
+from ..models import answer_nats, by_length, choice_nats, contiguous_head, continuations
 
 
 Record: TypeAlias = Mapping[str, Any]

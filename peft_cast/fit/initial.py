@@ -23,7 +23,6 @@ from .closed_form import fit_closed_form
 from .install import check_shapes
 from .maps import ClosedForm, KernelFit
 from .saved import load_closed_form, save_closed_form
-from .similarity import map_by_similarity
 from .stacked import StackedPart
 from .start import check_start
 
@@ -89,8 +88,6 @@ def initial_maps(
         closed_form, modules = bridge.closed_form(pair.kernels)
         return closed_form, replace(pair, modules=modules)
     with pair.adapted.disable_adapter():
-        if options.pairing.depth_map == "similarity":
-            pair = map_by_similarity(pair, texts, options.pairing.module_map)
         fit = partial(
             fitted,
             pair,

@@ -20,7 +20,6 @@ from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -41,6 +40,7 @@ from ..utils import (
     read_json_if_there,
     secrets_removed,
     why_no_model,
+    why_unread,
     without_secrets,
 )
 
@@ -161,14 +161,7 @@ def read_model_config(model: str | Path, which: str, revision: str | None = None
             return config
     except Exception as error:  # a configuration may say anything
         check_remote_code(error, named, which)
-        values: dict[str, Any] = {}
-        if not isinstance(error, OSError):  # it was read, and says what cannot be
-            values, _ = PretrainedConfig.get_config_dict(model, revision=revision)
-        if why := explained(error, "its config.json", values, lambda v: CONFIG_MAPPING[v["model_type"]].from_dict(v)):
-            raise OSError(f"{named} could not be loaded: {why}.") from error
-        raise OSError(
-            f"{named} could not be loaded: {one_line(error)} Pass a hub id or a folder with config.json."
-        ) from error
+        raise OSError(f"{named} could not be loaded: {why_unread(model, error, revision)}") from error
 
 
 def check_model(model: Any, which: str, revision: str | None = None) -> PretrainedConfig | None:
@@ -185,7 +178,7 @@ def check_model(model: Any, which: str, revision: str | None = None) -> Pretrain
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise ValueError(
                 f"`{which}` carries an adapter already, and what is made here belongs to the model alone: pass its "
-                "hub id or folder, or take the adapter off first (`result.model.unload()`)."
+                "hub id or folder, or the model without it (`unload()` of its PeftModel takes it off)."
             )
         return model.config
     if not isinstance(model, (str, Path)) or not str(model):

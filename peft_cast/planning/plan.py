@@ -259,7 +259,11 @@ def plan(
     kept = moments.kept + unseen.kept * held_out / len(fit_batch["rows"])
     peaks = [cost.peak for cost in largest]
     estimated += [f"passes of the {which} model, by its linear modules alone" for which in simplified]
-    estimated += ["passes of the teacher `shown`, by those of the adapted source"] * (training.teacher == "shown")
+    told = {
+        "shown": "by those of the adapted source",
+        "auto": "if it is found to suit, by those of the adapted source",
+    }
+    estimated += [f"passes of the teacher `shown`, {how}" for name, how in told.items() if training.teacher == name]
     if any(cost.guessed for cost in counts):
         estimated.append("passes, as if every value that the models' code asks for were 1")
     texts = (steps + training.on_policy_steps) * own_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..utils import Phases, as_path, distributed
 from ..utils.fields import check_count
 from .batches import TrainingTexts
 from .imitate import imitate
-from .shown import open_teacher, shown_if_asked
+from .shown import open_teacher, taught
 
 
 @takes(
@@ -71,7 +72,8 @@ def distill_lora(
         with phases.measure("text"):
             bar = partial(tqdm, disable=not progress)
             texts = read_texts(pair, text, given.fit, training, bar=bar)
-            texts = shown_if_asked(pair, texts, training, text, bar=bar)
+            texts = taught(pair, texts, training, text, bar=bar)
+            training = replace(training, teacher=texts.metrics["teacher"])
         if given.pairing.depth_map == "similarity":
             pair = map_by_similarity(pair, texts.fit, given.pairing.module_map)
         stacked: dict[str, int] = defaultdict(int)
@@ -98,7 +100,7 @@ def distill_lora(
         "kl": {"target": reached.kl["target"], "translated": reached.kl["end"]},
         **reached.metrics(pair, texts, trained),
         "phases": phases.costs,
-        "settings": {**given.settings(), "rank": r},
+        "settings": {**given.but(teacher=training.teacher).settings(), "rank": r},
     }
     result = TranslationResult(model, metrics, reached.refinement.history, pair.modules)
     if given.run.output_dir is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ def imitate(
     output_dir: str | Path | None = None,
     progress: bool = True,
     checkpoint: Path | None = None,
+    enough: float = 1.0,
 ) -> Imitation:
     """Refine, and measure the distance to the teacher on held-out texts before and after.
 
@@ -106,6 +107,7 @@ def imitate(
         model, teacher, texts, output_dir, progress, checkpoint: As in `refine`.
         held_out: Texts that are not in `texts`.
         phases: Where the costs are noted, as `evaluate` and `refine`.
+        enough (`float`): Share of the way to the teacher from which there is no refinement.
     """
     batch_size = teacher.training.batch_size
 
@@ -126,6 +128,8 @@ def imitate(
             with model.disable_adapter():
                 kl = {"target": distance()}
             kl["start"] = distance()
+        if kl["start"] <= (1 - enough) * kl["target"]:
+            teacher = teacher.with_training(replace(teacher.training, steps=0))
         with phases.measure("refine"):
             refinement = refine(model, teacher, texts, output_dir=output_dir, progress=progress, checkpoint=checkpoint)
         with phases.measure("evaluate"):

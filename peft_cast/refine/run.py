@@ -240,20 +240,20 @@ def clear_run(folder: Path) -> None:
     (folder / "run.json").unlink(missing_ok=True)
 
 
-def described(options: Options, pair: Pair, *, text: Any, first_maps: Any = None, **others: Any) -> dict[str, Any]:
+def described(options: Options, pair: Pair, *, text: Any, bridge: Any = None, **others: Any) -> dict[str, Any]:
     """What decides the result of a translation, JSON-ready; texts, models and bridges by a hash.
 
     Args:
         options (`Options`): Of which those count that decide.
         pair (`Pair`): The models.
         text: What is imitated on.
-        first_maps: Maps that were fitted before, a `Bridge` or a `StackedPart`, if there are any.
+        bridge: Maps that were fitted before, a `Bridge` or a `StackedPart`, if there are any.
         others: Further arguments by name.
     """
     found = {**options.deciding(), "text": text, **others}
     for name in ("text", "fit_text"):
         found[name] = None if found[name] is None else _hash(_plain(found[name]))
-    fits = [fit for fits in first_maps.maps.kernels.values() for fit in fits] if first_maps is not None else ()
+    fits = [fit for fits in bridge.maps.kernels.values() for fit in fits] if bridge is not None else ()
     found["bridge"] = (
         _hash([_head(tensor) for fit in fits for side in fit.maps for tensor in side.factors]) if fits else None
     )

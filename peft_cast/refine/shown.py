@@ -5,7 +5,7 @@ what it knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..align import AlignedPair
-from ..models import in_eval_mode
+from ..models import in_eval_mode, sharding
 from ..options import Training
 from ..source import Pair
 from ..text import (
@@ -32,10 +32,8 @@ from ..text import (
 )
 from .cache import TeacherCache
 from .losses import Logits, kl_divergence
+from .stronger import compare
 from .teacher import Teacher, teacher_cache
-
-
-TEMPERATURE = 0.7  # at which the target answers: at 1 a small model slips more often than its examples
 
 
 class ShownTeacher(Teacher):
@@ -81,7 +79,7 @@ class ShownTeacher(Teacher):
         return kl_divergence(shown, plain)
 
 
-def shown_if_asked(
+def taught(
     pair: Pair,
     texts: PairTexts,
     training: Training,
@@ -90,23 +88,47 @@ def shown_if_asked(
     bar: Callable = lambda items, **_: items,
     keep: Keep = lambda key, write: write(),
 ) -> PairTexts:
-    """For the teacher `shown` what the target answers to the prompts of a text, with the adapted source's answers as
-    examples; for others the text as it is.
+    """The texts for the teacher that the settings name, or for the one that suits the pair if that is `auto`: `shown`
+    where the target is clearly the stronger model on the prompts, else `source`.
+
+    For `shown` the prompts are answered again, by the target with the adapted source's answers as examples. For others
+    the texts are as they were.
 
     Args:
         pair (`Pair`): The models, the target without an adapter.
-        texts: What was read: its prompts are answered again, its anchors and general texts stay.
+        texts: What was read.
         training (`Training`): Which teacher, seed, lengths, and how many texts are held out.
         text: What the user gave as text: a `SelfWritten` says how answers are written.
         bar, keep: As in `write_texts`.
 
+    Returns:
+        `PairTexts`: With the `teacher` in its metrics, and the `minds` that decided if two models were compared.
+
     Raises:
         ValueError: If too few answers can be shown or read.
     """
-    if training.teacher != "shown":
-        return texts
-    spec, tokenizer = text if isinstance(text, SelfWritten) else SelfWritten(), pair.tokenizers[1]
-    spec = replace(spec, temperature=min(spec.temperature, TEMPERATURE), on_policy=False)
+    spec = text if isinstance(text, SelfWritten) else SelfWritten()
+    teacher: str | float = training.teacher
+    metrics = dict(texts.metrics)
+    if teacher == "auto":
+        found = None
+        whole = not training.beta and not sharding.is_requested(training.training_args)
+        # Snippets of C4 say nothing of the task, and on-policy answers are not the adapted source's.
+        if text is not None and texts.answers and whole and not spec.on_policy:
+            with suppress(ValueError):  # too few answers to show, or none that is given: there is but one teacher
+                found = compare(pair, texts.answers, spec, training.seed, keep)
+        teacher = found.teacher if found else "source"
+        metrics |= {"minds": vars(found)} if found else {}
+    texts = replace(texts, metrics={**metrics, "teacher": teacher})
+    return _shown(pair, texts, training, spec, bar, keep) if teacher == "shown" else texts
+
+
+def _shown(
+    pair: Pair, texts: PairTexts, training: Training, spec: SelfWritten, bar: Callable, keep: Keep
+) -> PairTexts:
+    tokenizer = pair.tokenizers[1]
+    # The likeliest answer: drawn at random a small model slips more often, in content and in form.
+    spec = replace(spec, temperature=0.0, on_policy=False)
     prompts = shown_prompts(texts.answers, tokenizer, training.seed, spec.max_new_tokens)
     samples = write_answers(pair.target, tokenizer, prompts, spec, training.seed, partial(bar, desc="showing"), keep)
     samples = list(come_to_an_end(samples, tokenizer, spec.max_new_tokens))

@@ -14,6 +14,7 @@ from .settings import is_comparable, settings_of
 KL_NAMES = {
     "target": "untouched target",
     "closed_form": "closed form",
+    "copy": "the LoRA as it is",
     "start": "where it began",
     "refined": "before its own words",
     "translated": "translated",
@@ -68,12 +69,17 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
         )
     if covered >= 0.9 or kl["target"] <= 0:
         return found
+    if covered <= 0:
+        found.append(
+            "With this adapter the target is no nearer to its teacher than without: use the target as it is, or "
+            "retrain the adapter on it, unless one of the following helps."
+        )
     if source.get("converted") and (error := fmean(source["converted"].values())) > 0.3:
         found.append(
             f"Kernels of rank {source['rank']} approximate the adapter's weight changes badly (mean relative error "
             f"{error:.2f}): pass a larger `source_rank`."
         )
-    if settings["steps"] == 0:
+    if settings["steps"] == 0 and "closed_form" in kl:
         found.append("Only the closed form was fitted, which moves little across model families: pass `steps`.")
     reached = kl.get("refined", kl["translated"])  # on text like the one it trained on
     if trained and is_comparable(metrics) and reached > 1.5 * trained[-1] and reached - trained[-1] > 0.05:

@@ -30,7 +30,9 @@ class TranslationResult(Publishable):
     Args:
         model ([`~peft.PeftModel`]): The target model with the translated adapter, ready to generate or save.
         metrics (`dict`): The measurements of the run, JSON-ready. `kl`: nats per aligned position between the teacher
-            and the untouched target, the closed form and the final adapter on held-out texts; `excitement`: nats by
+            and the untouched target, the first maps and the final adapter on held-out texts; `route`: which
+            `first_maps` it began with, the share of the way that a `copy` covers where that was tried, and whether it
+            was `refined`; `excitement`: nats by
             which the LoRA changes the source's predictions there; `source`: the adapter's `type`, the largest `rank`
             of its kernels, `converted` (relative error of each module's kernel that approximates another kind of
             adapter) and `not_carried` (what of the adapter no kernel expresses, by module); `closed_form`: held-out R²

@@ -17,8 +17,9 @@ from .names import BRIDGED, Match, Part
 
 _SIZE_MISMATCH = re.compile(r"size mismatch for (\S+): .*, the shape in current model is torch.Size\(\[(.*?)\]\)")
 # Settings that decide on the shapes of an adapter's tensors.
-_SIZES: tuple[str, ...] = ("r", "oft_block_size", "boft_block_size", "block_size", "n_frequency", "num_vectors")
-_SIZES += ("vector_length", "decompose_factor")
+_SIZES = tuple(
+    "r oft_block_size boft_block_size block_size n_frequency num_vectors vector_length decompose_factor".split()
+)
 _EXPERTS = ("experts",)  # modules whose parameters `target_parameters` means
 
 

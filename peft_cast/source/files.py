@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import safe_open
 
 from ..align import sees_or_hears, split_name
 from ..tuner import CastConfig
-from ..tuner.checks import FLOATS, TensorInfo, is_name, read_json, shown
+from ..tuner.checks import TensorInfo, is_name, read_json, shown
 from ..utils import files_of, find_file, read_adapter_config, read_weights_header, why_no_weights, without_secrets
 from .holdings import Fate, Holdings, kernel_parts, left_parts, options_of
+from .idle import idle_file
 from .kinds import (
     ALORA,
     BASE,
@@ -31,7 +30,6 @@ from .kinds import (
     SAVED,
     TOKENS,
     called,
-    changes_weights,
     default_rank,
     is_read,
     kind_of,
@@ -87,18 +85,46 @@ def weights_file(adapter: str | Path, revision: str | None = None) -> str | None
 
 
 def of_another_file(config: PeftConfig, header: Mapping[str, TensorInfo]) -> str | None:
-    """Which option of a LoRA's configuration is not that of its file: what follows "it" in a sentence, without the
-    stop; `None` if all are.
+    """Which option of a configuration, the kind or one of a LoRA's, is not that of its file: what follows "it" in a
+    sentence, without the stop; `None` if all are.
     """
+    found = _kind_of_file(config, header)
+    if found is not None:
+        kind, key = found
+        return (
+            f"has a configuration that is not its file's: `peft_type` is {type_of(config)}, and the file is a "
+            f"{kind}'s ('{key[:200]}' is in it). Correct `peft_type` in {CONFIG_NAME}"
+        )
     for option, mark in _MARKS.items() if header and type(config) is LoraConfig else ():
-        key = next((key for key in header if re.search(mark, key)), None)
-        if bool(getattr(config, option, None)) != (key is not None):
+        one = next((key for key in header if re.search(mark, key)), None)
+        if bool(getattr(config, option, None)) != (one is not None):
             said = (
-                f"is not set, and '{key[:200]}' is in its file"
-                if key
+                f"is not set, and '{one[:200]}' is in its file"
+                if one
                 else "is set, and no tensor of its file is for it"
             )
             return f"has a configuration that is not its file's: `{option}` {said}. Correct it in {CONFIG_NAME}"
+    return None
+
+
+def _kind_of_file(config: PeftConfig, header: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
+    """Of which other kind a file is by the names of its tensors, and one of them; `None` if it can be the
+    configuration's own.
+    """
+    own = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
+    steps = {step: key for key in header for step in key.split(".")}
+    if own == "lora_":  # AdaLoRA's too, which alone has an E
+        e = next((step for step in steps if step.startswith("lora_E")), None)
+        if type_of(config) == "ADALORA" and e is None and "lora_A" in steps:
+            return "LoRA", steps["lora_A"]
+        if type_of(config) == "LORA" and e is not None:
+            return "ADALORA", steps[e]
+    if own is None or any(step.startswith(own) for step in steps):
+        return None
+    for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items():
+        for step, key in steps.items():
+            if step.startswith(prefix):
+                return "LoRA" if prefix == "lora_" else str(getattr(kind, "value", kind)), key
     return None
 
 
@@ -108,34 +134,7 @@ def unusable(
     """Why a LoRA cannot be a source, as its file and its configuration tell side by side: what follows "it" in a
     sentence, without the stop; `None` if nothing speaks against it.
     """
-    if (why := of_another_file(config, header)) is not None:
-        return why
-    if any(info.dtype not in FLOATS or 0 in info.shape for info in header.values()):
-        return None  # is refused where it is loaded
-    with safe_open(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision), framework="pt") as tensors:
-        return idle(config, list(header), tensors.get_tensor)
-
-
-def idle(config: PeftConfig, names: Sequence[str], tensor: Callable[[str], torch.Tensor]) -> str | None:
-    """Why a LoRA changes nothing: what follows "it" in a sentence, without the stop; `None` if it does, or if that
-    is only seen on its model.
-
-    Args:
-        config: Its configuration.
-        names: Of its tensors.
-        tensor: The tensor of a name.
-    """
-    halves = {half: [name for name in names if f"{half}." in f"{name}."] for half in (".lora_A", ".lora_B")}
-    plain = type(config) is LoraConfig and not config.use_dora and not changes_weights(config)
-    if not plain or not all(halves.values()) or any("base_layer" in name for name in names):
-        return None
-    what = "no linear layer" if sum(map(len, halves.values())) < len(names) else "nothing"
-    if not any((config.lora_alpha, *config.alpha_pattern.values())):
-        return f"changes {what}: its `lora_alpha` is 0. Give it the one that it was trained with"
-    for half, own in halves.items():
-        if not any(tensor(name).float().any() for name in own):
-            return f"changes {what}: all of its {half[-1]} is zero, as before training. Pass one that was trained"
-    return None
+    return of_another_file(config, header) or idle_file(adapter, revision, config, header)
 
 
 def holdings_of(config: PeftConfig, header: Mapping[str, TensorInfo] | None, unread: str | None = None) -> Holdings:
@@ -178,11 +177,14 @@ def check_is_read(
     Raises:
         ValueError: If the kernels of an adapter must be measured on the source model, which is not loaded.
     """
-    held = holdings_of(read_adapter_config(adapter, revision), None)
+    config, named = read_adapter_config(adapter, revision), f"The adapter '{without_secrets(adapter)}'"
+    held = holdings_of(config, None)
     if not held.read and held.refused is None:
+        if (why := of_another_file(config, read_weights_header(adapter, revision))) is not None:
+            raise ValueError(f"{named} {why}.")
         raise ValueError(
-            f"The adapter '{without_secrets(adapter)}' ({held.kind}) is no plain LoRA, so its effect must be measured "
-            f"on the source model's weights, which are not loaded from file to file: {remedy}."
+            f"{named} ({held.kind}) is no plain LoRA, so its effect must be measured on the "
+            f"source model's weights, which are not loaded from file to file: {remedy}."
         )
 
 

@@ -153,12 +153,20 @@ class Holdings:
         rest["cast_file"] = rest["Bridge.cast"]
         return f"{done}, {rest.get(verb, 'names the rest')}"
 
-    def lost(self, adapter: Any, without_place: Sequence[Mapping[str, str]] = ()) -> str | None:
-        """What a bridge loses of an adapter, in a sentence; `None` if it is nothing.
+    def lost(
+        self,
+        adapter: Any,
+        without_place: Sequence[Mapping[str, str]] = (),
+        on: str = "a bridge",
+        remedy: str = "name one in `module_map` when the bridge is fitted",
+    ) -> str | None:
+        """What is lost of an adapter where nothing is trained, in a sentence; `None` if it is nothing.
 
         Args:
             adapter: Its name.
             without_place: Modules whose kernels do not land, and why (`what`).
+            on: What carries it.
+            remedy: What to do about modules without a place.
         """
         lost = []
         beside, left = ([p for p in self.not_carried if (p["what"] == TOWER) == one] for one in (True, False))
@@ -166,13 +174,13 @@ class Holdings:
             lost.append(f"{list_not_carried(beside)}: use the adapter on its own model where that matters")
         if left:
             lost.append(
-                f"{list_not_carried(left)}, which no kernel expresses and a bridge, that trains nothing, "
+                f"{list_not_carried(left)}, which no kernel expresses and {on}, that trains nothing, "
                 "does not imitate: use `translate`, whose refinement does"
             )
         if without_place:
             lost.append(
                 f"the kernels of {len(without_place)} modules, which have no place on the target "
-                f"({list_not_carried(without_place)}): name one in `module_map` when the bridge is fitted"
+                f"({list_not_carried(without_place)}): {remedy}"
             )
         named = f"The adapter '{without_secrets(adapter)}'" if adapter else "The adapter"
         return f"{named} is not carried over whole; lost is {'; lost is '.join(lost)}." if lost else None

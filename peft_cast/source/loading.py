@@ -27,9 +27,10 @@ from ..models import (
     unload_adapters,
 )
 from ..tuner.checks import check_finite, shown
-from ..utils import adapter_folder, read_adapter_config, read_weights_header, why_no_model, without_secrets
-from .disagreement import other_masks, other_tokens
-from .files import idle, of_another_file, unusable
+from ..utils import adapter_folder, differ, read_adapter_config, read_weights_header, why_no_model, without_secrets
+from .disagreement import other_masks, other_model, other_tokens
+from .files import of_another_file, unusable
+from .idle import idle
 from .kernels import SourceAdapter, nothing_carried, read_adapter
 from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
@@ -124,7 +125,13 @@ def _check_in_memory(adapter: PeftModel) -> None:
     check_loaded(adapter.get_base_model(), "source")
     config = adapter.active_peft_config
     check_config(config, "The adapter", in_memory=True)
-    if any(isinstance(layer, BaseTunerLayer) and layer.disable_adapters for layer in adapter.modules()):
+    layers = [layer for layer in adapter.modules() if isinstance(layer, BaseTunerLayer)]
+    if not layers:
+        raise ValueError(
+            "The adapter is no longer on its model, as after `merge_and_unload()`, which put it into the weights: "
+            "load it again, or pass its folder."
+        )
+    if any(layer.disable_adapters for layer in layers):
         raise ValueError(
             "The adapter is disabled, so that it changes nothing: call `adapter.base_model.enable_adapter_layers()` "
             "first."
@@ -200,7 +207,7 @@ def check_on_source(
     Raises:
         ValueError, OSError: As `adapted_source`.
     """
-    base = source if isinstance(source, nn.Module) else skeleton_of(source, "source", source_revision)
+    base = skeleton_of(source, "source", source_revision)
     for adapter in adapters:
         if base is not None and not isinstance(adapter, PeftModel):
             check_on(base, adapter, revision, read_adapter_config(adapter, revision))
@@ -214,7 +221,8 @@ def check_on_target(
     Raises:
         ValueError, OSError: As `with_adapter`, and if the target is none.
     """
-    base = target if isinstance(target, nn.Module) else skeleton_of(target, "target", target_revision)
+    planned = isinstance(target, nn.Module) and target.device.type == "meta"  # a skeleton already
+    base = target if planned else skeleton_of(target, "target", target_revision)
     for adapter in adapters:
         config = _config_to_run(adapter)
         if base is not None:
@@ -258,6 +266,7 @@ def _loaded(
             "decoder: it is read as CAUSAL_LM."
         )
         config.task_type = "CAUSAL_LM"
+    warn_of_base(adapter, match)
     with readable(adapter, revision, match) as file:
         parameters = dict(base.named_parameters(remove_duplicate=False))
         names = parameters if changes_weights(config) else _base_names(file.header) & parameters.keys()
@@ -319,6 +328,19 @@ def matched(
     if why is not None:
         raise no_match(adapter, match, why)
     return match
+
+
+def warn_of_base(adapter: str | Path, match: Match) -> None:
+    """Warn of an adapter that names another model than the one it is put on: base, instruction-tuned and newer models
+    of one family have equal shapes, so nothing else would tell.
+    """
+    if differ(match.config.base_model_name_or_path, match.source.name_or_path):
+        warnings.warn(
+            without_secrets(
+                f"The adapter '{adapter}' names another model than the {match.which} model "
+                f"'{match.source.name_or_path}' as its own: if its configuration is right, {other_model(match)}."
+            )
+        )
 
 
 def no_match(adapter: str | Path, match: Match, why: str) -> ValueError:

@@ -30,7 +30,7 @@ from ..utils import read_adapter_config
 from .files import holdings_of
 from .kernels import SourceAdapter, read_adapter
 from .kinds import PREFIX, default_rank, is_read, kept_rank, kind_of, rank_of_change, variants_of
-from .loading import adapted_source, base_name, check_adapter, check_on, matched
+from .loading import adapted_source, base_name, check_adapter, check_on, matched, warn_of_base
 from .renamed import readable
 
 
@@ -60,7 +60,9 @@ def planned_source(
         return
     check_adapter(adapter, revision)
     check_on(source, adapter, revision, config)
-    with readable(adapter, revision, matched(adapter, revision, source, config)) as file:
+    match = matched(adapter, revision, source, config)
+    warn_of_base(adapter, match)
+    with readable(adapter, revision, match) as file:
         config, header = file.config, file.header
     if layers := getattr(config, "layer_replication", None):
         replicate_layers(source, layers)

@@ -14,6 +14,7 @@ import datasets
 from ..utils import distributed, looks_like_path, one_line, secrets_removed, without_secrets
 
 
+_SPLIT = (datasets.DatasetDict, datasets.IterableDatasetDict)
 # By a file's suffix the builder of `datasets` that reads it, and what the file must be.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
 _FORMS = {
@@ -82,7 +83,7 @@ def _texts(corpus: Corpus) -> Iterator[str]:
     source, column = corpus.source, corpus.column
     if isinstance(source, (str, Path)):
         source = _local(source) if _looks_local(source) else _hub(corpus)
-    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+    if isinstance(source, _SPLIT):
         raise ValueError(f"The text is a dataset with splits {sorted(source)}: pass one of them, e.g. text['train'].")
     if not isinstance(source, Iterable):
         raise ValueError(
@@ -108,7 +109,8 @@ def _checked(text: Any, what: str) -> str:
 
 
 def check_corpus(corpus: Any) -> None:
-    """Refuse what can be refused without reading it: a local file that is absent, empty, or of an unknown kind.
+    """Refuse what can be refused without reading it: a local file that is absent, empty, or of an unknown kind, and
+    in memory what is no text.
 
     Raises:
         ValueError, OSError: As `read_corpus`.
@@ -116,6 +118,10 @@ def check_corpus(corpus: Any) -> None:
     source = corpus.source if isinstance(corpus, Corpus) else corpus
     if isinstance(source, (str, Path)) and _looks_local(source):
         _builder(source)
+    elif isinstance(source, (list, tuple)):
+        _read(corpus, len(source))
+    elif source is not None and (not isinstance(source, Iterable) or isinstance(source, _SPLIT)):
+        _read(corpus, 1)
 
 
 def _looks_local(source: str | Path) -> bool:

@@ -58,7 +58,7 @@ def check_text(text: Any) -> None:
     elif isinstance(text, Mixture):
         for part, _ in text.parts:
             check_text(part)
-    else:
+    elif isinstance(text, SelfWritten) or not is_written(text):
         check_corpus(text.corpus if isinstance(text, SelfWritten) else text)
 
 

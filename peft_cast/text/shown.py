@@ -18,9 +18,13 @@ EXAMPLES = 3  # answers of the adapted source before each prompt
 
 
 def shown_prompts(
-    samples: Sequence[TextSample], tokenizer: PreTrainedTokenizerBase, seed: int = 0, longest: int | None = None
+    samples: Sequence[TextSample],
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int = 0,
+    longest: int | None = None,
+    asked: Sequence[TextSample] | None = None,
 ) -> list[TextSample]:
-    """The same prompts for the target, each after some of the other prompts with what the adapted source answered.
+    """Prompts for the target, each after some of the other prompts with what the adapted source answered.
 
     The answers end in the tokenizer's end-of-text token, so that the target ends its own there too.
 
@@ -30,6 +34,7 @@ def shown_prompts(
         seed (`int`): Seed of the draw; every prompt has its own examples, so that none is learned by heart.
         longest (`int`, *optional*): The most tokens of an answer that is shown, if enough are shorter: an answer that
             was cut shows no end.
+        asked (*optional*): The prompts; those of the samples when not given.
 
     Returns:
         Samples without a text, whose `source_prompt` has the examples before the `target_prompt`.
@@ -45,7 +50,7 @@ def shown_prompts(
             "how to answer: pass more prompts, or more `steps`, which read more text."
         )
     prompts = []
-    for sample in samples:
+    for sample in samples if asked is None else asked:
         few = draw.sample([one for one in whole if one is not sample], EXAMPLES)
         before = "".join(f"{one.target_prompt}{one.text}{end}" for one in few)
         prompts.append(replace(sample, text="", source_prompt=before + sample.target_prompt))

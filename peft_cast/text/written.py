@@ -48,7 +48,7 @@ class SelfWritten:
         snippet_chars (`int`): Length of a snippet in characters.
         samples (`int`, *optional*): How many texts to write; as many as the refinement reads, if not given.
         max_new_tokens (`int`): The most tokens the model writes per text.
-        temperature (`float`): Sampling temperature.
+        temperature (`float`): Sampling temperature; 0 takes the likeliest token.
         top_p (`float`): Nucleus sampling.
         batch_size (`int`): Texts written at a time.
     """
@@ -264,7 +264,7 @@ def _sample(
     model, tokenizer, texts: Sequence[str], tokens: int, temperature: float, top_p: float, rendered: bool = False
 ) -> list[str]:
     """What the model writes after each text, drawn at random, each process its part of them."""
-    own, sampling = distributed.split(texts), SampleTopK(temperature, top_p)
+    own, sampling = distributed.split(texts), SampleTopK(temperature, top_p) if temperature else None
     # A process without a part writes too, because a sharded model needs all.
     written = continuations(model, tokenizer, own or texts[:1], tokens, sampling, add_special_tokens=not rendered)
     return distributed.gather(written[: len(own)])

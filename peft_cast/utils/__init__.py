@@ -1,7 +1,7 @@
 """What all the rest stands on: files, safety, processes, costs."""
 
 from .environment import environment
-from .faults import FaultError, at_fault, explained, said_by
+from .faults import FaultError, at_fault, explained, said_by, why_unread
 from .files import (
     PARTIAL,
     as_path,
@@ -17,6 +17,7 @@ from .files import (
 )
 from .names import (
     adapter_folder,
+    differ,
     files_of,
     find_file,
     hub_parts,

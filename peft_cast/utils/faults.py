@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from ..tuner.checks import shown
+import transformers
+from huggingface_hub import constants
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from ..tuner.checks import is_name, shown
 from .safety import one_line
 
 
@@ -29,6 +34,30 @@ def explained(
     """
     found = None if isinstance(error, ImportError) else at_fault(values, build)
     return f"{file} cannot be used ({said_by(error)}): correct {found} in it" if found else None
+
+
+def why_unread(model: str | Path, error: Exception, revision: str | None = None) -> str:
+    """Why the configuration of a model in a folder or on the hub could not be read, in sentences that end with the
+    remedy.
+    """
+    file, values = "its config.json", {}
+    if not isinstance(error, OSError):  # it was read, and says what cannot be
+        values, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+        if not is_name(kind := values.get("model_type")):
+            return f"{file} has no `model_type`, so it is no model's: get it again."
+        if kind not in CONFIG_MAPPING:
+            known = f"transformers {transformers.__version__}"
+            return f"{known} does not know its `model_type`, {shown(kind)}: update transformers."
+    if why := explained(error, file, values, lambda v: CONFIG_MAPPING[v["model_type"]].from_dict(v)):
+        return f"{why}."
+    said = one_line(error)
+    if "valid JSON" in said:
+        return f"{said} Correct it, as UTF-8 without a byte order mark, or get it again."
+    if said.endswith(("correct it.", "get it again.")):
+        return said
+    if constants.HF_HUB_OFFLINE and not Path(model).is_dir():
+        return f"{said} HF_HUB_OFFLINE is set: unset it, or pass a folder with config.json."
+    return f"{said} Pass a hub id or a folder with config.json."
 
 
 def said_by(error: Exception) -> str:

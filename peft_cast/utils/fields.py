@@ -63,6 +63,16 @@ def kinds_of(group: type) -> dict[str, tuple[type, ...]]:
     return found
 
 
+@cache
+def words_of(group: type) -> dict[str, tuple[str, ...]]:
+    """For each option of a group that takes one of a few words the words."""
+    found = {}
+    for name, hint in get_type_hints(group).items():
+        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        found[name] = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+    return found
+
+
 def check_option(name: str, value: Any, group: type[Group]) -> None:
     """Check a value against the rules of its field.
 
@@ -76,6 +86,10 @@ def check_option(name: str, value: Any, group: type[Group]) -> None:
     if rules["check"] is not None:
         if (must := rules["check"](value)) is not None:
             raise ValueError(f"`{name}` must {must}, got {shown}.")
+    elif allowed := words_of(group).get(name, ()):  # type: ignore[arg-type]
+        if value not in allowed:
+            *others, last = map(repr, allowed)
+            raise ValueError(f"`{name}` must be {', '.join(others)} or {last}, got {shown}.")
     elif kinds == (int,):
         check_count(name, value, rules["least"] or 0)
     elif kinds == (float,):

@@ -112,6 +112,22 @@ def why_no_model(model: Any) -> str | None:
     return f"'{folder}' is a file" if folder.is_file() else None
 
 
+def differ(one: str | Path | None, other: str | Path | None) -> bool:
+    """Whether two names are those of different models: hub ids, or folders that are here, whose last parts differ.
+
+    Equal last parts may be copies of one model, and what is in a folder that is gone, nobody knows.
+    """
+    if not one or not other or any(looks_like_path(name) and not Path(name).exists() for name in (one, other)):
+        return False
+    return _last_part(one) != _last_part(other) and Path(one).resolve() != Path(other).resolve()
+
+
+def _last_part(name: str | Path) -> str:
+    parts = Path(name).parts
+    cached = [part for part in parts if part.startswith("models--")]  # a snapshot's folder is called by its commit
+    return (cached[-1].rpartition("--")[2] if cached else parts[-1]).casefold()
+
+
 def why_no_folder(name: Any, config: str) -> str | None:
     """What is wrong with what was passed as a hub id or a folder that has a certain file, if that can be seen."""
     remedy = f"pass a hub id or a folder with {config}"

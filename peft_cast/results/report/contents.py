@@ -42,7 +42,7 @@ class Contents:
     verdict: str  # the one line
     advice: Sequence[str] | None  # what limits it and what to do, sentences; `None` where the metrics do not say
     facts: Sequence[tuple[str, str]]  # name and value of the few numbers that matter most
-    remarks: Sequence[str]  # of its own words and of the source adapter, for the summary
+    remarks: Sequence[str]  # of the route, its own words and the source adapter, for the summary
     kl: Sequence[tuple[str, str, float]]  # name, nats, and share of the largest, from 0 to 1
     tasks: Sequence[Sequence[str]]  # the table of an evaluation
     paired: Sequence[Sequence[str]]  # the adapters beside the untouched target, item by item
@@ -176,7 +176,41 @@ def _facts(metrics: Mapping[str, Any], evaluation: Evaluation | None) -> list[tu
     return facts
 
 
+ROUTES = {
+    "copy": "put on the target as it is",
+    "closed_form": "mapped by the closed form",
+    "bridge": "mapped by a bridge",
+    "start": "begun from an earlier translation",
+}
+
+
+TEACHERS = {
+    "source": "the adapted source",
+    "shown": "the target itself, shown answers of the adapted source",
+    "delta": "the target with what the LoRA changes",
+}
+
+
+def _route(route: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
+    """In a line each, what was done and who taught."""
+    if (first := route.get("first_maps")) is not None:
+        said = ROUTES.get(first, str(first))
+        if "copy" in route:
+            said += f" (as it is it covers {route['copy']:.0%} of the way on held-out text)"
+        yield f"Route: the LoRA {said}, then {'refined' if route['refined'] else 'left as it was'}"
+    if (teacher := text.get("teacher")) is not None:
+        said = TEACHERS.get(str(teacher), f"a mixture of share {teacher}")
+        if minds := text.get("minds"):
+            said += (
+                f" (on {minds['prompts']} prompts the adapted source minds the target's answers by "
+                f"{minds['source']:.3f} nats per character, the target the source's by {minds['target']:.3f}; "
+                f"standard error of the difference {minds['error']:.3f})"
+            )
+        yield f"Teacher: {said}"
+
+
 def _remarks(metrics: Mapping[str, Any]) -> Iterator[str]:
+    yield from _route(metrics.get("route", {}), metrics.get("text", {}))
     if own := metrics.get("on_policy"):
         before, after = own["kl"]["before"], own["kl"]["after"]
         yield f"KL on its own answers to {own['texts']} prompts {before:.4f}, then {after:.4f}"

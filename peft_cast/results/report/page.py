@@ -93,7 +93,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]], dict[st
             raise TypeError
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"'{folder / METRICS_NAME}' with a translation's metrics could not be read, it is broken, or "
+            f"'{folder / METRICS_NAME}' with a translation's metrics could not be read, it is broken or holds "
             f"something else: get it again, or {remedy}."
         ) from error
     beside = (read_json_if_there(folder / name) for name in (CONFIG_NAME, REPORT_NAME))

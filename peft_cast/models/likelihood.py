@@ -6,27 +6,40 @@ from collections.abc import Sequence, Sized
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import padded
+from .generating import padded
 
 
 @torch.no_grad()
 def answer_nats(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[tuple[str, str]], batch_size: int = 16
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[tuple[str, str]],
+    batch_size: int = 16,
+    add_special_tokens: bool = True,
 ) -> torch.Tensor:
     """−log p(answer | prompt) in nats.
 
     Args:
         model: A causal language model or a PeftModel of one.
-        tokenizer: Its tokenizer. Special tokens (BOS) are added in front of the prompt as it does by itself.
+        tokenizer: Its tokenizer.
         items: (prompt, answer) pairs; answers usually begin with a space.
         batch_size (`int`): Items per pass. Items of like length share a pass.
+        add_special_tokens (`bool`): Whether special tokens (BOS) are put in front of the prompt, as the tokenizer does
+            by itself; a rendered chat template holds them already.
 
     Returns:
         `torch.Tensor`: Shape (items,), float64, in the order of `items`.
     """
-    tokens = [(tokenizer(p).input_ids, tokenizer(a, add_special_tokens=False).input_ids) for p, a in items]
+    tokens = [
+        (
+            tokenizer(prompt, add_special_tokens=add_special_tokens).input_ids,
+            tokenizer(answer, add_special_tokens=False).input_ids,
+        )
+        for prompt, answer in items
+    ]
     whole = [prompt + answer for prompt, answer in tokens]
     nats = torch.zeros(len(tokens), dtype=torch.float64)
     for chunk in by_length(whole, batch_size):

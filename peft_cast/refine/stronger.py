@@ -1,0 +1,108 @@
+"""Which of the two models is to be believed about the adapter's task, without labels: the one that minds the other's
+answers more than the other minds its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..models import answer_nats
+from ..source import Pair
+from ..text import Keep, SelfWritten, TextSample, shown_prompts, write_answers
+
+
+MORE = 2.0  # how many times as much the target must mind, by the few pairs that were read (docs/lab-book.md)
+PROMPTS = 32  # that both answer: one more would not change who is stronger, where it is clear
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What each model thinks of the other's answers to the same prompts, in nats per character.
+
+    `target − source` is by how much the product of both models prefers the target's answers.
+
+    Args:
+        source (`float`): By how much the adapted source finds its own answers likelier than the target's, a mean over
+            the prompts.
+        target (`float`): By how much the target, shown some of the source's answers, finds its own likelier than the
+            source's.
+        error (`float`): Standard error of the difference of the two.
+        prompts (`int`): How many they answered.
+    """
+
+    source: float
+    target: float
+    error: float
+    prompts: int
+
+    @property
+    def teacher(self) -> str:
+        """`shown` if the target is clearly the stronger, else `source`."""
+        clearly = self.target > MORE * self.source and self.target - self.source > 2 * self.error
+        return "shown" if clearly else "source"
+
+
+def compare(
+    pair: Pair,
+    answers: Sequence[TextSample],
+    spec: SelfWritten,
+    seed: int = 0,
+    keep: Keep = lambda key, write: write(),
+) -> Comparison | None:
+    """Let both models answer some prompts, and each judge both answers.
+
+    Both give the answer that they find likeliest. The target reads answers of the adapted source to other prompts
+    first, so that it knows in what form to answer.
+
+    Args:
+        pair (`Pair`): The models, the target without an adapter.
+        answers: What the adapted source has answered, with its prompts.
+        spec (`SelfWritten`): How long answers may be, and how many are written at a time.
+        seed (`int`): Seed of the examples.
+        keep: As in `write_texts`.
+
+    Returns:
+        `None` if there are fewer than two prompts that both answer.
+    """
+    likeliest = replace(spec, temperature=0.0, on_policy=False)
+    asked = list({one.target_prompt: one for one in answers}.values())[:PROMPTS]
+    if len(asked) < 2:
+        return None
+    shown = shown_prompts(answers, pair.tokenizers[1], seed, spec.max_new_tokens, asked)
+    models, prompts = (pair.adapted, pair.target), (asked, shown)
+    written = [
+        {one.target_prompt: one for one in write_answers(model, tokenizer, some, likeliest, seed, keep=keep)}
+        for model, tokenizer, some in zip(models, pair.tokenizers, prompts)
+    ]
+    both = [text for text in written[0] if text in written[1]]
+    if len(both) < 2:
+        return None
+    minds = []
+    for side, (model, tokenizer) in enumerate(zip(models, pair.tokenizers)):
+        nats = [
+            _rates(model, tokenizer, [(written[side][text], answered[text].text) for text in both], likeliest)
+            for answered in written
+        ]
+        minds.append(nats[1 - side] - nats[side])
+    difference = minds[1] - minds[0]
+    error = float(difference.std() / len(both) ** 0.5)
+    return Comparison(float(minds[0].mean()), float(minds[1].mean()), error, len(both))
+
+
+def _rates(model: Any, tokenizer: Any, items: Sequence[tuple[TextSample, str]], spec: SelfWritten) -> torch.Tensor:
+    """−log p of each text after a prompt, per character, shape (items,). Its end counts too, unless it was cut."""
+
+    def ended(text: str) -> str:
+        length = len(tokenizer(text, add_special_tokens=False).input_ids)
+        return text + (tokenizer.eos_token or "") if length < spec.max_new_tokens else text
+
+    rates = torch.zeros(len(items), dtype=torch.float64)
+    for rendered in {prompt.rendered for prompt, _ in items}:
+        rows = [i for i, (prompt, _) in enumerate(items) if prompt.rendered is rendered]
+        some = [(items[i][0].source_prompt, ended(items[i][1])) for i in rows]
+        rates[rows] = answer_nats(model, tokenizer, some, batch_size=8, add_special_tokens=not rendered)
+    return rates / torch.tensor([len(text) for _, text in items])
