@@ -131,9 +131,11 @@ def verdict(metrics: Mapping[str, Any], evaluation: Evaluation | None = None) ->
     else:
         parts = {0.9: "Nearly all of it", 0.6: "Most of it", 0.25: "A part of it", 0.0: "Little of it"}
         part = next((part for least, part in parts.items() if covered >= least), None)
-        word = f"{part} came across" if part else "The translation led away from the adapted source"
+        word = f"{part} came across" if part else "The translation led away from its teacher"
+        shown = metrics.get("text", {}).get("teacher") == "shown"
+        teacher = "what it says when it is shown the adapter's answers" if shown else "the adapted source"
         said = (
-            f"{word}: on held-out text the target covers {covered:.0%} of the way to the adapted source "
+            f"{word}: on held-out text the target covers {covered:.0%} of the way to {teacher} "
             f"(KL {kl['target']:.3f} → {kl['translated']:.3f} nats)."
         )
     tasks = " and ".join(f"{value:.2f} of the lift on {task}" for task, value in lift.items())
