@@ -28,6 +28,7 @@ TEXTS = c4_texts(30)
 QUICK = {"text": TEXTS, "steps": 0, "fit_samples": 12, "eval_samples": 3, "max_length": 48, "progress": False}
 QUICK |= {"report_similarity": False, "report_samples": 0}
 IDS = torch.arange(5, 25)[None]
+NEXT = peft_cast.AnswerLikelihood("next", [{"q": "one two", "a": " three"}], "{q}", "{a}")
 
 
 def logits(model):
@@ -125,10 +126,9 @@ def test_so_is_a_source_folder_and_one_that_is_evaluated(both, target_folder, tm
         with pair.adapted.disable_adapter():
             plain = logits(pair.source)
     torch.testing.assert_close(plain, logits(AutoModelForCausalLM.from_pretrained(target_folder).eval()))
-    task = peft_cast.AnswerLikelihood("next", [{"q": "one two", "a": " three"}], "{q}", "{a}")
     with pytest.warns(UserWarning, match="holds an adapter too"):
-        measured = peft_cast.evaluate(both, {}, [task], progress=False).rows[0].scores
-    assert measured == peft_cast.evaluate(target_folder, {}, [task], progress=False).rows[0].scores
+        measured = peft_cast.evaluate(both, {}, [NEXT], progress=False).rows[0].scores
+    assert measured == peft_cast.evaluate(target_folder, {}, [NEXT], progress=False).rows[0].scores
 
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
@@ -655,9 +655,10 @@ def test_weights_of_a_model_that_are_not_finite_are_told(number, source_folder, 
     broken.model.layers[1].mlp.up_proj.weight.data[0] = number
     words = ["NaN or infinite numbers in its own weights ('model.layers.1.mlp.up_proj.weight')", "get its weights"]
     adapter = PeftModel.from_pretrained(broken, lora_folder)
-    for source, given in ((None, adapter), (adapter.unload(), lora_folder)):
-        refused(lambda: peft_cast.translate(source, given, target_folder, **QUICK), "source model", *words)
-    refused(lambda: peft_cast.evaluate(broken, {"it": lora_folder}, []), "target model", *words)
+    refused(lambda: peft_cast.translate(None, adapter, target_folder, **QUICK), "source model", *words)
+    adapter.unload()
+    refused(lambda: peft_cast.translate(broken, lora_folder, target_folder, **QUICK), "source model", *words)
+    refused(lambda: peft_cast.evaluate(broken, {"it": lora_folder}, [NEXT]), "target model", *words)
     tower.vision_tower = torch.nn.Linear(2, 2)
     tower.vision_tower.weight.data[:] = number
     assert peft_cast.translate(tower, lora_folder, target_folder, **QUICK).metrics["kl"]

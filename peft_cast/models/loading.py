@@ -140,10 +140,11 @@ def check_own_weights(model: nn.Module, which: str) -> None:
         try:
             check_finite(name, parameter.detach())
         except ValueError:
+            own = name.replace(".base_layer.", ".")  # where an adapter is on the model
             also = ", or pass `dtype` as float32 or bfloat16" if parameter.dtype == torch.float16 else ""
             called = f" '{without_secrets(model.name_or_path)}'" if model.name_or_path else ""
             raise OSError(
-                f"The {which} model{called} has NaN or infinite numbers in its own weights ({shown(name)}), with "
+                f"The {which} model{called} has NaN or infinite numbers in its own weights ({shown(own)}), with "
                 f"which it computes nothing: get its weights again{also}."
             ) from None
 
