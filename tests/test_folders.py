@@ -287,7 +287,7 @@ def test_a_head_whose_precision_a_model_looks_up_can_be_cut(source_folder, lora_
     config = transformers.MambaConfig(vocab_size=300, hidden_size=32, state_size=4, num_hidden_layers=2)
     target = save_model(AutoModelForCausalLM.from_config(config), byte_tokenizer, tmp_path / "mamba")
     lora = make_lora(AutoModelForCausalLM.from_pretrained(target), tmp_path / "lora", ["in_proj", "x_proj"])
-    options = {**QUICK, "steps": 1, "batch_size": 4}
+    options = {**QUICK, "steps": 1, "batch_size": 4, "first_maps": "closed_form", "enough": 1}
     result = peft_cast.translate(target, lora, target, module_map=None, **options)
     assert result.metrics["refinement"]["steps"] == 1
 
@@ -582,7 +582,7 @@ def more_tokens(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (written("config.json", "{"), ["could not be loaded", "not a valid JSON", "correct it"]),
+        (written("config.json", "{"), ["could not be loaded", "not a valid JSON", "Correct it"]),
         (written("config.json", '{"model_type": "new"}'), ["does not know its `model_type`, 'new': update"]),
         (written("config.json", "{}"), ["its config.json has no `model_type`, so it is no model's: get it again"]),
         (settings(vocab_size="many"), ["could not be loaded", "field 'vocab_size'"]),

@@ -221,7 +221,7 @@ def check_on_target(
     Raises:
         ValueError, OSError: As `with_adapter`, and if the target is none.
     """
-    planned = isinstance(target, nn.Module) and target.device.type == "meta"  # a skeleton already
+    planned = isinstance(target, PreTrainedModel) and target.device.type == "meta"  # a skeleton already
     base = target if planned else skeleton_of(target, "target", target_revision)
     for adapter in adapters:
         config = _config_to_run(adapter)
