@@ -17,13 +17,18 @@ from ..align import ModuleMap
 from ..models import read_model_config, skeleton
 from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
 from ..tuner.checks import check_fields, is_name, read_json, shown
-from ..utils import check_model_config, files_of, hub_parts, one_line, secrets_removed, why_no_folder, without_secrets
+from ..utils import (
+    WITH_REMEDY,
+    check_model_config,
+    files_of,
+    hub_parts,
+    one_line,
+    secrets_removed,
+    why_no_folder,
+    without_secrets,
+)
 from .maps import ClosedForm, PlaceMaps
 from .saved import load_closed_form
-
-
-# How the sentences of checks end that say what to do.
-_WITH_REMEDY = ("get it again.", "fit it anew.", "correct it.", "rename it.")
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,7 @@ def read_bridge(
         raise ValueError(f"{named} holds no bridge, {why}: pass a folder or hub id of one.") from error
     except ValueError as error:
         why = one_line(error)
-        more = "" if why.endswith(_WITH_REMEDY) else " Get it again, or fit it anew."
+        more = "" if why.endswith(WITH_REMEDY) else " Get it again, or fit it anew."
         raise ValueError(f"{named} holds no bridge, or a broken one: {why}{more}") from error
     except OSError as error:
         raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {remedy}") from error

@@ -1,6 +1,5 @@
 """Refinement: the projections are trained against the adapted source model."""
 
-from .batches import TrainingTexts
 from .cache import TeacherCache, TopKLogProbs
 from .distill import distill_lora
 from .imitate import Imitation, imitate

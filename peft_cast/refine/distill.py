@@ -22,7 +22,6 @@ from ..source import check_pair, open_pair
 from ..text import read_texts
 from ..utils import Phases, as_path, distributed
 from ..utils.fields import check_count
-from .batches import TrainingTexts
 from .imitate import imitate
 from .shown import open_teacher, taught
 
@@ -85,16 +84,7 @@ def distill_lora(
         with unloaded_on_error(pair.target):
             with seeded(training.seed):
                 model = get_peft_model(pair.target, config).eval()
-            reached = imitate(
-                pair,
-                model,
-                teacher,
-                TrainingTexts(texts.train, texts.anchors),
-                texts.held_out,
-                phases,
-                output_dir=given.run.output_dir,
-                progress=progress,
-            )
+            reached = imitate(pair, model, teacher, texts, phases, output_dir=given.run.output_dir, progress=progress)
         trained = freeze_adapter(model)
     metrics = {
         "kl": {"target": reached.kl["target"], "translated": reached.kl["end"]},

@@ -91,8 +91,7 @@ def imitate(
     pair: Pair,
     model: PeftModel,
     teacher: Teacher,
-    texts: TrainingTexts,
-    held_out: Sequence[AlignedPair],
+    texts: PairTexts,
     phases: Phases,
     *,
     output_dir: str | Path | None = None,
@@ -104,19 +103,19 @@ def imitate(
 
     Args:
         pair (`Pair`): The models, whose heads are cut meanwhile to what the teacher is compared on.
-        model, teacher, texts, output_dir, progress, checkpoint: As in `refine`.
-        held_out: Texts that are not in `texts`.
+        model, teacher, output_dir, progress, checkpoint: As in `refine`.
+        texts (`PairTexts`): What is trained on, its anchors, and what is held out.
         phases: Where the costs are noted, as `evaluate` and `refine`.
         enough (`float`): Share of the way to the teacher from which there is no refinement.
     """
     batch_size = teacher.training.batch_size
 
     def distance() -> float:
-        return within_memory(lambda size: distance_to_teacher(model, teacher, held_out, size), batch_size)
+        return within_memory(lambda size: distance_to_teacher(model, teacher, texts.held_out, size), batch_size)
 
     def excited(size: int) -> list[torch.Tensor]:
         batches = []
-        for own, read in _parts(held_out, size):
+        for own, read in _parts(texts.held_out, size):
             nats = teacher.excitement(model, collate_pairs(read)).cpu()
             batches.append(list(nats.split([len(one.source_positions) for one in read]))[: len(own)])
         of_each = distributed.gather([batches])
@@ -131,7 +130,8 @@ def imitate(
         if kl["start"] <= (1 - enough) * kl["target"]:
             teacher = teacher.with_training(replace(teacher.training, steps=0))
         with phases.measure("refine"):
-            refinement = refine(model, teacher, texts, output_dir=output_dir, progress=progress, checkpoint=checkpoint)
+            read = TrainingTexts(texts.train, texts.anchors)
+            refinement = refine(model, teacher, read, output_dir=output_dir, progress=progress, checkpoint=checkpoint)
         with phases.measure("evaluate"):
             kl["end"] = distance() if refinement.steps else kl["start"]
     return Imitation(kl, refinement, excitement)

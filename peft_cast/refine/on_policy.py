@@ -15,7 +15,6 @@ from ..options import Training
 from ..source import Pair
 from ..text import Keep, PairTexts, SelfWritten, how_many_held_out, write_answers
 from ..utils import Phases, within_memory
-from .batches import TrainingTexts
 from .imitate import distance_to_teacher, imitate
 from .run import RunFolder
 from .teacher import Teacher
@@ -62,8 +61,7 @@ def imitate_on_own_words(
         pair,
         model,
         teacher.with_training(further),
-        TrainingTexts(own.train, texts.anchors),
-        own.held_out,
+        replace(own, anchors=texts.anchors),
         phases,
         output_dir=run.on_policy,
         checkpoint=run.on_policy_checkpoint,

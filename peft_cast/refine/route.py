@@ -19,13 +19,14 @@ from ..fit import (
     install,
     map_by_similarity,
 )
-from ..models import seeded, sharding, unload_adapters, unloaded_on_error
+from ..models import seeded, unload_adapters, unloaded_on_error
 from ..options import Options
 from ..source import Pair
 from ..text import PairTexts
 from ..utils import within_memory
 from .imitate import distance_to_teacher
 from .shown import open_teacher
+from .teacher import compares_outputs_alone
 
 
 # Share of the way to the teacher that the adapter as it is must cover to be taken: the models then are of one origin.
@@ -40,7 +41,7 @@ def check_first_maps(pair: Pair, options: Options) -> None:
     """
     if options.fit.first_maps != "copy":
         return
-    if options.training.beta or sharding.is_requested(options.training.training_args):
+    if not compares_outputs_alone(options.training):
         raise ValueError("`first_maps='copy'` goes with no `beta` and no FSDP or ZeRO-3: leave it or them out.")
     if copied(pair) is None:
         raise ValueError(
@@ -77,8 +78,8 @@ def first_maps(
     if given is None and options.pairing.depth_map == "similarity":
         with pair.adapted.disable_adapter():
             pair = map_by_similarity(pair, texts.fit, options.pairing.module_map)
-    whole = not options.training.beta and not sharding.is_requested(options.training.training_args)
-    if given is None and wanted != "closed_form" and whole and (copy := copied(pair)) is not None:
+    tried = given is None and wanted != "closed_form" and compares_outputs_alone(options.training)
+    if tried and (copy := copied(pair)) is not None:
         if wanted == "copy":
             return copy, pair, {"first_maps": "copy"}
         how = {"copy": way_to_teacher(pair, copy, texts.held_out, options, cache)}

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..align import AlignedPair
-from ..models import in_eval_mode, sharding
+from ..models import in_eval_mode
 from ..options import Training
 from ..source import Pair
 from ..text import (
@@ -33,7 +33,7 @@ from ..text import (
 from .cache import TeacherCache
 from .losses import Logits, kl_divergence
 from .stronger import compare
-from .teacher import Teacher, teacher_cache
+from .teacher import Teacher, compares_outputs_alone, teacher_cache
 
 
 class ShownTeacher(Teacher):
@@ -112,9 +112,8 @@ def taught(
     metrics = dict(texts.metrics)
     if teacher == "auto":
         found = None
-        whole = not training.beta and not sharding.is_requested(training.training_args)
         # Snippets of C4 say nothing of the task, and on-policy answers are not the adapted source's.
-        if text is not None and texts.answers and whole and not spec.on_policy:
+        if text is not None and texts.answers and not spec.on_policy and compares_outputs_alone(training):
             with suppress(ValueError):  # too few answers to show, or none that is given: there is but one teacher
                 found = compare(pair, texts.answers, spec, training.seed, keep)
         teacher = found.teacher if found else "source"

@@ -193,6 +193,11 @@ class Teacher:
         return kl_divergence(adapted, plain)
 
 
+def compares_outputs_alone(training: Training) -> bool:
+    """Whether no hidden states are compared, which needs the closed form's maps, and no model is spread."""
+    return not training.beta and not sharding.is_requested(training.training_args)
+
+
 def _anchors(batch: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
     """The anchors alone, the last rows of a batch, as a model's inputs, and the index (rows, positions) of their
     positions.

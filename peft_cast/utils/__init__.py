@@ -1,7 +1,7 @@
 """What all the rest stands on: files, safety, processes, costs."""
 
 from .environment import environment
-from .faults import FaultError, at_fault, explained, said_by, why_unread
+from .faults import WITH_REMEDY, FaultError, at_fault, explained, said_by, why_unread
 from .files import (
     PARTIAL,
     as_path,

@@ -14,6 +14,8 @@ from ..tuner.checks import is_name, shown
 from .safety import one_line
 
 
+# How the sentences of checks end that say what to do.
+WITH_REMEDY = ("get it again.", "fit it anew.", "correct it.", "rename it.")
 _SHORT = 80  # characters of an object in a configuration that a message can show whole
 
 
@@ -53,7 +55,7 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
     said = one_line(error)
     if "valid JSON" in said:
         return f"{said} Correct it, as UTF-8 without a byte order mark, or get it again."
-    if said.endswith(("correct it.", "get it again.")):
+    if said.endswith(WITH_REMEDY):
         return said
     if constants.HF_HUB_OFFLINE and not Path(model).is_dir():
         return f"{said} HF_HUB_OFFLINE is set: unset it, or pass a folder with config.json."

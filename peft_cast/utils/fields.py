@@ -53,11 +53,17 @@ class Group:
 
 
 @cache
+def _alternatives(group: type) -> dict[str, tuple[Any, ...]]:
+    """For each option of a group what its annotation lists, one by one."""
+    hints = get_type_hints(group).items()
+    return {name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints}
+
+
+@cache
 def kinds_of(group: type) -> dict[str, tuple[type, ...]]:
     """For each option of a group the classes that its annotation allows, without `None`."""
     found = {}
-    for name, hint in get_type_hints(group).items():
-        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for name, parts in _alternatives(group).items():
         flat = (type(get_args(part)[0]) if get_origin(part) is Literal else get_origin(part) or part for part in parts)
         found[name] = tuple(kind for kind in flat if kind not in (type(None), Any))
     return found
@@ -66,11 +72,10 @@ def kinds_of(group: type) -> dict[str, tuple[type, ...]]:
 @cache
 def words_of(group: type) -> dict[str, tuple[str, ...]]:
     """For each option of a group that takes one of a few words the words."""
-    found = {}
-    for name, hint in get_type_hints(group).items():
-        parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        found[name] = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
-    return found
+    return {
+        name: tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+        for name, parts in _alternatives(group).items()
+    }
 
 
 def check_option(name: str, value: Any, group: type[Group]) -> None:
