@@ -159,13 +159,13 @@ def test_what_it_does_not_go_with_is_one_clear_error(models, options, message):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "mixtral", "falcon_mq"])
 def test_what_prompts_begin_with_is_read_once_and_answers_are_the_same(architecture, piece_tokenizer, monkeypatch):
     model = tiny_model(architecture, len(piece_tokenizer))
-    head = list(range(20, 90))
-    prompts = [[*head, *range(30, 30 + count)] for count in (1, 5, 9)]
+    heads = list(range(20, 90)), list(range(21, 120))
+    prompts = [[*heads[i % 2], *range(30, 30 + i)] for i in (1, 8, 5, 2)]
     read = []
     hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
     once = continuations(model, piece_tokenizer, prompts, 6)
     hook.remove()
-    assert read[0] == (1, 70) and read[1] == (3, 9)
+    assert sorted(read[:2]) == [(1, 71), (1, 99)] and read[2][0] == 4 and read[2][1] < 8
     monkeypatch.setattr("peft_cast.models.generating.WORTH_IT", 10**6)
     assert once == continuations(model, piece_tokenizer, prompts, 6) and len(set(once)) > 1
 

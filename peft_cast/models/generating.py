@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from .heads import contiguous_head
-from .prefixes import WORTH_IT, after_prefixes, common_prefix, keeps_prefixes, read_prefix
+from .prefixes import WORTH_IT, after_prefixes, common_prefixes, keeps_prefixes, read_prefix
 from .sharding import is_sharded
 
 
@@ -48,7 +48,7 @@ def continuations(
 ) -> list[str]:
     """What a model writes after each prompt, as one batch; without the prompt and without special tokens.
 
-    What all prompts begin with is read once, if it is long and the model has no adapter.
+    What prompts have in common is read once, if that is long and the model has no adapter.
 
     Args:
         model: A causal language model or a PeftModel of one. If it is sharded, all processes must call this.
@@ -71,10 +71,10 @@ def continuations(
         tokens = tokenizer(list(prompts), add_special_tokens=add_special_tokens).input_ids
     rows = model.get_input_embeddings().weight.shape[0]  # a token for padding is often added without one
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
-    shared = common_prefix(tokens)
-    once = len(tokens) > 1 and len(shared) >= WORTH_IT and keeps_prefixes(model)
-    head = shared if once else []
-    ids, mask = padded([row[len(head) :] for row in tokens], model.device, value=pad)
+    prefixes = common_prefixes(tokens)
+    different = set(prefixes)
+    once = len(different) <= len(tokens) // 2 and min(map(len, different)) >= WORTH_IT and keeps_prefixes(model)
+    ids, mask = padded([row[once * len(head) :] for row, head in zip(tokens, prefixes)], model.device, value=pad)
     if not ids.shape[1]:
         raise ValueError(
             "A model that has no token to begin a text with writes nothing after an empty prompt: pass `prompts` or a "
@@ -82,8 +82,9 @@ def continuations(
         )
     before: dict[str, Any] = {}
     if once:
-        before["past_key_values"], seen = after_prefixes(model, [read_prefix(model, head)] * len(tokens))
-        ids = torch.cat([torch.tensor([head], device=ids.device).expand(len(tokens), -1), ids], dim=1)
+        read = {head: read_prefix(model, head) for head in different}
+        before["past_key_values"], seen = after_prefixes(model, [read[head] for head in prefixes])
+        ids = torch.cat([padded(prefixes, model.device, value=pad)[0], ids], dim=1)
         mask = torch.cat([seen, mask], dim=1)
     with contiguous_head(model):
         output = model.generate(

@@ -6,7 +6,6 @@ import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -35,10 +34,26 @@ class Prefix:
         return self.layers[0][0].shape[2]
 
 
-def common_prefix(sequences: Sequence[Sequence[int]]) -> list[int]:
-    """The token ids that all sequences begin with; at least one id of each is left."""
-    shared: Any = os.path.commonprefix([list(one) for one in sequences])  # it compares any items
-    return shared[: min(len(one) for one in sequences) - 1]
+def common_prefixes(sequences: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """What each sequence of token ids begins with as others do; at least one id of each is left.
+
+    Neighbors in alphabetical order are taken together while they have most of it in common. One that is like no other
+    has a beginning of its own.
+    """
+    rows = [tuple(one) for one in sequences]
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    prefixes, group, shared = [()] * len(rows), order[:1], rows[order[0]][:-1]
+    for i in [*order[1:], None]:
+        common = () if i is None else tuple(os.path.commonprefix([shared, rows[i][:-1]]))  # it compares any items
+        if i is not None and len(common) >= max(WORTH_IT, len(shared) // 2):
+            group.append(i)
+            shared = common
+            continue
+        for row in group:
+            prefixes[row] = shared
+        if i is not None:
+            group, shared = [i], rows[i][:-1]
+    return prefixes
 
 
 def keeps_prefixes(model: PreTrainedModel) -> bool:
