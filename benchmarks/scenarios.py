@@ -19,13 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import setting
-from setting import models, score
+from setting import score
 
 import peft_cast
 from peft_cast.utils.environment import environment
 
 
-TARGETS = {"qwen-0.5b": models.qwen_small, "qwen-1.5b": models.qwen_large, "gemma3-270m": models.gemma3}
 ITEMS = 300
 LAST_NUMBER = r"(-?\d[\d,]*(?:\.\d+)?)"
 
@@ -43,7 +42,7 @@ def main() -> None:
             for row in args.rows
         }
         evaluation = peft_cast.evaluate(
-            TARGETS[target](),
+            setting.UPGRADES[target].folder(),
             adapters,
             tasks(task),
             retrained="retrained" if "retrained" in adapters else None,
@@ -89,16 +88,15 @@ def made(row: str, target: str, task: str, seed: int) -> Path:
 
 
 def translated(target: str, task: str, seed: int, folder: Path, **options) -> None:
-    text = peft_cast.SelfWritten(
-        prompts=setting.prompts(task), max_new_tokens=setting.NEW_TOKENS[task], batch_size=setting.TOGETHER
-    )
+    # Fewer texts than the tables': a larger target writes and reads more slowly.
+    text = setting.written(target, task, "all", seed, samples=TEXTS, batch_size=64)
     result = peft_cast.translate(
         setting.SMOLLM2.folder(),
         setting.SMOLLM2.adapter(task),
-        TARGETS[target](),
+        setting.UPGRADES[target].folder(),
         text=text,
         fit_text=setting.c4_documents()[0],
-        steps=STEPS[task],
+        steps=STEPS,
         seed=seed,
         cache_dir=setting.OUTPUT / "cache",
         output_dir=folder.with_name(folder.name + ".run"),
@@ -120,7 +118,12 @@ def taught_by_source(target: str, task: str, seed: int, folder: Path) -> None:
 
 def retrained(target: str, task: str, seed: int, folder: Path) -> None:
     """By the recipe of the adapters in examples/adapters, with fewer steps: a stronger model needs fewer."""
-    command = [sys.executable, str(setting.EXAMPLES / "train_lora.py"), "--model", str(TARGETS[target]())]
+    command = [
+        sys.executable,
+        str(setting.EXAMPLES / "train_lora.py"),
+        "--model",
+        str(setting.UPGRADES[target].folder()),
+    ]
     command += ["--output", str(folder), "--steps", str(RETRAIN_STEPS), "--seed", str(seed)]
     if task == "agnews":
         data = setting.data_folder() / "ag_news_train.jsonl"
@@ -130,7 +133,7 @@ def retrained(target: str, task: str, seed: int, folder: Path) -> None:
 
 
 ROWS: dict[str, Callable] = {"CAST": translated, "source teaches": taught_by_source, "retrained": retrained}
-STEPS = {"gsm8k": 40, "agnews": 40}
+TEXTS, STEPS = 256, 40
 RETRAIN_STEPS = 60
 
 
