@@ -144,6 +144,7 @@ def translate_command(
     translated = translate(*models, **arguments)
     if not distributed.is_main_process():
         return
+    assert output is not None, "only a dry run has none"
     result = cast(TranslationResult, translated)  # of one adapter
     print_result(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
