@@ -20,7 +20,7 @@ from ..models import check_unwrapped, load_model, load_tokenizer, moved, untouch
 from ..options import Options, Pairing, Run, takes
 from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
 from ..source import check_on_target, refusal_to_run, why_idle, with_adapter
-from ..text import read_corpus
+from ..text import check_reached, read_corpus
 from ..utils import as_path, distributed, environment, without_secrets, write_json
 from ..utils.fields import check_count
 from .drift import drift
@@ -89,11 +89,13 @@ def evaluate(
     tokenizer = load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision)
     if not tasks and (drift_text is None or not runs):
         raise ValueError("There is nothing to measure: pass `tasks`, or adapters and a `drift_text`.")
+    if drift_text is not None:
+        check_reached(drift_text, "drift_text")
     model = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
     for name, group in runs.items():
         for one in group:
             _check_base(name, one, model)
-    texts = read_corpus(drift_text, drift_samples) if drift_text is not None else []
+    texts = read_corpus(drift_text, drift_samples, "drift_text") if drift_text is not None else []
     settings = {
         "target": without_secrets(model.name_or_path),
         "dtype": str(model.dtype).removeprefix("torch."),

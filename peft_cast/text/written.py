@@ -83,6 +83,11 @@ class SelfWritten:
         if self.prompts is None and self.more_prompts:
             raise ValueError("`more_prompts` needs `prompts`, whose manner they follow.")
 
+    @property
+    def reads_snippets(self) -> bool:
+        """Whether the model answers snippets of `corpus`."""
+        return self.prefix is None and self.prompts is None
+
 
 def write_texts(
     model: PreTrainedModel,
@@ -162,7 +167,7 @@ def write_answers(
 def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) -> list[TextSample]:
     """Samples without a text."""
     starts: Sequence[str]
-    if spec.prefix is not None or spec.prompts is not None:
+    if not spec.reads_snippets:
         starts = spec.prompts or ((spec.prefix,) if isinstance(spec.prefix, str) else spec.prefix) or ("",)
     else:
         snippets = [" ".join(text.split())[: spec.snippet_chars] for text in read_corpus(spec.corpus, count)]
