@@ -133,7 +133,7 @@ def retrained(target: str, task: str, seed: int, folder: Path) -> None:
 
 
 ROWS: dict[str, Callable] = {"CAST": translated, "source teaches": taught_by_source, "retrained": retrained}
-TEXTS, STEPS = 256, 40
+TEXTS, STEPS = 192, 25
 RETRAIN_STEPS = 60
 
 

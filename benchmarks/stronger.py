@@ -17,7 +17,7 @@ import setting
 from setting import models, score
 
 from peft_cast.models import continuations
-from peft_cast.refine.stronger import PROMPTS, compare
+from peft_cast.refine.stronger import PROMPTS, exchange
 from peft_cast.source.pair import open_pair
 from peft_cast.text import SelfWritten, TextSample, shown_prompts, write_texts
 from peft_cast.utils.environment import environment
@@ -47,18 +47,19 @@ def judged(target: str, task: str) -> dict:
     asked = [score.PROMPT.format(**row) if task == "gsm8k" else setting.news_prompt(row) for row in rows]
     with open_pair(setting.SMOLLM2.folder(), setting.SMOLLM2.adapter(task), TARGETS[target]()) as pair:
         answers = write_texts(pair.adapted, *pair.tokenizers, spec, limit=PROMPTS + 4, target=pair.target)
-        minds = compare(pair, answers, spec)
+        found = exchange(pair, answers, spec)
         of_target = [TextSample("", prompt, prompt) for prompt in asked]
-        shown = shown_prompts(answers, pair.tokenizers[1], 0, spec.max_new_tokens, of_target)
-        prompts = asked, [one.source_prompt for one in shown]
+        longest = spec.max_new_tokens
+        examples = shown_prompts(found.answers, pair.tokenizers[1], 0, longest, of_target, spec.batch_size)
+        shown = {one.target_prompt: one for one in examples}
+        prompts = asked, [shown[prompt].source_prompt for prompt in asked]
         right = {
             name: share_right(task, rows, continuations(model, tokenizer, some, spec.max_new_tokens))
             for name, model, tokenizer, some in zip(
                 ("adapted source", "target, shown"), (pair.adapted, pair.target), pair.tokenizers, prompts
             )
         }
-    assert minds is not None
-    return {"minds": vars(minds), "teacher": minds.teacher, "right": right, "labelled": len(rows)}
+    return {"minds": vars(found.minds), "teacher": found.minds.teacher, "right": right, "labelled": len(rows)}
 
 
 def labelled(task: str):

@@ -48,6 +48,7 @@ def answers(count, text="{i} is a fine thing"):
 
 def test_every_prompt_has_other_prompts_with_their_answers_before_it(piece_tokenizer):
     prompts = shown_prompts(answers(9), piece_tokenizer, seed=1)
+    prompts.sort(key=lambda one: one.target_prompt)
     assert [p.target_prompt for p in prompts] == [f"Target: {i}" for i in range(9)]
     for i, prompt in enumerate(prompts):
         *examples, last = prompt.source_prompt.split(f"{piece_tokenizer.eos_token}\n\n")
@@ -63,7 +64,7 @@ def test_answers_that_were_cut_are_not_shown(piece_tokenizer):
     assert len(prompts) == 10 and not any("and so on" in prompt.source_prompt for prompt in prompts)
     all_cut = shown_prompts(cut, piece_tokenizer, longest=30)  # there is nothing better
     assert all("and so on" in prompt.source_prompt for prompt in all_cut)
-    with pytest.raises(ValueError, match="gave 3 answers, and more than 3 are needed"):
+    with pytest.raises(ValueError, match="answers to 3 prompts, and more than 3 are needed"):
         shown_prompts(answers(3), piece_tokenizer)
 
 

@@ -42,7 +42,8 @@ def common_prefixes(sequences: Sequence[Sequence[int]]) -> list[tuple[int, ...]]
     """
     rows = [tuple(one) for one in sequences]
     order = sorted(range(len(rows)), key=rows.__getitem__)
-    prefixes, group, shared = [()] * len(rows), order[:1], rows[order[0]][:-1]
+    prefixes: list[tuple[int, ...]] = [()] * len(rows)
+    group, shared = order[:1], rows[order[0]][:-1]
     for i in [*order[1:], None]:
         common = () if i is None else tuple(os.path.commonprefix([shared, rows[i][:-1]]))  # it compares any items
         if i is not None and len(common) >= max(WORTH_IT, len(shared) // 2):

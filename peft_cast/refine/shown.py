@@ -5,7 +5,7 @@ what it knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from ..text import (
 )
 from .cache import TeacherCache
 from .losses import Logits, kl_divergence
-from .stronger import compare
+from .stronger import exchange
 from .teacher import Teacher, compares_outputs_alone, teacher_cache
 
 
@@ -131,8 +131,8 @@ def taught(
     """The texts for the teacher that the settings name, or for the one that suits the pair if that is `auto`: `shown`
     where the target is clearly the stronger model on the prompts, else `source`.
 
-    For `shown` the prompts are answered again, by the target with the adapted source's answers as examples. For others
-    the texts are as they were.
+    For `shown` the prompts are answered again, by the target with the adapted source's likeliest answers to some of
+    them as examples. For others the texts are as they were.
 
     Args:
         pair (`Pair`): The models, the target without an adapter.
@@ -149,27 +149,33 @@ def taught(
     """
     spec = text if isinstance(text, SelfWritten) else SelfWritten()
     teacher: str | float = training.teacher
-    metrics = dict(texts.metrics)
+    metrics, examples = dict(texts.metrics), []
+    # Snippets of C4 say nothing of the task, and on-policy answers are not the adapted source's.
+    told = text is not None and texts.answers and not spec.on_policy and compares_outputs_alone(training)
+    if teacher == "shown" or teacher == "auto" and told:
+        with suppress(ValueError) if teacher == "auto" else nullcontext():  # too few to show: there is but one teacher
+            found = exchange(pair, texts.answers, spec, training.seed, keep)
+            examples, metrics["minds"] = found.answers, vars(found.minds)
     if teacher == "auto":
-        found = None
-        # Snippets of C4 say nothing of the task, and on-policy answers are not the adapted source's.
-        if text is not None and texts.answers and not spec.on_policy and compares_outputs_alone(training):
-            with suppress(ValueError):  # too few answers to show, or none that is given: there is but one teacher
-                found = compare(pair, texts.answers, spec, training.seed, keep)
-        teacher = found.teacher if found else "source"
-        metrics |= {"minds": vars(found)} if found else {}
+        teacher = found.minds.teacher if examples else "source"
     texts = replace(texts, metrics={**metrics, "teacher": teacher})
-    return _shown(pair, texts, training, spec, bar, keep) if teacher == "shown" else texts
+    return _shown(pair, texts, examples, training, spec, bar, keep) if teacher == "shown" else texts
 
 
 def _shown(
-    pair: Pair, texts: PairTexts, training: Training, spec: SelfWritten, bar: Callable, keep: Keep
+    pair: Pair,
+    texts: PairTexts,
+    examples: Sequence[TextSample],
+    training: Training,
+    spec: SelfWritten,
+    bar: Callable,
+    keep: Keep,
 ) -> PairTexts:
     tokenizer = pair.tokenizers[1]
     # The likeliest answer: drawn at random a small model slips more often, in content and in form.
     together = group_size(len(texts.answers), spec.batch_size)
     spec = replace(spec, temperature=0.0, on_policy=False, batch_size=together)
-    prompts = shown_prompts(texts.answers, tokenizer, training.seed, spec.max_new_tokens, together=together)
+    prompts = shown_prompts(examples, tokenizer, training.seed, spec.max_new_tokens, texts.answers, together)
     samples = write_answers(pair.target, tokenizer, prompts, spec, training.seed, partial(bar, desc="showing"), keep)
     samples = list(come_to_an_end(samples, tokenizer, spec.max_new_tokens))
     pairs = list(dict.fromkeys(align_shown(tokenizer, samples, training.max_length)))

@@ -12,7 +12,7 @@ import torch
 
 from ..models import answer_nats
 from ..source import Pair
-from ..text import Keep, SelfWritten, TextSample, group_size, shown_prompts, write_answers
+from ..text import EXAMPLES, Keep, SelfWritten, TextSample, group_size, shown_prompts, write_answers
 
 
 MORE = 2.0  # how many times as much the target must mind, by the few pairs that were read (docs/lab-book.md)
@@ -46,13 +46,26 @@ class Comparison:
         return "shown" if clearly else "source"
 
 
-def compare(
+@dataclass(frozen=True)
+class Exchange:
+    """What both models answered to some prompts, and what that says.
+
+    Args:
+        minds (`Comparison`): Who is the stronger.
+        answers (`list[TextSample]`): What the adapted source finds likeliest, to be shown to the target.
+    """
+
+    minds: Comparison
+    answers: list[TextSample]
+
+
+def exchange(
     pair: Pair,
     answers: Sequence[TextSample],
     spec: SelfWritten,
     seed: int = 0,
     keep: Keep = lambda key, write: write(),
-) -> Comparison | None:
+) -> Exchange:
     """Let both models answer some prompts, and each judge both answers.
 
     Both give the answer that they find likeliest. The target reads answers of the adapted source to other prompts
@@ -65,34 +78,33 @@ def compare(
         seed (`int`): Seed of the examples.
         keep: As in `write_texts`.
 
-    Returns:
-        `None` if there are fewer than two prompts that both answer.
+    Raises:
+        ValueError: If there are too few prompts that both answer.
     """
     likeliest = replace(spec, temperature=0.0, on_policy=False)
     asked = list({one.target_prompt: one for one in answers}.values())[:PROMPTS]
-    if len(asked) < 2:
-        return None
-    shown = shown_prompts(answers, pair.tokenizers[1], seed, spec.max_new_tokens, asked, spec.batch_size)
+    theirs = write_answers(pair.adapted, pair.tokenizers[0], asked, likeliest, seed, keep=keep) if asked else []
+    tokenizer = pair.tokenizers[1]
+    shown = shown_prompts(theirs, tokenizer, seed, spec.max_new_tokens, asked, spec.batch_size)
     together = replace(likeliest, batch_size=group_size(len(asked), spec.batch_size))
-    models = (pair.adapted, pair.target)
-    sides = zip(models, pair.tokenizers, (asked, shown), (likeliest, together))
-    written = [
-        {one.target_prompt: one for one in write_answers(model, tokenizer, some, how, seed, keep=keep)}
-        for model, tokenizer, some, how in sides
-    ]
-    both = [text for text in written[0] if text in written[1]]
-    if len(both) < 2:
-        return None
-    minds = []
-    for side, (model, tokenizer) in enumerate(zip(models, pair.tokenizers)):
-        nats = [
-            _rates(model, tokenizer, [(written[side][text], answered[text].text) for text in both], likeliest)
-            for answered in written
-        ]
-        minds.append(nats[1 - side] - nats[side])
-    difference = minds[1] - minds[0]
-    error = float(difference.std() / len(both) ** 0.5)
-    return Comparison(float(minds[0].mean()), float(minds[1].mean()), error, len(both))
+    own = write_answers(pair.target, tokenizer, shown, together, seed, keep=keep)
+    theirs_to = {one.target_prompt: one for one in theirs}
+    own = [one for one in own if one.target_prompt in theirs_to]
+    if len(own) <= EXAMPLES:
+        raise ValueError(
+            f"The target, shown examples, answers {len(own)} prompts, and more than {EXAMPLES} are needed to show it "
+            "how to answer: pass more prompts."
+        )
+    both = [(theirs_to[one.target_prompt], one) for one in own]
+
+    def rates(side: int, of: int) -> torch.Tensor:
+        """What the model of one side thinks of the answers of a side, after its own prompts."""
+        items = [(answers[side], answers[of].text) for answers in both]
+        return _rates((pair.adapted, pair.target)[side], pair.tokenizers[side], items, likeliest)
+
+    minds = rates(0, 1) - rates(0, 0), rates(1, 0) - rates(1, 1)
+    error = float((minds[1] - minds[0]).std() / len(both) ** 0.5)
+    return Exchange(Comparison(float(minds[0].mean()), float(minds[1].mean()), error, len(both)), theirs)
 
 
 def _rates(model: Any, tokenizer: Any, items: Sequence[tuple[TextSample, str]], spec: SelfWritten) -> torch.Tensor:

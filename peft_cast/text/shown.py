@@ -26,13 +26,13 @@ def shown_prompts(
     asked: Sequence[TextSample] | None = None,
     together: int = 64,
 ) -> list[TextSample]:
-    """Prompts for the target, each after some of the other prompts with what the adapted source answered.
+    """Prompts for the target, each after some of the other prompts with their answers.
 
     Prompts that are answered together are shown the same examples, which the target then reads once. No prompt is
     among its own. The answers end in the tokenizer's end-of-text token, so that the target ends its own there too.
 
     Args:
-        samples: What the adapted source answered, with its prompts.
+        samples: Answers, with their prompts.
         tokenizer: The target's.
         seed (`int`): Seed of the draw.
         longest (`int`, *optional*): The most tokens of an answer that is shown, if enough are shorter: an answer that
@@ -41,32 +41,35 @@ def shown_prompts(
         together (`int`): The most prompts that are answered at a time; `group_size` says how many are.
 
     Returns:
-        Samples without a text, whose `source_prompt` has the examples before the `target_prompt`.
+        Samples without a text, whose `source_prompt` has the examples before the `target_prompt`; those with the same
+        examples follow one another.
 
     Raises:
         ValueError: If there are too few answers.
     """
     end, draw = f"{tokenizer.eos_token or ''}\n\n", random.Random(seed)
-    whole = come_to_an_end(samples, tokenizer, longest)
-    if len({one.target_prompt for one in whole}) <= EXAMPLES:
+    whole = list({one.target_prompt: one for one in come_to_an_end(samples, tokenizer, longest)}.values())
+    if len(whole) <= EXAMPLES:
         raise ValueError(
-            f"The adapted source gave {len(samples)} answers, and more than {EXAMPLES} are needed to show the target "
-            "how to answer: pass more prompts, or more `steps`, which read more text."
+            f"There are answers to {len(whole)} prompts, and more than {EXAMPLES} are needed to show the target how "
+            "to answer: pass more prompts, or more `steps`, which read more text."
         )
-    asked, prompts = samples if asked is None else asked, []
+    asked = samples if asked is None else asked
     size = group_size(len(asked), together)
-    for group in (asked[i : i + size] for i in range(0, len(asked), size)):
-        own = {one.target_prompt for one in group}
-        others = [one for one in whole if one.target_prompt not in own]
-        if len(others) >= EXAMPLES:
-            shown = [draw.sample(others, EXAMPLES)] * len(group)
-        else:  # few prompts in all: each is shown some of the others
-            shown = [
-                draw.sample([o for o in whole if o.target_prompt != one.target_prompt], EXAMPLES) for one in group
-            ]
-        for one, few in zip(group, shown):
-            before = "".join(f"{other.target_prompt}{other.text}{end}" for other in few)
-            prompts.append(replace(one, text="", source_prompt=before + one.target_prompt))
+    groups: list[tuple[list[TextSample], list[TextSample]]] = []
+    groups += [(draw.sample(whole, EXAMPLES), []) for _ in range(0, len(asked), size)]
+    for one in asked:
+        own = one.target_prompt
+        free = (g for few, g in groups if len(g) < size and own not in {other.target_prompt for other in few})
+        group = next(free, None)
+        if group is None:  # few prompts in all
+            group = []
+            groups.append((draw.sample([other for other in whole if other.target_prompt != own], EXAMPLES), group))
+        group.append(one)
+    prompts = []
+    for few, group in groups:
+        before = "".join(f"{other.target_prompt}{other.text}{end}" for other in few)
+        prompts += [replace(one, text="", source_prompt=before + one.target_prompt) for one in group]
     return prompts
 
 
