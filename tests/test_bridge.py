@@ -206,7 +206,7 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
     bridge, folder = same[1], same[2]
     for work, message in (
         (lambda: fit_bridge(None, folder), "`source` must be a folder, a hub id or a loaded model, got NoneType"),
-        (lambda: Bridge.from_pretrained(None), "a NoneType is no name of one"),
+        (lambda: Bridge.from_pretrained(None), "None is no name of one"),
         (lambda: Bridge.from_pretrained(lora_folder), "holds no bridge, but an adapter: pass a folder or hub id"),
         (lambda: Bridge.from_pretrained(folder), "holds no bridge, but a model: pass a folder or hub id"),
         (lambda: Bridge.from_pretrained(tmp_path), "holds no bridge, it has no bridge_config.json: pass"),

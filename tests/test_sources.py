@@ -149,7 +149,7 @@ REPORTED = {
     "LoRA on the embedding": (
         lora(target_modules=[*FEW, "embed_tokens"]),
         "llama",
-        {("model.embed_tokens", "adapter on a Embedding")},
+        {("model.embed_tokens", "adapter on an Embedding")},
     ),
     "LoRA on the head": (lora(target_modules=[*FEW, "lm_head"]), "llama", {("lm_head", "adapter on the output head")}),
     "trainable_token_indices": (
@@ -185,7 +185,7 @@ REFUSED = {
     "LN tuning": (peft.LNTuningConfig(target_modules=["norm"]), "model.norm: adapter on a LlamaRMSNorm"),
     "trainable tokens alone": (
         peft.TrainableTokensConfig(token_indices=[7], target_modules=["embed_tokens"]),
-        "adapter on a Embedding",
+        "adapter on an Embedding",
     ),
     "BEFT": (peft.BeftConfig(target_modules=["v_proj"]), "v_proj: trained bias"),
 }

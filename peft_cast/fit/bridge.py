@@ -30,6 +30,7 @@ from ..results import (
     push_saved,
     read_licenses,
 )
+from ..results.artifacts import replacing_folder
 from ..source import (
     BRIDGED,
     Holdings,
@@ -42,7 +43,17 @@ from ..source import (
     open_pair,
 )
 from ..text import check_text, read_corpus
-from ..utils import as_path, change_dtype, check_place, complete_folder, distributed, without_secrets, write_json
+from ..utils import (
+    as_path,
+    change_dtype,
+    check_place,
+    check_writable,
+    complete_folder,
+    distributed,
+    hub_revision,
+    without_secrets,
+    write_json,
+)
 from ..utils.fields import check_count, check_option
 from .bridge_config import Side, read_bridge
 from .closed_form import fit_closed_form
@@ -127,10 +138,12 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         if source is None and not isinstance(adapter, PeftModel):
             check_is_read(adapter, chosen.adapter_revision, "pass `source`")
         device = distributed.init(chosen.device)
-        if target is not None:
-            check_model(target, "target", self.target.revision)
-            self.target.check(target, "target", self.target.revision)
-        target = load_model(target or self.target.name, "target", device, self.target.revision, chosen.dtype)
+        target, given = target or self.target.name, target
+        revision = hub_revision(target, self.target.revision)
+        if given is not None:
+            check_model(target, "target", revision)
+            self.target.check(target, "target", revision)
+        target = load_model(target, "target", device, revision, chosen.dtype)
         return self._cast(adapter, target, source, gain, adapter_name, chosen)[0].eval()
 
     def cast_file(
@@ -158,6 +171,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
 
         Raises:
             ValueError: As `cast`; also for adapters that are no plain LoRA.
+            OSError: If the folder cannot be written.
         """
         adapter = as_path(adapter)
         check_option("gain", gain, Fit)
@@ -167,11 +181,12 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         check_adapter(adapter, adapter_revision)
         model, held, metrics = self._cast(adapter, self.target.skeleton(), None, gain, "default", pairing)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
-        model.save_pretrained(folder, save_embedding_layers=False)
-        if dtype is not None:
-            change_dtype(Path(folder) / SAFETENSORS_WEIGHTS_NAME, dtype)
-        write_json({"metrics": metrics}, Path(folder) / METRICS_NAME)
-        add_card(Path(folder))
+        with replacing_folder(folder) as partial_folder:
+            model.save_pretrained(partial_folder, save_embedding_layers=False)
+            if dtype is not None:
+                change_dtype(partial_folder / SAFETENSORS_WEIGHTS_NAME, dtype)
+            write_json({"metrics": metrics}, partial_folder / METRICS_NAME)
+            add_card(partial_folder)
         return held
 
     def push_to_hub(  # type: ignore[override]  # the mixin's filters of files make no sense here
@@ -240,6 +255,15 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             warnings.warn(lost, stacklevel=3)
         freeze_adapter(model)
         return model, held, {**metrics, "bridge": {"source": self.source.name, "target": self.target.name}}
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """The mixin's.
+
+        Raises:
+            OSError: If the folder cannot be written.
+        """
+        check_writable(save_directory)  # the mixin makes it, and Python's errors have numbers in brackets
+        return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         add_card(self._save(save_directory))  # the mixin would keep what there is, a card of another bridge too

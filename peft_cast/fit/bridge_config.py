@@ -148,7 +148,7 @@ def read_bridge(
     Raises:
         ValueError: If it holds no bridge, or a broken one, or cannot be reached.
     """
-    if (why := why_no_folder(bridge, BRIDGE_CONFIG_NAME)) is not None:
+    if (why := why_no_folder(bridge, BRIDGE_CONFIG_NAME, options.get("revision"))) is not None:
         raise ValueError(without_secrets(f"The bridge could not be read: {why}."))
     named, remedy = f"'{without_secrets(bridge)}'", "Pass a folder or hub id of one."
 
