@@ -472,6 +472,12 @@ def test_bad_evaluations_are_one_clear_error(adapters, tasks, options, message, 
         peft_cast.evaluate(source_folder, adapters, tasks, progress=False, **options)
 
 
+def test_a_harness_that_is_not_installed_is_told_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("peft_cast.evaluation.harness.find_spec", lambda _: None)
+    with pytest.raises(ImportError, match="pip install"):
+        peft_cast.evaluate("no/model", {}, [HarnessTask("arc_easy")])
+
+
 def test_bad_files_are_one_clear_error(source_folder, tmp_path):
     with pytest.raises(OSError, match="cannot be opened"):
         AnswerLikelihood("x", tmp_path, "a", "a").check()

@@ -79,9 +79,8 @@ def evaluate(
     check_count("drift_samples", drift_samples, 1)
     target, tasks, runs = as_path(target), _tasks(tasks), _runs(adapters)
     retrained = _retrained(retrained, runs, tasks)
-    for task in tasks:
-        if hasattr(task, "check"):
-            task.check()
+    for check in filter(None, (getattr(task, "check", None) for task in tasks)):
+        check()
     known = _read_known(output)
     device = distributed.init(pairing.device)
     named = [one for group in runs.values() for one in group if isinstance(one, (str, Path))]

@@ -105,7 +105,7 @@ def _root(error: BaseException) -> BaseException:
 def why_unwritten(error: BaseException) -> str:
     """Why something could not be written, in a few words, without the system's numbers."""
     root = _root(error)
-    if words := _WHY.get(getattr(root, "errno", None)):
+    if words := _WHY.get(getattr(root, "errno", None) or 0):
         return words
     return getattr(root, "strerror", None) or str(root)
 
