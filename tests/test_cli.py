@@ -207,15 +207,9 @@ def test_evaluates(translated, target_folder, tmp_path):
         (["translate", "a", "b", "c", "-o", "d", "--device", "meta"], "PyTorch finds no accelerator here"),
         (["translate", "a", "b", "c", "-o", "d", "--text", "no.jsonl"], "text file 'no.jsonl' does not exist"),
         (["plan", "a", "b", "c", "--set", "batch_size=0"], "`batch_size` must be at least 1"),
-        (
-            ["translate", "a", "b", "c", "-o", "/dev/null/x"],
-            "'/dev/null/x' cannot be written (it is below a file): write",
-        ),
-        (
-            ["bridge", "a", "b", "-o", "/dev/null/x"],
-            "cannot be written (it is below a file): write to another folder.",
-        ),
-        (["to-lora", "a", "-o", "/dev/null/x"], "cannot be written (it is below a file): write to another folder."),
+        (["translate", "a", "b", "c", "-o", "/dev/null/x"], "cannot be written (it is below a file): write"),
+        (["bridge", "a", "b", "-o", "/dev/null/x"], "cannot be written (it is below a file)"),
+        (["to-lora", "a", "-o", "/dev/null/x"], "cannot be written (it is below a file)"),
         (["evaluate", "a", "b=c", "--harness", "x", "--plot", "x.png"], "name the `--retrained` adapter"),
         (["evaluate", "a", "b=c", "--harness", "x", "--plot", "."], "`plot`, '.', is a folder"),
         (["inspect", "./no/where"], "there is no folder './no/where'"),
