@@ -147,6 +147,7 @@ def test_a_bridge_says_what_it_loses(case, bridges, tmp_path):
     source, bridge = bridges[architecture]
     adapter, folder = save_adapter(source, config, tmp_path / "a"), tmp_path / "out"
     held, said = warned(lambda: bridge.cast_file(adapter, folder))
+    assert "weights of the base model" not in said[0]  # which PEFT saves beside an adapter on the head
     assert len(said) == 1 and what in said[0] and said[0].endswith("does.") and "use `translate`" in said[0]
     metrics = json.loads((folder / "cast_metrics.json").read_text())["metrics"]["source"]
     assert metrics["not_carried"] == held.not_carried != []

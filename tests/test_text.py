@@ -61,7 +61,7 @@ def test_column_and_minimum_length(files):
 
 @pytest.mark.parametrize("corpus", [None, "allenai/c4", "user/some-dataset", Corpus("user/other", name="en")])
 def test_offline_hub_dataset_is_one_clear_error(corpus):
-    with pytest.raises(OSError, match=r"could not be reached.*text='my_texts.jsonl'"):
+    with pytest.raises(OSError, match=r"could not be reached.*pass text that is at hand as `text`: a .jsonl"):
         read_corpus(corpus, 1)
 
 

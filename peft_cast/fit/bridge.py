@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..align import ModuleMap, align_texts
 from ..models import check_model, freeze_adapter, load_model
-from ..options import Fit, Options, Pairing, Run, Training, takes
+from ..options import Fit, Options, Pairing, Run, Training, names_taken, takes
 from ..results import (
     BRIDGE_CONFIG_NAME,
     BRIDGE_WEIGHTS_NAME,
@@ -42,7 +41,7 @@ from ..source import (
     load_source,
     open_pair,
 )
-from ..text import check_text, read_corpus
+from ..text import check_all_reached, check_text, read_corpus
 from ..utils import (
     as_path,
     change_dtype,
@@ -54,12 +53,15 @@ from ..utils import (
     without_secrets,
     write_json,
 )
-from ..utils.fields import check_count, check_option
+from ..utils.fields import check_count, check_option, unknown
 from .bridge_config import Side, read_bridge
 from .closed_form import fit_closed_form
 from .install import adapter_name_of, cast_config, check_adapter_name, install
 from .maps import ClosedForm, KernelFit, PlaceMaps
 from .saved import save_closed_form
+
+
+_FOR_MODELS = ("source", "target", "adapter_name", "pairing")  # arguments of `Bridge.cast` besides its options
 
 
 class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
@@ -154,6 +156,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         gain: float | None = None,
         adapter_revision: str | None = None,
         dtype: torch.dtype | None = None,
+        **others: Any,
     ) -> Holdings:
         """Carry a plain LoRA over from file to file: neither model is loaded.
 
@@ -165,14 +168,20 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             folder: Where the CAST adapter is saved.
             gain, adapter_revision: As in `translate`.
             dtype (`torch.dtype`, *optional*): Precision of the file; float32 when not given.
+            others: None; those of `cast` are for models.
 
         Returns:
             `Holdings`: What the LoRA holds and what became of it.
 
         Raises:
+            TypeError: If there is no such argument.
             ValueError: As `cast`; also for adapters that are no plain LoRA.
             OSError: If the folder cannot be written.
         """
+        for name in others:
+            ours, theirs = (["gain", "adapter_revision", "dtype"], {*names_taken(Bridge.cast), *_FOR_MODELS})
+            instead = "it loads no model, `Bridge.cast` does" if name in theirs else unknown(name, ours)
+            raise TypeError(f"`cast_file` has no argument '{name}': {instead}")
         adapter = as_path(adapter)
         check_option("gain", gain, Fit)
         pairing = Pairing(adapter_revision=adapter_revision, dtype=dtype)
@@ -257,11 +266,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return model, held, {**metrics, "bridge": {"source": self.source.name, "target": self.target.name}}
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """The mixin's.
-
-        Raises:
-            OSError: If the folder cannot be written.
-        """
+        """The mixin's, which raises an OSError in words if the folder cannot be written."""
         check_writable(save_directory)  # the mixin makes it, and Python's errors have numbers in brackets
         return super().save_pretrained(save_directory, **options)
 
@@ -307,8 +312,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: If it holds no bridge, or a broken one.
         """
         # The mixin's own would read a `config.json` too, which a bridge does not have.
-        named = without_secrets(pretrained_model_name_or_path)
-        (source, target), modules, metrics, maps = read_bridge(
+        sides, modules, metrics, maps = read_bridge(
             as_path(pretrained_model_name_or_path),
             revision=revision,
             cache_dir=cache_dir,
@@ -316,12 +320,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             local_files_only=local_files_only,
             token=token,
         )
-        kernels = {name: [fit.source_place for fit in fits] for name, fits in maps.kernels.items()}
-        if not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):
-            raise ValueError(
-                f"'{named}' holds no bridge, or one on which a module of the source lands twice: fit it anew."
-            )
-        return cls(maps, replace(modules, kernels=kernels), source, target, metrics)
+        return cls(maps, modules, *sides, metrics)
 
 
 @takes(
@@ -366,6 +365,7 @@ def fit_bridge(
     if pairing.depth_map == "similarity":
         raise ValueError("A bridge needs its depth map beforehand: pass 'proportional' or a mapping of layer numbers.")
     check_pair(source, [], target, pairing)
+    check_all_reached(text)
     bar = partial(tqdm, disable=not given.run.progress, desc="fitting bridge")
     with open_pair(source, None, target, pairing) as pair:
         texts = align_texts(

@@ -19,7 +19,7 @@ from ..models import freeze_adapter, seeded, unloaded_on_error
 from ..options import Fit, Options, Pairing, Run, Training, takes
 from ..results import TranslationResult
 from ..source import check_pair, open_pair
-from ..text import read_texts
+from ..text import check_all_reached, read_texts
 from ..utils import Phases, as_path, check_place, distributed
 from ..utils.fields import check_count
 from .imitate import imitate
@@ -66,6 +66,7 @@ def distill_lora(
     if given.run.output_dir is not None:
         distributed.on_main_process(partial(check_place, given.run.output_dir, source, adapter, target, kind="LORA"))
     check_pair(source, [adapter], target, given.pairing)
+    check_all_reached(text, given.fit.fit_text)
     training, progress, phases = given.training, given.run.progress, Phases()
     with ExitStack() as stack:
         with phases.measure("load"):

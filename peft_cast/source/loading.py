@@ -35,7 +35,7 @@ from ..utils import (
     why_no_model,
     without_secrets,
 )
-from .disagreement import other_masks, other_tokens, warn_of_base
+from .disagreement import other_masks, other_shape, other_tokens, warn_of_base
 from .files import of_another_file, unusable
 from .idle import idle
 from .kernels import SourceAdapter, nothing_carried, read_adapter
@@ -331,8 +331,8 @@ def matched(
         ValueError: If they do not go together.
     """
     match = Match(read_weights_header(adapter, revision), source, config, which)
-    why = misplaced(match) or resized(match) or other_tokens(match) or other_masks(match) or deeper(match)
-    if why is not None:
+    checks = (misplaced, resized, other_shape, other_tokens, other_masks, deeper)
+    if (why := next(filter(None, (check(match) for check in checks)), None)) is not None:
         raise no_match(adapter, match, why)
     return match
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import C4, Corpus, check_corpus, read_corpus
+from .corpus import C4, Corpus, check_corpus, check_reached, read_corpus
 from .samples import TextSample
 from .written import SelfWritten
 
@@ -62,7 +62,36 @@ def check_text(text: Any) -> None:
         check_corpus(text.corpus if isinstance(text, SelfWritten) else text)
 
 
-def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[TextSample]]) -> list[TextSample]:
+def check_all_reached(text: Any, fit_text: Any = None) -> None:
+    """Refuse, where the Hub is switched off, what would be read from there, C4 too where nothing is given.
+
+    Args:
+        text, fit_text: As `translate` takes them; for several adapters a mapping.
+
+    Raises:
+        OSError: As `read_corpus`; the message says which of the two to pass.
+    """
+    texts = list(text.values()) if isinstance(text, Mapping) else [text]
+    for one in texts:
+        for corpus in _corpora(one):
+            check_reached(corpus, "text")
+    if fit_text is not None or any(map(is_written, texts)):
+        for corpus in _corpora(C4 if fit_text is None else fit_text):
+            check_reached(corpus, "fit_text")
+
+
+def _corpora(text: Any) -> list[Any]:
+    """What a text is read from."""
+    if isinstance(text, Mixture):
+        return [corpus for part, _ in text.parts for corpus in _corpora(part)]
+    if isinstance(text, SelfWritten):
+        return [text.corpus] if text.reads_snippets else []
+    return [] if is_written(text) else [text]
+
+
+def read_text(
+    text: Any, limit: int, write: Callable[[SelfWritten, int], list[TextSample]], argument: str = "text"
+) -> list[TextSample]:
     """At most `limit` samples; the parts of a mixture are interleaved in proportion.
 
     Args:
@@ -70,10 +99,13 @@ def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[Te
             `read_corpus` takes.
         limit (`int`): The most samples.
         write: Lets the adapted source model write samples for a `SelfWritten`, given it and the number wanted.
+        argument (`str`): As what it is passed, for messages.
     """
     if isinstance(text, Mixture):
         total = sum(weight for _, weight in text.parts)
-        columns = [read_text(part, max(1, round(limit * weight / total)), write) for part, weight in text.parts]
+        columns = [
+            read_text(part, max(1, round(limit * weight / total)), write, argument) for part, weight in text.parts
+        ]
         # Position within its own part orders the samples, so every stretch of the result has the same shares.
         ordered = sorted((i / len(column), n, i) for n, column in enumerate(columns) for i in range(len(column)))
         return [columns[n][i] for _, n, i in ordered]
@@ -81,4 +113,4 @@ def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[Te
         return write(text, limit)
     if is_written(text):
         return list(text[:limit])
-    return [TextSample(t) for t in read_corpus(text, limit)]
+    return [TextSample(t) for t in read_corpus(text, limit, argument)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch.nn import Module
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -17,7 +18,8 @@ from ..models import sharding
 from ..options import Options
 from ..refine import check_folder, check_prompts
 from ..source import check_pair
-from ..text import check_text, is_written
+from ..text import check_all_reached, check_text, is_written
+from ..tuner.checks import shown
 from ..utils import distributed
 
 
@@ -79,6 +81,8 @@ class Job:
         # What lies on disk or on the hub comes last: it may have to be fetched.
         check_pair(self.source, self.adapters, self.target, pairing)
         check_maps(self.bridge, self.start, self.source, self.adapter, self.target, pairing)
+        if not self.options.run.resume_from_checkpoint:  # which has its texts kept
+            check_all_reached(self.text, self.options.fit.fit_text)
 
     def _check_one(self, shard: bool) -> None:
         training = self.options.training
@@ -95,8 +99,11 @@ class Job:
 
 def _check_several(job: Job, shard: bool) -> None:
     """Refuse what goes with one adapter alone."""
-    if not all(isinstance(adapter, (str, Path)) for adapter in job.adapters):
-        raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
+    for adapter in job.adapters:
+        if isinstance(adapter, Module):
+            raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
+        if not isinstance(adapter, (str, Path)):
+            raise ValueError(f"Several adapters must be folders or hub ids, got {shown(adapter)} among them.")
     for name in ("bridge", "start"):
         if getattr(job, name) is not None:
             raise ValueError(f"`{name}` is for one adapter at a time: pass no `{name}`.")

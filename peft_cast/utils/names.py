@@ -10,9 +10,10 @@ from typing import Any
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..tuner.checks import read_json, with_article
+from ..tuner.checks import read_json
 
 
 # What follows the Hub's host in an address, or any other address.
@@ -153,8 +154,9 @@ def why_no_folder(name: Any, config: str, revision: str | None = None) -> str | 
     """
     remedy = f"pass a hub id or a folder with {config}"
     if not isinstance(name, (str, Path)):
-        what = "None" if name is None else with_article(type(name).__name__)
-        return f"{what} is no name of one: {remedy}"
+        if isinstance(getattr(name, "_orig_mod", name), PeftModel):  # as torch.compile wraps it
+            return "a PeftModel in memory has no files: save it, with `save_pretrained(folder)`, and pass the folder"
+        return f"an object of type {type(name).__name__} is no name of one: {remedy}"
     if (why := why_no_name(name)) is not None:
         return f"{why}: {remedy}"
     folder = Path(name)
