@@ -427,7 +427,7 @@ WRONG = {
     "no whole module": ({"modules_to_save": ["lm_head"]}, "`modules_to_save` .* means 'lm_head', .*: correct `"),
     "a part that no LoRA has": (
         {"edit": lambda t: t | {min(t).replace("lora_A", "lora_C"): torch.zeros(4, 4)}},
-        "lora_C.weight' is in its file, and PEFT has no such tensor for it; 1 such tensors: delete them",
+        "lora_C.weight' is in its file, and PEFT has no such tensor for it; 1 such tensor: delete them",
     ),
     "an option of another kind": ({"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, "correct `use_bdlora` in "),
     "a tensor beside the modules": ({"edit": lambda t: t | {"epoch": torch.ones(1)}}, "'epoch' of .*or delete them"),

@@ -96,6 +96,8 @@ def test_generation_matches_the_group_of_the_pattern(model_and_tokenizer):
     assert scores.samples[1]["written"] == rows[1]["answer"] and scores.samples[1]["prompt"] == ROWS[1]["question"]
     with pytest.raises(ValueError, match="needs a group"):
         Generation("write", rows, "{question}", "{answer}", r"####")
+    with pytest.raises(ValueError, match="`fallback` is no regular expression"):
+        Generation("write", rows, "{question}", "{answer}", r"(.)", fallback="(")
     with pytest.raises(ValueError, match="`metric` must be"):
         Generation("write", rows, "{question}", "{answer}", r"(.)", metric="accuracy")
     strict = Generation("write", rows, "{question}", "{answer}", r"#### (\d+)", max_new_tokens=6)
@@ -450,14 +452,35 @@ def test_evaluate_gives_models_back(source_folder, loras):
         ({}, [LIKELIHOOD], {"retrained": 5}, "`retrained` must be the name of an adapter"),
         ({}, [AnswerLikelihood("x", ROWS, "{nothing}", "a")], {}, "names 'nothing', but the data has the columns"),
         ({}, [AnswerLikelihood("x", ROWS, "a", "a", start=99)], {}, "has no rows from 99 on"),
+        ({}, [AnswerLikelihood("x", ROWS, "a", "a", limit="3")], {}, "`limit` must be a whole number"),
+        ({}, [AnswerLikelihood("x", ROWS, "a", "a", base_prompts={"b": "{c}"})], {}, "names 'c', but the data has"),
+        ({}, [AnswerLikelihood("x", ROWS, "{", "a")], {}, "cannot be filled in"),
+        ({}, [AnswerLikelihood("x", ["a"], "a", "a")], {}, "must hold records, from columns to values, got 'a'"),
+        ({}, [AnswerLikelihood("x", iter(ROWS), "a", "a")], {}, "must be a jsonl file or a list of records"),
+        ({}, [Classification("x", ROWS, "a", LABELS, "kind")], {}, "labels from 'kind', but the data has the columns"),
+        ({}, [Classification("x", ROWS, "a", ("a",))], {}, r"rows with the labels \['b'\], not in `labels`"),
+        ({}, [LIKELIHOOD], {"drift_text": "no.jsonl"}, "text file 'no.jsonl' does not exist"),
+        ({}, [LIKELIHOOD], {"output": 5}, "`output` must be the name of a file"),
+        ({}, [LIKELIHOOD], {"output": "."}, "`output`, '.', is a folder"),
+        ({}, [LIKELIHOOD], {"output": __file__}, "is no JSON file of an evaluation"),
+        ({}, [LIKELIHOOD], {"output": f"{__file__}/x"}, "cannot be written .*: write to another folder"),
     ],
 )
-def test_bad_evaluations_are_one_clear_error(adapters, tasks, options, message, source_folder):
-    with pytest.raises(ValueError, match=message):
+def test_bad_evaluations_are_one_clear_error(adapters, tasks, options, message, source_folder, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises((ValueError, OSError), match=message):
         peft_cast.evaluate(source_folder, adapters, tasks, progress=False, **options)
 
 
+def test_a_harness_that_is_not_installed_is_told_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("peft_cast.evaluation.harness.find_spec", lambda _: None)
+    with pytest.raises(ImportError, match="pip install"):
+        peft_cast.evaluate("no/model", {}, [HarnessTask("arc_easy")])
+
+
 def test_bad_files_are_one_clear_error(source_folder, tmp_path):
+    with pytest.raises(OSError, match="cannot be opened"):
+        AnswerLikelihood("x", tmp_path, "a", "a").check()
     with pytest.raises(OSError, match="'nowhere.jsonl', does not exist"):
         peft_cast.evaluate(source_folder, {}, [AnswerLikelihood("x", "nowhere.jsonl", "a", "a")], progress=False)
     (tmp_path / "bad.jsonl").write_text("{")

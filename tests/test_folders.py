@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import peft_cast
 from peft_cast.cli.inspect import describe, inspect
-from peft_cast.models import continuations
+from peft_cast.models import continuations, load_model
 from peft_cast.source.files import check_is_read
 from peft_cast.source.pair import open_pair
 
@@ -83,20 +83,51 @@ def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(
     refused(lambda: peft_cast.translate(source_folder, wrong, target_folder, **QUICK), "would be (32, 3): correct `r`")
 
 
-@pytest.mark.parametrize("base", ["meta-llama/Llama-3-8B", "user/Tiny-Llama", "/gone/model", "", None])
-def test_an_adapter_that_names_another_model_of_equal_shapes_is_warned_of(base, source_folder, lora_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("base", "kept"),
+    [
+        ("meta-llama/Llama-3-8B", None),
+        ("meta-llama/Llama-3-8B", "meta-llama/Llama-3-8B-Instruct"),
+        ("meta-llama/Llama-3-8B", "/home/me/llama-3-8b"),
+        ("user/Tiny-Llama", None),
+        ("/gone/model", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_an_adapter_that_names_another_model_of_equal_shapes_is_warned_of(
+    base, kept, source_folder, lora_folder, tmp_path
+):
     adapter = edited(lora_folder, tmp_path / "a", base_model_name_or_path=base)
+    model = folder_of(source_folder, tmp_path / "tiny-llama", settings(**({"_name_or_path": kept} if kept else {})))
     few = {"steps": 1, "batch_size": 2, "max_length": 8, "fit_samples": 4, "gamma": 0.0}
     for which, work in {
-        "source": lambda: peft_cast.plan(source_folder, adapter, source_folder, **few),
-        "target": lambda: peft_cast.evaluate(source_folder, {"a": adapter}, [], drift_text=TEXTS[:1], progress=False),
+        "source": lambda: peft_cast.plan(model, adapter, model, **few),
+        "target": lambda: peft_cast.evaluate(model, {"a": adapter}, [], drift_text=TEXTS[:1], progress=False),
     }.items():
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             work()
-        words = [str(one.message) for one in said if "names another model" in str(one.message)]
-        assert len(words) == (base == "meta-llama/Llama-3-8B")
+        words = [str(one.message) for one in said if "if that is no copy of it" in str(one.message)]
+        assert len(words) == (base == "meta-llama/Llama-3-8B" and kept != "/home/me/llama-3-8b")
         assert all(f"it was trained on '{base}', pass that as `{which}`" in one for one in words)
+
+
+@pytest.mark.parametrize("argument", ["source_revision", "adapter_revision", "target_revision"])
+def test_a_revision_of_a_folder_is_refused(argument, source_folder, lora_folder, target_folder, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    given, revision = (source_folder, lora_folder, target_folder), {argument: "v2"}
+    works = [lambda: peft_cast.translate(*given, **revision, **QUICK), lambda: peft_cast.plan(*given, **revision)]
+    works += [lambda: peft_cast.baselines.direct_copy(*given, **revision)]
+    if argument == "adapter_revision":
+        works += [lambda: peft_cast.to_lora(lora_folder, revision="v2"), lambda: inspect(lora_folder, "v2")]
+        works += [lambda: peft_cast.Bridge.from_pretrained(lora_folder, revision="v2")]
+    else:
+        works += [lambda: peft_cast.fit_bridge(source_folder, target_folder, text=TEXTS, **revision)]
+    if argument == "target_revision":
+        works += [lambda: peft_cast.evaluate(target_folder, {}, [NEXT], **revision)]
+    for work in works:
+        refused(work, "is a folder", "'v2'", "hub ids", "leave it out")
 
 
 @pytest.fixture
@@ -569,6 +600,53 @@ def test_weights_that_are_missing_are_not_made_up(source_folder, lora_folder, ta
     other = {f"module.{name}": value for name, value in weights.items()}
     save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
     refused(lambda: peft_cast.translate(source_folder, lora_folder, folder, **QUICK), "its file has 'module.")
+
+
+EXTRA = {
+    "foo": "loaded without 1 tensor of its file ('foo'), for which Gemma3ForCausalLM has no place",
+    "model.layers.2.mlp.up_proj.weight": "loaded without 1 tensor",
+    "mtp.layers.0.norm.weight": None,
+    "vision_tower.encoder.layers.0.norm.weight": None,
+    "model.layers.0.self_attn.rotary_emb.inv_freq": None,
+    "lm_head.weight": None,
+}
+
+
+@pytest.mark.parametrize("name", EXTRA)
+def test_tensors_that_a_model_is_loaded_without_are_told_once(name, target_folder, tmp_path):
+    def change(folder):
+        weights = load_file(folder / "model.safetensors")
+        extra = weights["model.embed_tokens.weight"].clone() if name == "lm_head.weight" else torch.ones(2)
+        save_file({**weights, name: extra}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    folder = folder_of(target_folder, tmp_path / "more", change)
+    assert told_without(folder) == ([EXTRA[name]] if EXTRA[name] else [])
+
+
+def told_without(folder) -> list[str]:
+    """What is said of tensors without a place, as far as the rows above go."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load_model(folder, "target", torch.device("cpu"))
+    words = [str(one.message) for one in said if "loaded without" in str(one.message)]
+    assert all(f"The target model '{folder}' is" in one for one in words)
+    return [next((row for row in EXTRA.values() if row and row in one), one) for one in words]
+
+
+def test_a_model_under_the_type_of_another_is_told(target_folder, tmp_path):
+    (said,) = told_without(folder_of(target_folder, tmp_path / "llama", settings(model_type="llama")))
+    assert "8 tensors of its file ('model.layers.0.post_feedforward_layernorm.weight')" in said
+    assert "LlamaForCausalLM has no place" in said and "correct `model_type`" in said
+
+
+def test_a_layer_that_predicts_further_tokens_is_not_missed(target_folder, tmp_path):
+    def change(folder):
+        settings(num_nextn_predict_layers=1)(folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.2.eh_proj.weight"] = torch.ones(2)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    assert told_without(folder_of(target_folder, tmp_path / "more", change)) == []
 
 
 @pytest.mark.parametrize("held", [b"", b"version https://git-lfs.github.com/spec/v1\n"])

@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 import peft_cast
-from peft_cast import SelfWritten
+from peft_cast import Bridge, SelfWritten
 from peft_cast.refine.cache import TeacherCache
 from peft_cast.refine.checkpoints import last_checkpoint, read_state
 from peft_cast.refine.monitor import DivergenceMonitor
 from peft_cast.refine.trainer import CastTrainer
+from peft_cast.results import write_report
 from peft_cast.text import written
-from peft_cast.utils.files import complete_folder, remove_partial, write_json, write_tensors
+from peft_cast.utils.files import check_writable, complete_folder, remove_partial, replacing, write_json, write_tensors
 from peft_cast.utils.out_of_memory import within_memory
 
 
@@ -300,10 +301,39 @@ def test_a_result_that_cannot_be_saved_is_not_lost(translate, tmp_path, monkeypa
     assert same(adapter(tmp_path / "full"), adapter(tmp_path / "elsewhere"))
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(translate, tmp_path):
+@pytest.mark.parametrize("place", ["file/folder", "/proc/folder/inner"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    place, source_folder, lora_folder, target_folder, translate, plain, tmp_path, monkeypatch
+):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="`output_dir`, .*cannot be written"):
-        translate(tmp_path / "file" / "folder")
+    folder = tmp_path / place
+    if not folder.parents[1].is_dir():
+        pytest.skip("only Linux has it")
+    models, bridge = (source_folder, lora_folder, target_folder), Bridge(None, None, None, None, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+        for work in (
+            lambda: translate(folder),
+            lambda: peft_cast.baselines.distill_lora(*models, output_dir=folder),
+            lambda: bridge.cast_file(lora_folder, folder),
+            lambda: bridge.save_pretrained(folder),
+            lambda: plain[1].save_pretrained(folder),
+            lambda: write_report(plain[1], folder),
+        ):
+            with pytest.raises(OSError, match=r"' cannot be written \([^[]*\): write to another folder\.") as error:
+                work()
+            assert str(folder) in str(error.value)
+
+
+def test_looking_whether_a_folder_can_be_written_leaves_nothing(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_to_be_full(tmp_path):
+    with pytest.raises(OSError, match=r"out' cannot be written \(No space left .*\): make room there, or write to"):
+        with complete_folder(tmp_path / "out") as partial, replacing(partial / "file"):
+            raise FULL
 
 
 def test_a_nan_ends_the_refinement_with_the_best_projections_so_far(translate, plain, tmp_path, monkeypatch):

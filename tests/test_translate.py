@@ -387,7 +387,7 @@ def test_corrupt_adapter_files(source_folder, lora_folder, target_folder, tmp_pa
     ("options", "message"),
     [
         ({"text": []}, "holds no text"),
-        ({"text": [TEXTS[0]]}, "1 usable samples, at least 3"),
+        ({"text": [TEXTS[0]]}, "1 usable sample, at least 3"),
         ({"text": TEXTS, "fit_text": ["a" * 60], "max_length": 3}, "0 usable samples"),
         ({"teacher": "nobody"}, "`teacher` must be"),
         ({"teacher": 2.0}, "`teacher` must be"),

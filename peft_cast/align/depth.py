@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..tuner.checks import number_of
+
 
 def map_layers(
     source_layers: int, target_layers: int, depth_map: str | Mapping[int, int] = "proportional"
@@ -24,7 +26,7 @@ def map_layers(
             if not (0 <= s < source_layers and 0 <= t < target_layers):
                 raise ValueError(
                     f"`depth_map` sends source layer {s} to target layer {t}, but the models have {source_layers} and "
-                    f"{target_layers} layers (counted from 0)."
+                    f"{number_of(target_layers, 'layer')} (counted from 0)."
                 )
         return dict(depth_map)
     if depth_map != "proportional":

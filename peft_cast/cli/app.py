@@ -15,7 +15,7 @@ from ..planning import DEVICES, Plan, plan
 from ..results import TranslationResult, push, to_lora, write_report
 from ..source import check_is_read
 from ..translate import Job, translate
-from ..utils import check_place, distributed, one_line
+from ..utils import check_output, check_place, distributed, one_line
 from . import inspect as inspection
 from .console import Commands, hush, print_result, say
 from .flags import with_flags
@@ -221,10 +221,14 @@ def evaluate_command(
     arguments = arguments_for(
         evaluate, given, {"retrained": retrained, "drift_text": drift_text, "output": output, **flags}
     )
+    if plot:
+        check_output(plot, "plot")
+        if not arguments.get("retrained"):
+            raise ValueError("There would be no recovered lift to plot: name the `--retrained` adapter of the tasks.")
     found = evaluate(target, runs, chosen, progress=not quiet, **arguments)
+    print_result(found.to_dict(), str(found), as_json, quiet)
     if plot:
         found.plot(plot)
-    print_result(found.to_dict(), str(found), as_json, quiet)
 
 
 @app.command("bridge")

@@ -19,6 +19,7 @@ from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
 from ..results.artifacts import not_carried
 from ..source import list_not_carried, read_files, weights_file
 from ..tuner import CastConfig
+from ..tuner.checks import number_of
 from ..utils import as_path, find_file, why_no_folder, without_secrets
 
 
@@ -37,7 +38,7 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
         ValueError: If there is neither an adapter nor a bridge.
     """
     adapter = as_path(adapter)
-    if (why := why_no_folder(adapter, CONFIG_NAME)) is not None:
+    if (why := why_no_folder(adapter, CONFIG_NAME, revision)) is not None:
         raise ValueError(without_secrets(f"The adapter could not be read: {why}."))
     if _file(adapter, BRIDGE_CONFIG_NAME, revision) is not None:
         return _bridge(adapter, revision)
@@ -47,7 +48,12 @@ def inspect(adapter: str | Path, revision: str | None = None) -> dict[str, Any]:
         if all("error" in account for account in accounts.values()):
             raise ValueError(next(iter(accounts.values()))["error"])
         base = next((account["base_model"] for account in accounts.values() if account["base_model"]), None)
-        return {"kind": f"{len(inner)} adapters in subfolders", "base_model": base, "file": {}, "adapters": accounts}
+        return {
+            "kind": f"{number_of(len(inner), 'adapter')} in subfolders",
+            "base_model": base,
+            "file": {},
+            "adapters": accounts,
+        }
     config, holdings = read_files(adapter, revision)
     account: dict[str, Any] = {
         "kind": holdings.kind.partition(" ")[0],
@@ -97,8 +103,8 @@ def describe(account: Mapping[str, Any]) -> str:
     if file:
         types = ", ".join(file["dtypes"])
         lines.append(
-            f"file         {file['bytes'] / 2**20:.1f} MiB, {file['tensors']} tensors, {file['parameters']:,} numbers "
-            f"({types})"
+            f"file         {file['bytes'] / 2**20:.1f} MiB, {number_of(file['tensors'], 'tensor')}, "
+            f"{file['parameters']:,} numbers ({types})"
         )
     elif "weights_file" in account:
         lines.append(f"file         {account['weights_file'] or 'no weights'}, no {SAFETENSORS_WEIGHTS_NAME}")
@@ -121,8 +127,8 @@ def describe(account: Mapping[str, Any]) -> str:
         lines.append("layers       " + ", ".join(f"{'+'.join(map(str, s))}→{t}" for t, s in account["layers"].items()))
     if "bridge" in account:
         lines.append(
-            f"from {account['bridge']['source']}: {account['bridge']['maps']} maps, fitted on "
-            f"{account['bridge']['texts']} texts"
+            f"from {account['bridge']['source']}: {number_of(account['bridge']['maps'], 'map')}, fitted on "
+            f"{number_of(account['bridge']['texts'], 'text')}"
         )
     lines += account.get("holdings", {}).get("lines", ())
     if account.get("not_carried"):

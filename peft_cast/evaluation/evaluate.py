@@ -20,8 +20,8 @@ from ..models import check_unwrapped, load_model, load_tokenizer, moved, untouch
 from ..options import Options, Pairing, Run, takes
 from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
 from ..source import check_on_target, refusal_to_run, why_idle, with_adapter
-from ..text import check_reached, read_corpus
-from ..utils import as_path, distributed, environment, without_secrets, write_json
+from ..text import read_corpus
+from ..utils import as_path, check_output, distributed, environment, without_secrets, write_json
 from ..utils.fields import check_count
 from .drift import drift
 from .tasks import Scores, Task
@@ -72,13 +72,16 @@ def evaluate(
 
     Raises:
         ValueError: If names clash, a task or adapter cannot be used, or `retrained` names no adapter.
-        OSError: If a model, adapter or data file cannot be reached.
+        OSError: If a model, adapter or data file cannot be reached, or `output` not written.
     """
     given = Options.of(options, evaluate, pairing=pairing, run=run)
     pairing = given.pairing
     check_count("drift_samples", drift_samples, 1)
     target, tasks, runs = as_path(target), _tasks(tasks), _runs(adapters)
     retrained = _retrained(retrained, runs, tasks)
+    for check in filter(None, (getattr(task, "check", None) for task in tasks)):
+        check()
+    known = _read_known(output)
     device = distributed.init(pairing.device)
     named = [one for group in runs.values() for one in group if isinstance(one, (str, Path))]
     check_on_target(target, *named, target_revision=pairing.target_revision)
@@ -89,13 +92,11 @@ def evaluate(
     tokenizer = load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision)
     if not tasks and (drift_text is None or not runs):
         raise ValueError("There is nothing to measure: pass `tasks`, or adapters and a `drift_text`.")
-    if drift_text is not None:
-        check_reached(drift_text, "drift_text")
+    texts = read_corpus(drift_text, drift_samples, "drift_text") if drift_text is not None else []
     model = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
     for name, group in runs.items():
         for one in group:
             _check_base(name, one, model)
-    texts = read_corpus(drift_text, drift_samples, "drift_text") if drift_text is not None else []
     settings = {
         "target": without_secrets(model.name_or_path),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -103,7 +104,6 @@ def evaluate(
         "drift_documents": len(texts),
         "environment": environment(),
     }
-    known = _read_known(output)
     measured: list[Measurement] = []
     jobs = [(BASE, 0, None)] + [(name, i, a) for name, group in runs.items() for i, a in enumerate(group)]
     for name, number, adapter in tqdm(jobs, desc="evaluate", disable=not given.run.progress):
@@ -141,13 +141,16 @@ def evaluate(
 
 def _read_known(output: str | Path | None) -> dict[str | None, Scores]:
     """Measurements in the output file, by key, so that a long run can be taken up again."""
-    if output is None or not Path(output).exists():
+    if output is None:
+        return {}
+    check_output(output, "output")
+    if not Path(output).exists():
         return {}
     try:
         known = json.loads(Path(output).read_text(encoding="utf-8")).get("known", {})
-    except json.JSONDecodeError as error:
-        raise ValueError(f"`output`, '{output}', is no JSON file: remove it or choose another.") from error
-    return {key: Scores(**scores) for key, scores in known.items()}
+        return {key: Scores(**scores) for key, scores in known.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"`output`, '{output}', is no JSON file of an evaluation: choose another.") from error
 
 
 def _tasks(tasks: Any) -> list[Task]:

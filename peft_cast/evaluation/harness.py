@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import contiguous_head
 from .tasks import Scores
+
+
+_MISSING = "Tasks of lm-evaluation-harness need it: pip install 'peft-cast[eval]'."
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,15 @@ class HarnessTask:
     def name(self) -> str:
         return self.task if isinstance(self.task, str) else self.task["task"]
 
+    def check(self) -> None:
+        """Refuse, before a model is loaded, to run without the harness.
+
+        Raises:
+            ImportError: If lm-evaluation-harness is not installed.
+        """
+        if find_spec("lm_eval") is None:
+            raise ImportError(_MISSING)
+
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         """The harness' metrics, filters stripped where a metric has just one.
 
@@ -52,7 +65,7 @@ class HarnessTask:
             import lm_eval
             from lm_eval.models.huggingface import HFLM
         except ImportError as error:
-            raise ImportError("Tasks of lm-evaluation-harness need it: pip install 'peft-cast[eval]'.") from error
+            raise ImportError(_MISSING) from error
         with contiguous_head(model):
             lm = HFLM(
                 pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size, device=str(model.device), dtype=None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -13,6 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import answer_nats, by_length, choice_nats, contiguous_head, continuations
+from ..tuner.checks import shown
+from ..utils import as_path
+from ..utils.fields import check_count
 
 
 Record: TypeAlias = Mapping[str, Any]
@@ -40,7 +43,8 @@ class Scores:
 class Task(Protocol):
     """What `evaluate` runs: a name, the metric that recovered lift is taken of, its direction, a function of a model.
 
-    A dataclass is also recognized when an evaluation is taken up again; other tasks are run again.
+    A dataclass is also recognized when an evaluation is taken up again; other tasks are run again. A task may have a
+    method `check`, without arguments, which is called before the model is loaded and raises what `run` would.
     """
 
     @property
@@ -66,6 +70,20 @@ class _OnRecords:
     limit: int | None = field(default=None, kw_only=True)
     batch_size: int = field(default=16, kw_only=True)
     base_prompts: Mapping[str, Template] = field(default_factory=dict, kw_only=True)
+
+    def check(self) -> None:
+        """Refuse, before a model is loaded, what the data tells: rows that cannot be read or lack a column.
+
+        Raises:
+            ValueError, OSError: As `run`.
+        """
+        for name, least in (("start", 0), ("limit", 1), ("batch_size", 1)):
+            check_count(name, getattr(self, name), least)
+        rows = _rows(self)
+        for template in (self.prompt, getattr(self, "answer", ""), *self.base_prompts.values()):
+            if isinstance(template, str):  # functions are called once, by `run`
+                for row in rows:
+                    _fill(template, row)
 
     def for_base(self) -> dict[str, _OnRecords]:
         """The same task with each of the prompts that the untouched target alone is asked with, by their names."""
@@ -123,20 +141,33 @@ class Classification(_OnRecords):
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
+    def check(self) -> None:
+        super().check()
+        self._choices(_rows(self))
+
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)
-        unknown = {row[self.label] for row in rows} - set(self.labels)
-        if unknown:
-            raise ValueError(f"The task '{self.name}' has rows with the labels {sorted(unknown)}, not in `labels`.")
-        gold = torch.tensor([self.labels.index(row[self.label]) for row in rows])
-        choices = [self.continuation.format(label=label) for label in self.labels]
+        choices, right = self._choices(rows)
+        gold = torch.tensor(right)
         with contiguous_head(model):
             nats = choice_nats(model, tokenizer, [_fill(self.prompt, r) for r in rows], choices, self.batch_size)
-        right = (nats.argmin(1) == gold).double()
-        accuracy = float(right.mean())
+        hits = (nats.argmin(1) == gold).double()
+        accuracy = float(hits.mean())
         metrics = {self.metric: accuracy, "stderr": _stderr(accuracy, len(rows))}
         metrics |= {"nats_per_label": float(nats.gather(1, gold[:, None]).mean()), "items": len(rows)}
-        return Scores(metrics, each=tuple(right.tolist()))
+        return Scores(metrics, each=tuple(hits.tolist()))
+
+    def _choices(self, rows: Records) -> tuple[list[str], list[int]]:
+        """How each label follows a prompt, and the number of each row's right one."""
+        if (row := next((row for row in rows if self.label not in row), None)) is not None:
+            raise ValueError(
+                f"The task '{self.name}' takes its labels from '{self.label}', but the data has the columns "
+                f"{sorted(map(str, row))}: pass the column as `label`."
+            )
+        own = [row[self.label] for row in rows]
+        if unknown := {str(label) for label in own if label not in self.labels}:
+            raise ValueError(f"The task '{self.name}' has rows with the labels {sorted(unknown)}, not in `labels`.")
+        return [_fill(self.continuation, {"label": label}) for label in self.labels], list(map(self.labels.index, own))
 
 
 @dataclass(frozen=True)
@@ -167,7 +198,11 @@ class Generation(_OnRecords):
 
     def __post_init__(self):
         for name, pattern in (("pattern", self.pattern), ("fallback", self.fallback)):
-            if pattern is not None and re.compile(pattern).groups < 1:
+            try:
+                groups = 1 if pattern is None else re.compile(pattern).groups
+            except (re.error, TypeError) as error:
+                raise ValueError(f"`{name}` is no regular expression ({error}), got {pattern!r}.") from None
+            if groups < 1:
                 raise ValueError(f"`{name}` needs a group in brackets, which is what must match, got {pattern!r}.")
         if self.metric not in ("exact_match", "in_format"):
             raise ValueError(f"`metric` must be 'exact_match' or 'in_format', got {self.metric!r}.")
@@ -230,25 +265,32 @@ def _rows(task: _OnRecords) -> Records:
     """The records of a task.
 
     Raises:
-        ValueError: If there are none, or a line of the file is no JSON.
-        OSError: If the file does not exist.
+        ValueError: If there are none, or a line of the file is no JSON, or no record.
+        OSError: If the file cannot be read.
     """
-    data = task.data
+    data, named = as_path(task.data), f"The data of the task '{task.name}'"
     if isinstance(data, (str, Path)):
-        named = f"The data of the task '{task.name}', '{data}',"
+        named += f", '{data}',"
         try:
             # Not splitlines: JSON strings may hold the line separators of Unicode.
             lines = Path(data).read_text(encoding="utf-8").split("\n")
             data = [json.loads(line) for line in lines if line.strip()]
         except FileNotFoundError as error:
             raise OSError(f"{named} does not exist.") from error
-        except json.JSONDecodeError as error:
+        except OSError as error:
+            raise OSError(f"{named} cannot be opened ({error.strerror}): pass a jsonl file.") from error
+        except ValueError as error:  # of the encoding too
             raise ValueError(f"{named} is no jsonl file: {error}") from error
+    elif not isinstance(data, Iterable) or isinstance(data, Iterator):  # it is read more than once
+        raise ValueError(f"{named} must be a jsonl file or a list of records, got {type(data).__name__}.")
     rows = list(data)[task.start :][: task.limit]
     if not rows:
         raise ValueError(
             f"The task '{task.name}' has no rows from {task.start} on: pass other data or a lower `start`."
         )
+    for row in rows:
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{named} must hold records, from columns to values, got {shown(row)}.")
     return rows
 
 
@@ -259,5 +301,10 @@ def _fill(template: Template, row: Record) -> str:
         return template.format_map(row)
     except KeyError as error:
         raise ValueError(
-            f"The template {template!r} names {error}, but the data has the columns {sorted(row)}."
+            f"The template {template!r} names {error}, but the data has the columns {sorted(map(str, row))}."
+        ) from error
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The template {template!r} cannot be filled in ({error}): name columns in braces, and write every other "
+            "brace twice."
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -30,6 +29,7 @@ from ..results import (
     push_saved,
     read_licenses,
 )
+from ..results.artifacts import replacing_folder
 from ..source import (
     BRIDGED,
     Holdings,
@@ -42,7 +42,17 @@ from ..source import (
     open_pair,
 )
 from ..text import check_all_reached, check_text, read_corpus
-from ..utils import as_path, change_dtype, check_place, complete_folder, distributed, without_secrets, write_json
+from ..utils import (
+    as_path,
+    change_dtype,
+    check_place,
+    check_writable,
+    complete_folder,
+    distributed,
+    hub_revision,
+    without_secrets,
+    write_json,
+)
 from ..utils.fields import check_count, check_option, unknown
 from .bridge_config import Side, read_bridge
 from .closed_form import fit_closed_form
@@ -130,10 +140,12 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         if source is None and not isinstance(adapter, PeftModel):
             check_is_read(adapter, chosen.adapter_revision, "pass `source`")
         device = distributed.init(chosen.device)
-        if target is not None:
-            check_model(target, "target", self.target.revision)
-            self.target.check(target, "target", self.target.revision)
-        target = load_model(target or self.target.name, "target", device, self.target.revision, chosen.dtype)
+        target, given = target or self.target.name, target
+        revision = hub_revision(target, self.target.revision)
+        if given is not None:
+            check_model(target, "target", revision)
+            self.target.check(target, "target", revision)
+        target = load_model(target, "target", device, revision, chosen.dtype)
         return self._cast(adapter, target, source, gain, adapter_name, chosen)[0].eval()
 
     def cast_file(
@@ -164,6 +176,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Raises:
             TypeError: If there is no such argument.
             ValueError: As `cast`; also for adapters that are no plain LoRA.
+            OSError: If the folder cannot be written.
         """
         for name in others:
             ours, theirs = (["gain", "adapter_revision", "dtype"], {*names_taken(Bridge.cast), *_FOR_MODELS})
@@ -177,11 +190,12 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         check_adapter(adapter, adapter_revision)
         model, held, metrics = self._cast(adapter, self.target.skeleton(), None, gain, "default", pairing)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
-        model.save_pretrained(folder, save_embedding_layers=False)
-        if dtype is not None:
-            change_dtype(Path(folder) / SAFETENSORS_WEIGHTS_NAME, dtype)
-        write_json({"metrics": metrics}, Path(folder) / METRICS_NAME)
-        add_card(Path(folder))
+        with replacing_folder(folder) as partial_folder:
+            model.save_pretrained(partial_folder, save_embedding_layers=False)
+            if dtype is not None:
+                change_dtype(partial_folder / SAFETENSORS_WEIGHTS_NAME, dtype)
+            write_json({"metrics": metrics}, partial_folder / METRICS_NAME)
+            add_card(partial_folder)
         return held
 
     def push_to_hub(  # type: ignore[override]  # the mixin's filters of files make no sense here
@@ -251,6 +265,11 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         freeze_adapter(model)
         return model, held, {**metrics, "bridge": {"source": self.source.name, "target": self.target.name}}
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """The mixin's, which raises an OSError in words if the folder cannot be written."""
+        check_writable(save_directory)  # the mixin makes it, and Python's errors have numbers in brackets
+        return super().save_pretrained(save_directory, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         add_card(self._save(save_directory))  # the mixin would keep what there is, a card of another bridge too
 
@@ -293,8 +312,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: If it holds no bridge, or a broken one.
         """
         # The mixin's own would read a `config.json` too, which a bridge does not have.
-        named = without_secrets(pretrained_model_name_or_path)
-        (source, target), modules, metrics, maps = read_bridge(
+        sides, modules, metrics, maps = read_bridge(
             as_path(pretrained_model_name_or_path),
             revision=revision,
             cache_dir=cache_dir,
@@ -302,12 +320,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             local_files_only=local_files_only,
             token=token,
         )
-        kernels = {name: [fit.source_place for fit in fits] for name, fits in maps.kernels.items()}
-        if not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):
-            raise ValueError(
-                f"'{named}' holds no bridge, or one on which a module of the source lands twice: fit it anew."
-            )
-        return cls(maps, replace(modules, kernels=kernels), source, target, metrics)
+        return cls(maps, modules, *sides, metrics)
 
 
 @takes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def read_bridge(
     Raises:
         ValueError: If it holds no bridge, or a broken one, or cannot be reached.
     """
-    if (why := why_no_folder(bridge, BRIDGE_CONFIG_NAME)) is not None:
+    if (why := why_no_folder(bridge, BRIDGE_CONFIG_NAME, options.get("revision"))) is not None:
         raise ValueError(without_secrets(f"The bridge could not be read: {why}."))
     named, remedy = f"'{without_secrets(bridge)}'", "Pass a folder or hub id of one."
 
@@ -180,4 +180,7 @@ def read_bridge(
         raise ValueError(f"{named} holds no bridge, or a broken one: {why}{more}") from error
     except OSError as error:
         raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {remedy}") from error
-    return sides, modules, metrics, maps
+    kernels = {name: [fit.source_place for fit in fits] for name, fits in maps.kernels.items()}
+    if weights and not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):
+        raise ValueError(f"{named} holds no bridge, or one on which a module of the source lands twice: fit it anew.")
+    return sides, replace(modules, kernels=kernels), metrics, maps

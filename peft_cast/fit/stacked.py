@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..align import ModuleMap
 from ..results import TranslationResult
 from ..source import LoraKernel
+from ..tuner.checks import number_of
 from .install import check_adapter_name
 from .maps import ClosedForm, KernelFit
 
@@ -70,7 +71,7 @@ def adapter_names(adapters: Sequence[str | Path], given: str | Sequence[str]) ->
     if len(names) != len(adapters) or len(set(names)) != len(names):
         raise ValueError(
             f"Several adapters need a name each, all different, got {names}: pass `adapter_name=[...]`, "
-            f"{len(adapters)} names."
+            f"{number_of(len(adapters), 'name')}."
         )
     return names
 

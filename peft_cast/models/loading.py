@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..align import sees_or_hears
-from ..tuner.checks import check_finite, read_header, shown
+from ..tuner.checks import check_finite, read_header, shown, with_article
 from ..utils import (
     FaultError,
     check_model_config,
@@ -43,6 +43,7 @@ from ..utils import (
     why_unread,
     without_secrets,
 )
+from .found import check_found
 
 
 _NO_DECODER = "which is no decoder-only language model: only adapters between decoders can be translated."
@@ -105,19 +106,7 @@ def load_model(
         raise OSError(
             f"{named} could not be loaded: {one_line(error)} Pass a hub id, a folder or a loaded model."
         ) from error
-    if missing := sorted(found["missing_keys"]):
-        others = sorted(found["unexpected_keys"])  # as where all names have a prefix
-        instead = f" (its file has '{others[0]}' and the like, which it does not have)" if others else ""
-        raise OSError(
-            f"{named} lacks the weights of {len(missing)} tensors ('{missing[0]}'), which would be random{instead}: "
-            "get the whole model, or pass the one that it was made from."
-        )
-    if odd := sorted(found["mismatched_keys"]):
-        name, held, wanted = odd[0]
-        raise OSError(
-            f"{named} has the tensor '{name}' of shape {tuple(held)} in its file, and by its config.json it has "
-            f"{tuple(wanted)}: the two do not belong together, get both again."
-        )
+    check_found(found, loaded, named)
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise OSError(
             f"{named} is a repository that holds an adapter too, which transformers loads with the model: download "
@@ -153,10 +142,15 @@ def read_model_config(model: str | Path, which: str, revision: str | None = None
     """The configuration of a model on the hub or in a folder.
 
     Raises:
-        ValueError: If it needs code of its own.
+        ValueError: If it needs code of its own, or a revision is given beside a folder.
         OSError: If it cannot be read; the message says what to pass.
     """
     named = f"The {which} model '{without_secrets(model)}'"
+    if revision is not None and Path(model).is_dir():
+        raise ValueError(
+            f"{named} is a folder, and `{which}_revision`, '{revision}', is for hub ids: leave it out, or pass a hub "
+            "id."
+        )
     try:
         with secrets_removed():
             config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
@@ -214,9 +208,11 @@ def check_loaded(model: nn.Module, which: str) -> None:
         raise ValueError(f"`{which}` is a PeftModel: pass its base model, `{which}.unload()` or a model id.")
     if not isinstance(model, PreTrainedModel):
         check_unwrapped(model, which)
-        raise ValueError(f"`{which}` is a {kind}, no language model of transformers: pass one, a hub id or a folder.")
+        raise ValueError(
+            f"`{which}` is {with_article(kind)}, no language model of transformers: pass one, a hub id or a folder."
+        )
     if model.config.is_encoder_decoder or _is_encoder(model.config):
-        raise ValueError(f"`{which}` is a {kind}, {_NO_DECODER}")
+        raise ValueError(f"`{which}` is {with_article(kind)}, {_NO_DECODER}")
     if model.get_output_embeddings() is None:
         raise ValueError(f"{kind} has no language-modeling head: pass a causal language model.")
     if any(parameter.is_meta for parameter in model.parameters()):

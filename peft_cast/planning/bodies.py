@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..align import layer_paths
 from ..models import capture
+from ..tuner.checks import with_article
 from ..utils import one_line
 from .fake import counted
 
@@ -52,7 +53,7 @@ def counted_or_simplified(work: Callable[[], T], models: Mapping[str, PreTrained
         try:
             return work(), simplified
         except Exception as error:
-            kinds = " and ".join(f"a {type(model).__name__}" for model in models.values())
+            kinds = " and ".join(with_article(type(model).__name__) for model in models.values())
             raise ValueError(
                 f"What a pass of {kinds} costs cannot be told without their weights. ({one_line(error)[:200]})"
             ) from error

@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from ..models import default_dtype
+from ..tuner.checks import number_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def this_machine() -> Device:
     else:
         device, memory = torch.device("cpu"), psutil.virtual_memory().total
         name, runtime = (
-            f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+            f"{platform.machine()} CPU, {number_of(torch.get_num_threads(), 'thread')}",
             psutil.Process().memory_info().rss,
         )
     on_cpu = device.type == "cpu"

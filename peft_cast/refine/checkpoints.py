@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..utils import PARTIAL, distributed, optional, replacing
+from ..utils import PARTIAL, distributed, optional, replacing, why_unwritten
 from .monitor import FILE as MONITOR
 from .monitor import DivergenceMonitor, put_back
 
@@ -143,8 +143,8 @@ class CheckpointedTrainer(Trainer):
         except UNWRITABLE as error:
             if distributed.is_main_process():
                 warnings.warn(
-                    f"The checkpoint of step {self.state.global_step} could not be written to '{folder}' ({error}): "
-                    "the training goes on without it."
+                    f"The checkpoint of step {self.state.global_step} could not be written to '{folder}' "
+                    f"({why_unwritten(error)}): the training goes on without it."
                 )
             return
         finally:

@@ -20,7 +20,7 @@ from ..options import Fit, Options, Pairing, Run, Training, takes
 from ..results import TranslationResult
 from ..source import check_pair, open_pair
 from ..text import check_all_reached, read_texts
-from ..utils import Phases, as_path, distributed
+from ..utils import Phases, as_path, check_place, distributed
 from ..utils.fields import check_count
 from .imitate import imitate
 from .shown import open_teacher, taught
@@ -63,6 +63,8 @@ def distill_lora(
     distributed.training_device(given.pairing.device)
     source, adapter, target = map(as_path, (source, adapter, target))
     check_count("r", r, 1)
+    if given.run.output_dir is not None:
+        distributed.on_main_process(partial(check_place, given.run.output_dir, source, adapter, target, kind="LORA"))
     check_pair(source, [adapter], target, given.pairing)
     check_all_reached(text, given.fit.fit_text)
     training, progress, phases = given.training, given.run.progress, Phases()

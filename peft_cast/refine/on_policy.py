@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from ..options import Training
 from ..source import Pair
 from ..text import Keep, PairTexts, SelfWritten, how_many_held_out, write_answers
+from ..tuner.checks import number_of
 from ..utils import Phases, within_memory
 from .imitate import distance_to_teacher, imitate
 from .run import RunFolder
@@ -106,8 +107,8 @@ def _answers(
     pairs = list(dict.fromkeys(teacher.align(pair, samples)))
     if len(pairs) < 2:
         raise ValueError(
-            f"The translated model's own answers give {len(pairs)} usable samples, at least 2 are needed: leave "
-            "`on_policy_steps` out, or pass more `steps` to come nearer to the teacher first."
+            f"The translated model's own answers give {number_of(len(pairs), 'usable sample')}, at least 2 are "
+            "needed: leave `on_policy_steps` out, or pass more `steps` to come nearer to the teacher first."
         )
     kept_out = how_many_held_out(pairs, training.eval_samples)
     return PairTexts(pairs[kept_out:], pairs[:kept_out], [], [], {"answers": len(samples)})

@@ -29,6 +29,8 @@ from ..utils import (
     read_json_if_there,
     remove_partial,
     replacing,
+    unwritten,
+    why_unwritten,
     without_secrets,
     write_json,
 )
@@ -124,9 +126,9 @@ class RunFolder:
             distributed.on_main_process(partial(result.save_pretrained, self.folder))
         except OSError as error:
             raise NotSavedError(
-                f"The translation is finished but could not be saved to '{self.folder}' ({error}): make room there "
-                "and pass `resume_from_checkpoint=True`, or catch this error and call "
-                "`error.result.save_pretrained(...)`.",
+                f"The translation is finished but could not be saved to '{self.folder}' ({why_unwritten(error)}): "
+                "mend that and pass `resume_from_checkpoint=True`, or catch this error and call "
+                "`error.result.save_pretrained(...)` with another folder.",
                 result,
             ) from error
         self.finish()
@@ -171,6 +173,7 @@ def check_folder(run: Run, *inputs: Any) -> None:
     Raises:
         ValueError: If there is nothing to resume in, or what is read, another adapter, a model or an unfinished run
             would be overwritten.
+        OSError: If the folder cannot be written.
     """
     output_dir, resume = run.output_dir, run.resume_from_checkpoint
     if output_dir is None:
@@ -226,9 +229,7 @@ def _open(folder: Path, cache_dir: str | Path | None, resume: bool, begun_with: 
             clear_run(folder)
             write_json({"begun_with": begun_with, "finished": False}, file)
     except OSError as error:
-        raise OSError(
-            f"`output_dir`, '{folder}', cannot be written ({error}): make room or choose another."
-        ) from error
+        raise OSError(f"`output_dir`, {unwritten(folder, error)}") from error
     checkpoint = last_checkpoint(folder / "checkpoints") if known else None
     return RunFolder(folder, Path(cache_dir) if cache_dir else _work(folder), checkpoint, begun=known is None)
 

@@ -24,7 +24,7 @@ from ..models import load_on_skeleton, skeleton
 from ..options import Pairing
 from ..source import SAVED, list_not_carried, read_holdings
 from ..tuner import CastConfig, CastLayer
-from ..tuner.checks import read_json
+from ..tuner.checks import number_of, read_json
 from ..tuner.merging import check_foldable
 from ..utils import (
     as_path,
@@ -103,11 +103,11 @@ class FoldedLora(Publishable):
 
     def __str__(self) -> str:
         cut = [error for error in self.errors.values() if error]
-        said = f"LoRA of rank {self.config.r} on {len(self.errors)} modules"
+        said = f"LoRA of rank {self.config.r} on {number_of(len(self.errors), 'module')}"
         if cut:
             said += (
-                f"; {len(cut)} were cut, relative error of the weight change {fmean(self.errors.values()):.3f} in the "
-                f"mean, {max(cut):.3f} at most"
+                f"; {len(cut)} {'was' if len(cut) == 1 else 'were'} cut, relative error of the weight change "
+                f"{fmean(self.errors.values()):.3f} in the mean, {max(cut):.3f} at most"
             )
         else:
             said += ", exact"

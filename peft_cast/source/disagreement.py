@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from peft import AdaLoraConfig, PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from ..tuner.checks import shown
-from ..utils import unnamed
+from ..tuner.checks import number_of, shown
+from ..utils import differ, unnamed, without_secrets
 from .kinds import PREFIX, variants_of
 from .names import BRIDGED, Match, Part
 
@@ -90,8 +92,8 @@ def other_tokens(match: Match) -> str | None:
         if trained and part.shape[:1] not in {(len(tokens),) for tokens in lists}:
             return (
                 f"its configuration and its file disagree: {part.named} is in the file, and "
-                f"`trainable_token_indices` in adapter_config.json names {sum(map(len, lists))} tokens: correct it, "
-                "or get both files again"
+                f"`trainable_token_indices` in adapter_config.json names {number_of(sum(map(len, lists)), 'token')}: "
+                "correct it, or get both files again"
             )
     return None
 
@@ -191,7 +193,8 @@ def foreign(match: Match, extra: Sequence[str], absent: Sequence[str]) -> str:
     remedy = "delete them from the file"
     if instead or variants:
         remedy = f"correct {' or '.join(f'`{name}`' for name in names)} in adapter_config.json"
-    return f"'{extra[0][:200]}' is in its file, {why}; {len(extra)} such tensors: {remedy}, or get both files again"
+    many = number_of(len(extra), "such tensor")
+    return f"'{extra[0][:200]}' is in its file, {why}; {many}: {remedy}, or get both files again"
 
 
 def _module_of(match: Match, key: str) -> str:
@@ -263,6 +266,20 @@ def transposed(part: Part) -> str:
         f"its matrices are transposed ({part.named}), as other tools than PEFT save them: transpose them, or convert "
         "the file to PEFT's format with the tool that made it"
     )
+
+
+def warn_of_base(adapter: str | Path, match: Match) -> None:
+    """Warn of an adapter that may name another model than the one it is put on: base, instruction-tuned and newer
+    models of one family have equal shapes, so nothing else would tell.
+    """
+    named, own = match.config.base_model_name_or_path, match.source.name_or_path
+    if differ(named, own):
+        warnings.warn(
+            without_secrets(
+                f"The adapter '{adapter}' names '{named}' as its model, and the {match.which} model is called "
+                f"'{own}': if that is no copy of it under another name, {other_model(match)}."
+            )
+        )
 
 
 def other_model(match: Match) -> str:

@@ -16,6 +16,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..align import split_name
+from ..tuner.checks import number_of
 from ..utils import unnamed, without_secrets
 from .kinds import BASE, DEFAULT_RANK, EXACT_UP_TO, TOWER
 
@@ -180,7 +181,7 @@ class Holdings:
             )
         if without_place:
             lost.append(
-                f"the kernels of {len(without_place)} modules, which have no place on the target "
+                f"the kernels of {number_of(len(without_place), 'module')}, which have no place on the target "
                 f"({list_not_carried(without_place)}): {remedy}"
             )
         named = f"The adapter '{without_secrets(adapter)}'" if adapter else "The adapter"

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftConfig
 
 from ..align import sees_or_hears
 from ..tuner import CastConfig
+from ..tuner.checks import with_article
 
 
 # A measured delta whose rank is at most EXACT_UP_TO is kept whole, any other is cut to DEFAULT_RANK or twice the
@@ -45,7 +46,7 @@ ELSEWHERE = {"LN_TUNING": "adapter on a normalization layer", "BEFT": BIAS, "TRA
 
 def on_a(layer: Any) -> str:
     """What is said of an adapter on a layer that is none of the linear ones, by the name of its class."""
-    return f"adapter on a{'n' if str(layer)[0] in 'AEIO' else ''} {layer}"
+    return f"adapter on {with_article(layer)}"
 
 
 def outside(module: str) -> str:

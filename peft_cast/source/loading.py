@@ -27,8 +27,15 @@ from ..models import (
     unload_adapters,
 )
 from ..tuner.checks import check_finite, shown
-from ..utils import adapter_folder, differ, read_adapter_config, read_weights_header, why_no_model, without_secrets
-from .disagreement import other_masks, other_model, other_shape, other_tokens
+from ..utils import (
+    adapter_folder,
+    hub_revision,
+    read_adapter_config,
+    read_weights_header,
+    why_no_model,
+    without_secrets,
+)
+from .disagreement import other_masks, other_shape, other_tokens, warn_of_base
 from .files import of_another_file, unusable
 from .idle import idle
 from .kernels import SourceAdapter, nothing_carried, read_adapter
@@ -89,7 +96,7 @@ def base_of(adapter: str | Path, revision: str | None = None) -> tuple[str, str 
         raise ValueError(f"{named} does not say which model it was trained on: pass it as `source`.")
     if (why := why_no_model(name)) is not None:
         raise ValueError(without_secrets(f"{named} names its model '{name}', but {why}: pass the model as `source`."))
-    return name, config.revision
+    return name, hub_revision(name, config.revision)
 
 
 def check_adapter(adapter: Any, revision: str | None = None) -> None:
@@ -328,19 +335,6 @@ def matched(
     if (why := next(filter(None, (check(match) for check in checks)), None)) is not None:
         raise no_match(adapter, match, why)
     return match
-
-
-def warn_of_base(adapter: str | Path, match: Match) -> None:
-    """Warn of an adapter that names another model than the one it is put on: base, instruction-tuned and newer models
-    of one family have equal shapes, so nothing else would tell.
-    """
-    if differ(match.config.base_model_name_or_path, match.source.name_or_path):
-        warnings.warn(
-            without_secrets(
-                f"The adapter '{adapter}' names another model than the {match.which} model "
-                f"'{match.source.name_or_path}' as its own: if its configuration is right, {other_model(match)}."
-            )
-        )
 
 
 def no_match(adapter: str | Path, match: Match, why: str) -> ValueError:

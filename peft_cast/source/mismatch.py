@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from ..align import layer_count
 from ..models import skeleton
 from ..tuner import CastConfig
-from ..tuner.checks import shown
+from ..tuner.checks import number_of, shown
 from ..utils import at_fault, said_by
 from .disagreement import (
     foreign,
@@ -71,7 +71,7 @@ def broken(match: Match) -> str | None:
         )
     if match.is_lora and not any(WITH_NAMES.fullmatch(step) for part in tuned for step in part.inner):
         return (
-            f"none of its {len(header)} tensors is named as PEFT names a LoRA's, ...lora_A.weight "
+            f"none of its tensors, {len(header)} in all, is named as PEFT names a LoRA's, ...lora_A.weight "
             f"({_named(match.parts)}): convert the file to PEFT's format with the tool that made it"
         )
     return None
@@ -143,8 +143,8 @@ def _lost(match: Match, astray: list[Part]) -> str:
     if beyond and len(beyond) == len(astray):
         most = max(int(part.tail[0]) for part in beyond)
         return (
-            f"it was made for at least {most + 1} layers and {match.model} has {depth} ({_named(beyond)} is in the "
-            f"file, not in the model; {len(beyond)} such tensors): {remedy}"
+            f"it was made for at least {number_of(most + 1, 'layer')} and {match.model} has {depth} "
+            f"({_named(beyond)} is in the file, not in the model; {number_of(len(beyond), 'such tensor')}): {remedy}"
         )
     in_layers = [part for part in astray if part.tail]
     for head in match.stacks:
@@ -171,7 +171,7 @@ def _lost(match: Match, astray: list[Part]) -> str:
     has = sorted({name.rpartition(".")[2] for name, size in match.modules.items() if size})
     return (
         f"it is for a model of another class, with modules named {_list(missing)} ({_named(astray)} is in the file, "
-        f"not in the model; {len(astray)} such tensors), where {match.model} has {_list(has)}: {remedy}"
+        f"not in the model; {number_of(len(astray), 'such tensor')}), where {match.model} has {_list(has)}: {remedy}"
     )
 
 
@@ -257,8 +257,8 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
         return _replicated(match, found)
     if not extra and reached >= 0 and min(beyond) > reached:
         return (
-            f"it was made for {reached + 1} layers and {match.model} has {max(beyond) + 1} ('{absent[0][:200]}' is "
-            f"in the model, not in the file): {other_model(match)}"
+            f"it was made for {number_of(reached + 1, 'layer')} and {match.model} has {max(beyond) + 1} "
+            f"('{absent[0][:200]}' is in the model, not in the file): {other_model(match)}"
         )
     targets = getattr(match.config, "target_modules", None)
     named = sorted({part.tail[-1] for part in match.parts if part.tail and match.prefix in ".".join(part.inner)})
@@ -266,20 +266,20 @@ def disagreement(match: Match, expected: Collection[str], found: Collection[str]
     if extra and (limits := limits_of(match.config, extra[0])):
         return (
             f"its configuration and its file disagree: '{extra[0][:200]}' is in the file, and {limits} in "
-            f"adapter_config.json leaves it out; {len(extra)} such tensors: correct {limits}"
+            f"adapter_config.json leaves it out; {number_of(len(extra), 'such tensor')}: correct {limits}"
         )
     if extra and is_meant(match.config, extra[0]):
         return foreign(match, extra, absent)
     if extra:
         return (
             f"its configuration and its file disagree: `target_modules` in adapter_config.json is {said}, and "
-            f"'{extra[0][:200]}' is in the file, not in the model that this describes; {len(extra)} such tensors: "
-            f"correct `target_modules`, the file has {_list(named)}"
+            f"'{extra[0][:200]}' is in the file, not in the model that this describes; "
+            f"{number_of(len(extra), 'such tensor')}: correct `target_modules`, the file has {_list(named)}"
         )
     return (
         f"its configuration and its file disagree: `target_modules` in adapter_config.json is {said}, and by that "
-        f"'{absent[0][:200]}' is in the model, not in the file; {len(absent)} such tensors: get both files again, or "
-        f"correct the configuration, the file has {_list(named)}"
+        f"'{absent[0][:200]}' is in the model, not in the file; {number_of(len(absent), 'such tensor')}: get both "
+        f"files again, or correct the configuration, the file has {_list(named)}"
     )
 
 
@@ -359,8 +359,8 @@ def _no_room_for(match: Match, experts: list[Part]) -> str:
 def _replicated(match: Match, found: Iterable[str]) -> str:
     return (
         f"its configuration and its file disagree: `layer_replication` in adapter_config.json makes "
-        f"{len(match.layers)} layers, and the file is for {_reached(found) + 1}: correct `layer_replication`, or get "
-        "both files again"
+        f"{number_of(len(match.layers), 'layer')}, and the file is for {_reached(found) + 1}: correct "
+        "`layer_replication`, or get both files again"
     )
 
 

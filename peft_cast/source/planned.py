@@ -27,10 +27,11 @@ from ..models import unload_adapters
 from ..tuner import CastConfig
 from ..tuner.checks import TensorInfo
 from ..utils import read_adapter_config
+from .disagreement import warn_of_base
 from .files import holdings_of
 from .kernels import SourceAdapter, read_adapter
 from .kinds import PREFIX, default_rank, is_read, kept_rank, kind_of, rank_of_change, variants_of
-from .loading import adapted_source, base_name, check_adapter, check_on, matched, warn_of_base
+from .loading import adapted_source, base_name, check_adapter, check_on, matched
 from .renamed import readable
 
 

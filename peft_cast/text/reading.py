@@ -12,6 +12,7 @@ from peft import PeftModel
 from ..align import AlignedPair
 from ..options import Fit, Training
 from ..source import Pair
+from ..tuner.checks import number_of
 from .corpus import C4
 from .mixture import default_text, is_written, read_text
 from .samples import TextSample, align_samples
@@ -101,8 +102,8 @@ def read_texts(
     if len(pairs) < 3:
         _check_prompts_fit(pair, samples, max_length)
         raise ValueError(
-            f"The text gives {len(pairs)} usable samples, at least 3 are needed (to train on and to measure with): "
-            f"pass more or longer text, or a larger `max_length` than {max_length}."
+            f"The text gives {number_of(len(pairs), 'usable sample')}, at least 3 are needed (to train on and to "
+            f"measure with): pass more or longer text, or a larger `max_length` than {max_length}."
         )
     kept_out = how_many_held_out(pairs, training.eval_samples)
     evaluation, trained_on = pairs[:kept_out], pairs[kept_out:]
@@ -114,8 +115,8 @@ def read_texts(
     anchored = align(rest[:usable], max_length=anchor_length(max_length)) if usable else []
     if len(fitting) < 2:
         raise ValueError(
-            f"`{'fit_text' if apart else 'text'}` gives {len(fitting)} usable samples for the closed form, "
-            "at least 2 are needed: pass more or longer text."
+            f"`{'fit_text' if apart else 'text'}` gives {number_of(len(fitting), 'usable sample')} for the closed "
+            "form, at least 2 are needed: pass more or longer text."
         )
     metrics = {
         "train": len(trained_on),

@@ -195,6 +195,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
+def with_article(noun: str) -> str:
+    """`"an int"`, `"a Linear"`"""
+    return f"{'an' if noun[:1].lower() in tuple('aeiou') else 'a'} {noun}"
+
+
+def number_of(count: int, noun: str) -> str:
+    """`"1 tensor"`, `"2 tensors"`"""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def read_header(file: str | Path) -> dict[str, TensorInfo]:
     """Names, dtypes and shapes of the tensors in a safetensors file; none of them is read.
 

@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
-from .checks import check_finite
+from .checks import check_finite, number_of, with_article
 from .config import CastConfig, KernelSpec
 from .layer import CastLayer, Linear, Shared
 from .merging import check_mergeable
@@ -61,8 +61,8 @@ class CastModel(BaseTuner):
         names = {name.replace(".base_layer", "") for name, module in modules if not isinstance(module, nn.ModuleDict)}
         if absent := [name for name in config.kernels or () if name not in names]:
             raise ValueError(
-                f"This CAST adapter has a kernel for '{absent[0]}' ({len(absent)} such modules in all), which "
-                f"{type(self.model).__name__} does not have: load the model it was made for, "
+                f"This CAST adapter has a kernel for '{absent[0]}' ({number_of(len(absent), 'such module')} in all), "
+                f"which {type(self.model).__name__} does not have: load the model it was made for, "
                 f"'{config.base_model_name_or_path}'."
             )
 
@@ -80,12 +80,13 @@ class CastModel(BaseTuner):
             raise ValueError("Current Key shouldn't be `None`")
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = get_quantization_kwargs(self.model)
+        kind = f"{type(base_layer).__module__}.{type(base_layer).__name__}"
         if not is_supported(base_layer, **quantization):
             raise ValueError(
-                f"CAST cannot adapt '{current_key}', a {type(base_layer).__module__}.{type(base_layer).__name__}: "
-                "only nn.Linear, transformers' Conv1D and linear layers quantized by a package that PEFT finds "
-                "installed (bitsandbytes, torchao, hqq, gptqmodel, ...). Leave it out with `exclude_modules`, or "
-                "install the package that quantized the model."
+                f"CAST cannot adapt '{current_key}', {with_article(kind)}: only nn.Linear, transformers' "
+                "Conv1D and linear layers quantized by a package that PEFT finds installed (bitsandbytes, torchao, "
+                "hqq, gptqmodel, ...). Leave it out with `exclude_modules`, or install the package that quantized the "
+                "model."
             )
         if cast_config.kernels is None:
             size = linear_size(base_layer)
@@ -260,7 +261,10 @@ class CastModel(BaseTuner):
         if missing := [name for name in adapters if name not in self.peft_config]:
             raise ValueError(f"Adapter {missing[0]} does not exist: this model has {', '.join(self.peft_config)}.")
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"Every adapter needs a weight, got {len(adapters)} adapters and {len(weights)} weights.")
+            raise ValueError(
+                f"Every adapter needs a weight, got {number_of(len(adapters), 'adapter')} and "
+                f"{number_of(len(weights), 'weight')}."
+            )
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists: choose another or delete it.")
         configs = [self.peft_config[name] for name in adapters]

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
+from ..tuner.checks import with_article
 from .safety import HIDDEN
 
 
@@ -104,7 +105,7 @@ def check_option(name: str, value: Any, group: type[Group]) -> None:
     elif kinds == (Mapping,) and not isinstance(value, Mapping):
         raise ValueError(f"`{name}` must be a mapping, got {shown}.")
     elif str in kinds and torch.device not in kinds and not isinstance(value, (*kinds, os.PathLike)):
-        words = " or ".join("a string" if kind is str else f"a {kind.__name__}" for kind in kinds)
+        words = " or ".join("a string" if kind is str else with_article(kind.__name__) for kind in kinds)
         raise ValueError(f"`{name}` must be {words}, got {shown}.")
 
 

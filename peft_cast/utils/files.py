@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -20,6 +22,8 @@ from .safety import without_secrets
 
 
 PARTIAL = ".partial-"  # what is being written, or was when a run was killed
+# What the system says of places where nothing can be made, which it says of other files than those that are meant.
+_WHY = {errno.ENOENT: "no folder can be made there", errno.EEXIST: "it is a file", errno.ENOTDIR: "it is below a file"}
 
 
 def as_path(value: Any) -> Any:
@@ -37,15 +41,15 @@ def replacing(file: str | Path) -> Iterator[Path]:
         OSError: If it cannot be written; what stood there before is intact.
     """
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
-    try:
-        with _as_os_error():
+    with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
             yield partial
-        partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            partial.replace(file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -59,32 +63,92 @@ def complete_folder(folder: str | Path, key: str = "adapter_config.json") -> Ite
         OSError: If something cannot be written; what stood in `folder` before is intact.
     """
     folder = Path(folder)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
-    try:
-        with _as_os_error():
+    with _writing(folder):
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
+        try:
             yield partial
-        moves = {file: folder / file.relative_to(partial) for file in partial.rglob("*") if file.is_file()}
-        for file, place in moves.items():
-            if file.name == key and place.exists() and place.read_bytes() != file.read_bytes():
-                place.unlink()
-        for file, place in sorted(moves.items(), key=lambda move: move[0].name == key):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if is_new:
-            with suppress(OSError):  # not empty: all went well
-                folder.rmdir()
+            moves = {file: folder / file.relative_to(partial) for file in partial.rglob("*") if file.is_file()}
+            for file, place in moves.items():
+                if file.name == key and place.exists() and place.read_bytes() != file.read_bytes():
+                    place.unlink()
+            for file, place in sorted(moves.items(), key=lambda move: move[0].name == key):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if is_new:
+                with suppress(OSError):  # not empty: all went well
+                    folder.rmdir()
 
 
 @contextmanager
-def _as_os_error() -> Iterator[None]:
+def _writing(place: Path) -> Iterator[None]:
+    """Within the context what keeps something from being written is told in a sentence."""
     try:
         yield
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(str(error)) from error
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors reports a full disk
+        root = _root(error)
+        if isinstance(root, SafetensorError) or getattr(root, "errno", None) is not None:
+            raise OSError(unwritten(place, error)) from error
+        raise  # not the system's: in words already
+
+
+def _root(error: BaseException) -> BaseException:
+    """What the system, or safetensors, said, of which an error tells in words."""
+    while isinstance(error, OSError) and error.errno is None and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def why_unwritten(error: BaseException) -> str:
+    """Why something could not be written, in a few words, without the system's numbers."""
+    root = _root(error)
+    if words := _WHY.get(getattr(root, "errno", None) or 0):
+        return words
+    return getattr(root, "strerror", None) or str(root)
+
+
+def unwritten(place: str | Path, error: BaseException) -> str:
+    """That a file or folder could not be written, and what to do, in a sentence."""
+    why = why_unwritten(error)
+    room = "make room there, or " if re.search("no space|quota", why, re.IGNORECASE) else ""
+    return f"'{without_secrets(place)}' cannot be written ({why}): {room}write to another folder."
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse, before the work, a folder in which nothing can be written, whether it is there or has to be made.
+
+    Raises:
+        OSError: Saying why.
+    """
+    folder = Path(folder)
+    new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:  # asking for rights says less: the administrator has them all, and below /proc there is no folder to be made
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(unwritten(folder, error)) from None
+    finally:
+        for place in new:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def check_output(file: str | Path, argument: str) -> None:
+    """Refuse, before the work, a file that cannot be written.
+
+    Raises:
+        ValueError: If it is no name of a file, or a folder.
+        OSError: If nothing can be written where it is.
+    """
+    if not isinstance(file, (str, os.PathLike)):
+        raise ValueError(f"`{argument}` must be the name of a file, got {type(file).__name__}.")
+    if os.path.isdir(file):
+        raise ValueError(f"`{argument}`, '{file}', is a folder: pass the name of a file in it.")
+    check_writable(Path(file).parent)
 
 
 def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> None:
@@ -98,6 +162,7 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
 
     Raises:
         ValueError: If the folder is one of the inputs, holds a model or an adapter of another type, or is a file.
+        OSError: If it cannot be written.
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"What is made must be written to a folder, got {type(folder).__name__}.")
@@ -109,6 +174,7 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
         raise ValueError(f"'{folder}' would be overwritten while it is read: write to another folder.")
     if folder.is_file():
         raise ValueError(f"'{folder}' is a file: write to a folder.")
+    check_writable(folder)
     config = read_json_if_there(folder / "adapter_config.json")
     there = config.get("peft_type") if isinstance(config, dict) else None
     if there not in (None, kind):
@@ -160,7 +226,8 @@ def optional(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        warnings.warn(f"{what} could not be kept ({error}): the run goes on, and a resumed one makes it anew.")
+        why = why_unwritten(error)
+        warnings.warn(f"{what} could not be kept ({why}): the run goes on, and a resumed one makes it anew.")
 
 
 def remove_partial(folder: Path) -> None:

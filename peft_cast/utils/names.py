@@ -13,6 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
+from ..tuner.checks import read_json
+
 
 # What follows the Hub's host in an address, or any other address.
 _ADDRESS = re.compile(
@@ -40,6 +42,11 @@ def hub_parts(name: str | Path) -> tuple[str, str | None]:
     """The repository and the subfolder in it that a name on the hub stands for."""
     parts = str(name).strip("/").split("/")
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
+
+
+def hub_revision(name: Any, revision: str | None) -> str | None:
+    """A revision that was noted beside a name; `None` for a folder here, which has none."""
+    return None if isinstance(name, (str, Path)) and Path(name).is_dir() else revision
 
 
 def adapter_folder(adapter: str | Path, revision: str | None = None) -> Path:
@@ -114,13 +121,25 @@ def why_no_model(model: Any) -> str | None:
 
 
 def differ(one: str | Path | None, other: str | Path | None) -> bool:
-    """Whether two names are those of different models: hub ids, or folders that are here, whose last parts differ.
+    """Whether two names seem to be those of different models: hub ids, or folders that are here, whose last parts
+    differ, and those of the names that the folders' configurations keep.
 
     Equal last parts may be copies of one model, and what is in a folder that is gone, nobody knows.
     """
     if not one or not other or any(looks_like_path(name) and not Path(name).exists() for name in (one, other)):
         return False
-    return _last_part(one) != _last_part(other) and Path(one).resolve() != Path(other).resolve()
+    return not _called(one) & _called(other)
+
+
+def _called(name: str | Path) -> set[str]:
+    """The last parts of a model's names: its own, and the one that transformers 4 kept in a copy's configuration."""
+    if not Path(name).is_dir():
+        return {_last_part(name)}
+    kept = None
+    with suppress(OSError, ValueError):
+        kept = read_json(Path(name) / "config.json").get("_name_or_path")
+    own = {_last_part(path) for path in (Path(name).absolute(), Path(name).resolve())}
+    return own | {_last_part(kept)} if isinstance(kept, str) and Path(kept).name else own
 
 
 def _last_part(name: str | Path) -> str:
@@ -129,8 +148,10 @@ def _last_part(name: str | Path) -> str:
     return (cached[-1].rpartition("--")[2] if cached else parts[-1]).casefold()
 
 
-def why_no_folder(name: Any, config: str) -> str | None:
-    """What is wrong with what was passed as a hub id or a folder that has a certain file, if that can be seen."""
+def why_no_folder(name: Any, config: str, revision: str | None = None) -> str | None:
+    """What is wrong with what was passed as a hub id or a folder that has a certain file, if that can be seen, or with
+    the revision beside it.
+    """
     remedy = f"pass a hub id or a folder with {config}"
     if not isinstance(name, (str, Path)):
         if isinstance(getattr(name, "_orig_mod", name), PeftModel):  # as torch.compile wraps it
@@ -141,4 +162,6 @@ def why_no_folder(name: Any, config: str) -> str | None:
     folder = Path(name)
     if not str(name).strip():
         return f"there is no folder '{name}': {remedy}"
+    if revision is not None and folder.is_dir():
+        return f"'{folder}' is a folder, and revisions ('{revision}') are for hub ids: leave it out, or pass a hub id"
     return f"'{folder}' is a file: pass the folder that it is in" if folder.is_file() else None

@@ -77,9 +77,9 @@ def secrets_removed() -> Iterator[None]:
         raise (OSError if isinstance(error, OSError) else ValueError)(clean) from None
 
 
-def _why_no_adapter(adapter: Any) -> str | None:
-    """The same for an adapter."""
-    if (why := why_no_folder(adapter, CONFIG_NAME)) is not None:
+def _why_no_adapter(adapter: Any, revision: str | None) -> str | None:
+    """What is wrong with what was passed as an adapter, if that can be seen in the folder; `None` if not."""
+    if (why := why_no_folder(adapter, CONFIG_NAME, revision)) is not None:
         return why
     folder = Path(str(adapter))
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
@@ -105,7 +105,7 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
     Raises:
         ValueError: If there is none, it cannot be read, or says something that no adapter needs.
     """
-    if (why := _why_no_adapter(adapter)) is not None:
+    if (why := _why_no_adapter(adapter, revision)) is not None:
         raise ValueError(without_secrets(f"The adapter could not be read: {why}."))
     try:
         with secrets_removed():

@@ -14,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ...source import by_reason, list_not_carried
+from ...tuner.checks import number_of
 from ..diagnosis import KL_NAMES, diagnose, fit_by_role, way_covered
 from ..paired import PAIRED_COLUMNS
 from ..rows import Evaluation
@@ -210,7 +211,7 @@ def _route(route: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
         said = TEACHERS.get(str(teacher), f"a mixture of share {teacher}")
         if minds := text.get("minds"):
             said += (
-                f" (on {minds['prompts']} prompts the adapted source minds the target's answers by "
+                f" (on {number_of(minds['prompts'], 'prompt')} the adapted source minds the target's answers by "
                 f"{minds['source']:.3f} nats per character, the target the source's by {minds['target']:.3f}; "
                 f"standard error of the difference {minds['error']:.3f})"
             )
@@ -221,7 +222,7 @@ def _remarks(metrics: Mapping[str, Any]) -> Iterator[str]:
     yield from _route(metrics.get("route", {}), metrics.get("text", {}))
     if own := metrics.get("on_policy"):
         before, after = own["kl"]["before"], own["kl"]["after"]
-        yield f"KL on its own answers to {own['texts']} prompts {before:.4f}, then {after:.4f}"
+        yield f"KL on its own answers to {number_of(own['texts'], 'prompt')} {before:.4f}, then {after:.4f}"
     source = metrics.get("source", {})
     if {"type", "rank"} <= source.keys():
         said = [f"Source adapter {source['type']}, kernels of rank {source['rank']}"]
@@ -283,7 +284,7 @@ def _curves(history: Sequence[Mapping[str, float]], metrics: Mapping[str, Any]) 
     for name, log, key, level in [*logs, (NAMES["own"], own, "kl", None)]:
         points = [(e["step"], e[key]) for e in log if {key, "step"} <= e.keys() and math.isfinite(e[key])]
         if points:
-            text = f"{name}: from {points[0][1]:.3f} to {points[-1][1]:.3f} over {points[-1][0]} steps"
+            text = f"{name}: from {points[0][1]:.3f} to {points[-1][1]:.3f} over {number_of(points[-1][0], 'step')}"
             figures.append((name, curve(points, text, level), level is not None))
     return figures
 

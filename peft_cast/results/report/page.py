@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup, escape
 from peft.utils import CONFIG_NAME
 
-from ...utils import read_json_if_there
+from ...utils import complete_folder, read_json_if_there
 from ..artifacts import METRICS_NAME, REPORT_NAME, read_metrics
 from ..rows import Evaluation
 from .contents import LEVELS, Contents, contents, with_code
@@ -58,6 +58,7 @@ def write_report(
 
     Raises:
         ValueError: If there are no metrics in the folder, or no folder to write to is given.
+        OSError: If it cannot be written.
     """
     history: Sequence[dict[str, float]]
     if isinstance(result, (str, Path)):
@@ -68,9 +69,9 @@ def write_report(
     else:
         metrics, history, models, folder = result.metrics, result.history, {}, Path(folder)
     report = contents(metrics, history, evaluation, models)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
-    (folder / "report.html").write_text(to_html(report), encoding="utf-8")
+    with complete_folder(folder) as partial:
+        (partial / "report.md").write_text(to_markdown(report), encoding="utf-8")
+        (partial / "report.html").write_text(to_html(report), encoding="utf-8")
     return folder / "report.html"
 
 
