@@ -731,7 +731,10 @@ def test_web_addresses_and_ggufs_are_told(name, words, source_folder, lora_folde
         refused(lambda: peft_cast.translate(*given, **QUICK), *words)
         refused(lambda: peft_cast.plan(*given), *words)
     refused(lambda: peft_cast.to_lora(name), *words)
-    refused(lambda: peft_cast.translate(source_folder, lora_folder, target_folder, source_tokenizer=name), *words)
+    refused(
+        lambda: peft_cast.translate(source_folder, lora_folder, target_folder, source_tokenizer=name, text=TEXTS),
+        *words,
+    )
 
 
 @pytest.mark.parametrize(

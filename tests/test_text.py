@@ -11,7 +11,7 @@ from conftest import tiny_model
 
 from peft_cast.text import written
 from peft_cast.text.corpus import Corpus, read_corpus
-from peft_cast.text.mixture import Mixture, check_text, read_text
+from peft_cast.text.mixture import Mixture, check_texts, read_text
 from peft_cast.text.samples import TextSample
 from peft_cast.text.written import SelfWritten, common_affixes, write_texts
 
@@ -109,20 +109,13 @@ def test_a_column_of_anything_but_text_is_one_clear_error_and_missing_texts_are_
 
 
 @pytest.mark.parametrize(
-    "around",
-    [
-        lambda text: text,
-        Corpus,
-        lambda text: SelfWritten(corpus=text),
-        lambda text: Mixture((text, 1)),
-        lambda text: {"a": text},
-    ],
+    "around", [lambda text: text, Corpus, lambda text: SelfWritten(corpus=text), lambda text: Mixture((text, 1))]
 )
 def test_a_file_that_is_not_there_is_told_before_anything_is_loaded(around, tmp_path):
-    check_text(around(TEXTS))
+    check_texts(around(TEXTS), TEXTS)
     for name in (str(tmp_path / "no.jsonl"), "./no/such/corpus"):
         with pytest.raises(OSError, match="does not exist"):
-            check_text(around(name))
+            check_texts(around(name), TEXTS)
 
 
 def test_mixture_keeps_shares_in_every_stretch():

@@ -388,7 +388,7 @@ def test_corrupt_adapter_files(source_folder, lora_folder, target_folder, tmp_pa
     [
         ({"text": []}, "holds no text"),
         ({"text": [TEXTS[0]]}, "1 usable samples, at least 3"),
-        ({"text": TEXTS, "fit_text": ["a" * 60], "max_length": 3}, "0 usable samples"),
+        ({"text": TEXTS, "fit_text": ["a" * 60] * 2, "max_length": 3}, "0 usable samples"),
         ({"teacher": "nobody"}, "`teacher` must be"),
         ({"teacher": 2.0}, "`teacher` must be"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),

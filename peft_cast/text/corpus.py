@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -66,9 +66,14 @@ def read_corpus(corpus: Any, limit: int) -> list[str]:
     return distributed.on_main_process(partial(_read, corpus, limit))
 
 
+def _corpus(given: Any) -> Corpus:
+    if isinstance(given, Corpus):
+        return given
+    return C4 if given is None or given == C4.source else Corpus(given)
+
+
 def _read(corpus: Any, limit: int) -> list[str]:
-    if not isinstance(corpus, Corpus):
-        corpus = C4 if corpus is None or corpus == C4.source else Corpus(corpus)
+    corpus = _corpus(corpus)
     texts = list(islice((t for t in _texts(corpus) if len(t.strip()) >= corpus.min_chars), limit))
     if not texts:
         raise ValueError(
@@ -82,10 +87,10 @@ def _texts(corpus: Corpus) -> Iterator[str]:
     """All texts, empty where a column has none."""
     source, column = corpus.source, corpus.column
     if isinstance(source, (str, Path)):
-        source = _local(source) if _looks_local(source) else _hub(corpus)
+        source = _hub(corpus) if _is_on_hub(source) else _local(source)
     if isinstance(source, _SPLIT):
         raise ValueError(f"The text is a dataset with splits {sorted(source)}: pass one of them, e.g. text['train'].")
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) or isinstance(source, Mapping):
         raise ValueError(
             f"`text` must be a hub id, a path, an iterable of strings or a dataset, got {type(source).__name__}."
         )
@@ -108,24 +113,46 @@ def _checked(text: Any, what: str) -> str:
     return text
 
 
-def check_corpus(corpus: Any) -> None:
-    """Refuse what can be refused without reading it: a local file that is absent, empty, or of an unknown kind, and
-    in memory what is no text.
+def check_corpus(corpus: Any, least: int = 1) -> None:
+    """Refuse what can be refused before models are loaded: what lies on disk or in memory and cannot be used. What
+    may be read but once, as an iterator, is left alone.
+
+    Args:
+        corpus: Anything that `read_corpus` takes.
+        least (`int`): How many texts it must hold.
 
     Raises:
-        ValueError, OSError: As `read_corpus`.
+        ValueError, OSError: As `read_corpus`, and if it holds fewer texts.
     """
-    source = corpus.source if isinstance(corpus, Corpus) else corpus
-    if isinstance(source, (str, Path)) and _looks_local(source):
-        _builder(source)
-    elif isinstance(source, (list, tuple)):
-        _read(corpus, len(source))
-    elif source is not None and (not isinstance(source, Iterable) or isinstance(source, _SPLIT)):
-        _read(corpus, 1)
+    corpus = _corpus(corpus)
+    source, wanted = corpus.source, least
+    if _is_on_hub(source):
+        return
+    if isinstance(source, (list, tuple)):
+        wanted = len(source)
+    elif isinstance(source, Iterable) and not isinstance(source, (str, Path, Mapping, datasets.Dataset)):
+        return
+    if (found := len(_read(corpus, wanted))) < least:
+        raise ValueError(
+            f"The text corpus {corpus} gives {found} usable samples, at least {least} are needed: pass more or longer "
+            "text."
+        )
 
 
-def _looks_local(source: str | Path) -> bool:
-    return Path(source).exists() or Path(source).suffix in _BUILDERS or looks_like_path(source)
+def check_offline(corpus: Any) -> None:
+    """
+    Raises:
+        OSError: If a corpus is on the hub and the offline mode is on, which its cache does not make up for.
+    """
+    corpus = _corpus(corpus)
+    if datasets.config.HF_HUB_OFFLINE and _is_on_hub(corpus.source):
+        _hub(corpus)
+
+
+def _is_on_hub(source: Any) -> bool:
+    if not isinstance(source, (str, Path)):
+        return False
+    return not (Path(source).exists() or Path(source).suffix in _BUILDERS or looks_like_path(source))
 
 
 def _builder(source: str | Path) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import C4, Corpus, check_corpus, read_corpus
+from .corpus import C4, Corpus, check_corpus, check_offline, read_corpus
 from .samples import TextSample
 from .written import SelfWritten
 
@@ -46,20 +46,46 @@ def is_written(text: Any) -> bool:
     return isinstance(text, SelfWritten) or isinstance(first, TextSample)
 
 
-def check_text(text: Any) -> None:
-    """Refuse at once, of what `translate(text=...)` takes, local files that cannot be read.
+def check_texts(text: Any, fit_text: Any) -> None:
+    """Refuse at once, of the two texts of a translation, what lies on disk or in memory and cannot be used.
+
+    Args:
+        text: What is imitated on.
+        fit_text: The general text; when `None` it is C4 if the models write `text`, else `text` itself.
 
     Raises:
         ValueError, OSError: As `read_corpus`.
     """
-    if isinstance(text, Mapping):  # several adapters
-        for own in text.values():
-            check_text(own)
-    elif isinstance(text, Mixture):
+    for corpus, least in _corpora(text, fit_text):
+        check_corpus(corpus, least)
+
+
+def check_reach(text: Any, fit_text: Any) -> None:
+    """Refuse at once, of the two texts of a translation, what lies on the hub when the offline mode is on.
+
+    Raises:
+        OSError: As `read_corpus`.
+    """
+    for corpus, _ in _corpora(text, fit_text):
+        check_offline(corpus)
+
+
+def _corpora(text: Any, fit_text: Any) -> Iterator[tuple[Any, int]]:
+    """What will be read, each with how many texts are needed of it."""
+    yield from _corpora_of(text, 3)
+    if fit_text is not None or text is None or is_written(text):
+        yield from _corpora_of(fit_text, 2)
+
+
+def _corpora_of(text: Any, least: int) -> Iterator[tuple[Any, int]]:
+    if isinstance(text, Mixture):
         for part, _ in text.parts:
-            check_text(part)
-    elif isinstance(text, SelfWritten) or not is_written(text):
-        check_corpus(text.corpus if isinstance(text, SelfWritten) else text)
+            yield from _corpora_of(part, 1)
+    elif isinstance(text, SelfWritten):
+        if text.prompts is None and text.prefix is None:
+            yield text.corpus, 1
+    elif not is_written(text):
+        yield text, least
 
 
 def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[TextSample]]) -> list[TextSample]:
