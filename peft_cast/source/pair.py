@@ -136,14 +136,14 @@ def check_pair(
         if not isinstance(adapter, torch.nn.Module):
             check_adapter(adapter, pairing.adapter_revision)
     for adapter in adapters or [None]:
-        check_source(source, adapter, pairing, there and (lambda places, here: then(places, here, there, pairing)))
+        check_source(source, adapter, pairing, lambda places, here: there and then(places, here, there, pairing))
     if len(adapters) > 1:  # whose models are loaded before pairs are opened
         for adapter in adapters:
             _open_tokenizers(source, adapter, target, pairing)
 
 
 def check_source(
-    source: Any, adapter: Any, pairing: Pairing, then: Callable[[list[str], PreTrainedModel], Any] | None = None
+    source: Any, adapter: Any, pairing: Pairing, then: Callable[[list[str], PreTrainedModel], Any] = lambda *_: None
 ) -> None:
     """What the files of a source and an adapter for it tell before the source is loaded.
 
@@ -163,14 +163,14 @@ def check_source(
             return
         elif adapter is not None and base.device.type == "meta":
             with planned_source(base, adapter, pairing.adapter_revision, pairing.source_rank) as (read, *_):
-                return then and then(list(read.kernels), base)
+                then(list(read.kernels), base)
+                return
         elif adapter is not None:
             config = read_adapter_config(adapter, pairing.adapter_revision)
             check_on(base, adapter, pairing.adapter_revision, config)
             if getattr(config, "layer_replication", None):  # with which the source will have other layers
                 return
-        if then is not None:
-            then(linear_layers(base), base)
+        then(linear_layers(base), base)
 
 
 @contextmanager
