@@ -52,6 +52,12 @@ class Model:
 SMOLLM2 = Model("smollm2-135m", models.smollm2)
 GEMMA3 = Model("gemma3-270m", models.gemma3)
 PAIRS = {"smollm2-gemma3": (SMOLLM2, GEMMA3), "gemma3-smollm2": (GEMMA3, SMOLLM2), "same": (SMOLLM2, SMOLLM2)}
+# Targets of scenarios.py, by their names there.
+UPGRADES = {
+    "qwen-0.5b": Model("qwen-0.5b", models.qwen_small),
+    "qwen-1.5b": Model("qwen-1.5b", models.qwen_large),
+    "gemma3-270m": GEMMA3,
+}
 
 
 # What every prompt of a task begins and ends with, and the file with our sixteen.
@@ -153,7 +159,7 @@ def written(
     differs += "_template" if template else ""
     file = OUTPUT / "text" / f"{pair}_{task}_{modules}_seed{seed}{differs}.json"
     if not file.exists():
-        source, target = PAIRS[pair]
+        source, target = PAIRS.get(pair) or (SMOLLM2, UPGRADES[pair])
         asked: dict[str, Any] = {"prompts": prompts(task)}
         if template:
             head, tail, _ = PROMPTS[task]

@@ -258,7 +258,7 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
     bridge, folder = same[1], same[2]
     for work, message in (
         (lambda: fit_bridge(None, folder), "`source` must be a folder, a hub id or a loaded model, got NoneType"),
-        (lambda: Bridge.from_pretrained(None), "a NoneType is no name of one"),
+        (lambda: Bridge.from_pretrained(None), "type NoneType is no name of one"),
         (lambda: Bridge.from_pretrained(lora_folder), "holds no bridge, but an adapter: pass a folder or hub id"),
         (lambda: Bridge.from_pretrained(folder), "holds no bridge, but a model: pass a folder or hub id"),
         (lambda: Bridge.from_pretrained(tmp_path), "holds no bridge, it has no bridge_config.json: pass"),
@@ -271,6 +271,13 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             work()
+    for option, message in (("source", "it loads no model, `Bridge.cast` does"), ("gein", "did you mean 'gain'")):
+        with pytest.raises(TypeError, match=f"`cast_file` has no argument '{option}': {message}"):
+            bridge.cast_file(lora_folder, tmp_path, **{option: folder})
+    bridge.save_pretrained(tmp_path / "bridge")
+    for work in (bridge.cast, peft_cast.to_lora, lambda given: peft_cast.plan(source_folder, given, target_folder)):
+        with pytest.raises(ValueError, match="holds a bridge, not an adapter: pass a hub id or a folder with adapter"):
+            work(tmp_path / "bridge")
 
 
 @pytest.mark.parametrize(

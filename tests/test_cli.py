@@ -71,6 +71,25 @@ def test_a_dry_run_writes_nothing(source_folder, lora_folder, target_folder, tmp
     )
     assert json.loads(result.stdout)["assumed"]["batch_size"] == 4
     assert not (tmp_path / "out").exists()
+    assert call("translate", "-", lora_folder, target_folder, "--config", quick, "--dry-run").stderr
+    assert "Invalid value for -o" in call("translate", "-", lora_folder, target_folder, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ([], "as `text`: a .jsonl, .txt or .parquet file (`--text FILE`"),
+        (["--prompts", "prompts.txt"], "as `fit_text`: a .jsonl, .txt or .parquet file (`--fit-text FILE`"),
+    ],
+)
+def test_text_that_is_not_at_hand_offline_is_asked_for_before_models_are_loaded(
+    words, remedy, source_folder, lora_folder, target_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("One?\nTwo?\n")
+    error = call("translate", source_folder, lora_folder, target_folder, *words, "-o", "out", code=1).stderr
+    assert remedy in error and error.count("FILE") == 1
 
 
 def test_quiet_says_nothing(source_folder, lora_folder, target_folder, tmp_path, quick):

@@ -38,10 +38,11 @@ def logits(model):
 
 
 def edited(folder, to, **values) -> str:
-    """A copy of an adapter's folder with other values in its configuration."""
+    """A copy of an adapter's folder with other values in its configuration, without those that are `...`."""
     shutil.copytree(folder, to)
     file = Path(to) / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    values = {**json.loads(file.read_text()), **values}
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
     return str(to)
 
 
@@ -346,6 +347,12 @@ def test_a_quantized_base_whose_package_is_missing_names_the_remedy(
         ({"init_lora_weights": "best"}, ["'best'", "correct `init_lora_weights` in adapter_config.json"]),
         ({"bias": "some"}, ["`bias`", "'some'", "correct adapter_config.json"]),
         ({"bias": None}, ["`bias`", "None", "correct adapter_config.json"]),
+        (
+            {"bias": "foo_only"},
+            ["`bias` must be 'none', 'all' or 'lora_only', got 'foo_only': correct adapter_config"],
+        ),
+        ({"peft_type": "C3A", "init_weights": "odd"}, ["'kaiming_uniform' or 'xavier_uniform' or null, got 'odd'"]),
+        ({"r": ...}, ["names no rank, for which PEFT takes 8, and", "has 4: add `r` to adapter_config.json"]),
         ({"lora_dropout": 2.0}, ["`lora_dropout` must be a number from 0 to 1, got 2.0"]),
         ({"task_type": "causal_lm"}, ["`task_type` must be CAUSAL_LM", "'causal_lm'"]),
         ({"layer_replication": 5}, ["`layer_replication` must be a list of lists of 2 integers or null, got 5"]),
@@ -410,6 +417,63 @@ def test_an_adapter_that_was_never_trained_is_said_to_do_nothing(source_folder, 
             )
         assert loads.call_count == 0
         assert "cannot be a source: it changes nothing" in describe(inspect(tmp_path / name))
+
+
+def test_numbers_that_a_configuration_does_not_name_are_said(source_folder, lora_folder, target_folder, tmp_path):
+    adapter, loha = edited(lora_folder, tmp_path / "a", lora_alpha=...), tmp_path / "loha"
+    assert "lora_alpha=8 (PEFT's default, adapter_config.json names none)" in describe(inspect(adapter))
+    with pytest.warns(UserWarning, match="names no `lora_alpha`: PEFT's default, 8, is taken. Add it"):
+        peft_cast.plan(source_folder, adapter, target_folder, steps=1, batch_size=2, max_length=8, fit_samples=4)
+    get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
+    words = ["by PEFT's default of `r`, which adapter_config.json does not name, its shape would be (32, 8): add `r`"]
+    adapter = edited(loha, tmp_path / "b", r=...)
+    refused(lambda: peft_cast.translate(source_folder, adapter, target_folder, **QUICK), *words)
+
+
+INSTEAD = {
+    "UTF-16": (lambda text: text.encode("utf-16"), "is no plain UTF-8: save it as UTF-8 without a byte order mark"),
+    "no mark": (lambda text: text.encode("utf-16-le"), "is no plain UTF-8: save it as UTF-8"),
+    "a mark": (lambda text: text.encode("utf-8-sig"), "is no plain UTF-8: save it as UTF-8"),
+    "Git LFS": (lambda _: b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`, or download it"),
+    "a page": (lambda _: b"<!DOCTYPE html>\n<html>", "is a web page, not the file itself: download the file"),
+    "nothing": (lambda _: b"\n", "is empty: get it again"),
+}
+
+
+@pytest.mark.parametrize("kind", INSTEAD)
+def test_configurations_that_are_something_else_are_called_so(
+    kind, source_folder, lora_folder, target_folder, tmp_path
+):
+    change, message = INSTEAD[kind]
+    given = [
+        source_folder,
+        *(shutil.copytree(folder, tmp_path / folder[-4:]) for folder in (lora_folder, target_folder)),
+    ]
+    for number, name in ((2, "config.json"), (1, "adapter_config.json")):
+        file = given[number] / name
+        text = file.read_text()
+        file.write_bytes(change(text))
+        for verb in (peft_cast.translate, peft_cast.baselines.direct_copy, peft_cast.plan):
+            options = QUICK if verb == peft_cast.translate else {}
+            assert refused(lambda: verb(*map(str, given), **options), name, message).endswith(".")
+        if number == 1:
+            refused(lambda: inspect(given[1]), message)
+        file.write_text(text)
+
+
+def test_one_tensor_that_does_not_fit_is_named(source_folder, lora_folder, target_folder, tmp_path):
+    root, words = "base_model.model.model.", ["delete it from the file, if the adapter does not need it, else get the"]
+    for name, said in {
+        "layers.0.self_attn.foo.lora_A.weight": "has no module for it, while 42 others have theirs: ",
+        "norm.weight": "(LlamaForCausalLM) has (32,) there: ",
+    }.items():
+        adapter = Path(shutil.copytree(lora_folder, tmp_path / name))
+        file = adapter / "adapter_model.safetensors"
+        save_file(load_file(file) | {root + name: torch.ones(4, 32)}, file, metadata={"format": "pt"})
+        for work in (peft_cast.translate, peft_cast.plan, peft_cast.baselines.direct_copy):
+            refused(
+                lambda: work(source_folder, adapter, target_folder), f"'{root}{name}' of shape (4, 32)", said, *words
+            )
 
 
 WEIGHTS = {
@@ -547,6 +611,15 @@ def test_models_that_carry_an_adapter_are_left_alone(source_folder, lora_folder,
     make_lora(AutoModelForCausalLM.from_pretrained(target_folder), tmp_path / "own")
     target.load_adapter(tmp_path / "own")
     refused(lambda: peft_cast.translate(source_folder, lora_folder, target, **QUICK), "`target` carries an adapter")
+
+
+def test_adapters_in_memory_where_files_are_read_are_to_be_saved(source_folder, lora_folder, target_folder):
+    adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder)
+    for given in (adapter, torch.compile(adapter)):
+        for work in (lambda: peft_cast.plan(source_folder, given, target_folder), lambda: inspect(given)):
+            refused(work, "a PeftModel in memory has no files: save it, with `save_pretrained(folder)`")
+    refused(lambda: peft_cast.translate(None, [lora_folder, adapter], target_folder, **QUICK), "save them first")
+    refused(lambda: peft_cast.translate(None, [lora_folder, 5], target_folder, **QUICK), "got 5 among them")
 
 
 @pytest.mark.parametrize("given", [{}, 5, [], LoraConfig()])
@@ -755,10 +828,8 @@ def test_web_addresses_and_ggufs_are_told(name, words, source_folder, lora_folde
         refused(lambda: peft_cast.translate(*given, **QUICK), *words)
         refused(lambda: peft_cast.plan(*given), *words)
     refused(lambda: peft_cast.to_lora(name), *words)
-    refused(
-        lambda: peft_cast.translate(source_folder, lora_folder, target_folder, source_tokenizer=name, text=TEXTS),
-        *words,
-    )
+    tokenizer = {"source_tokenizer": name}
+    refused(lambda: peft_cast.translate(source_folder, lora_folder, target_folder, **tokenizer, **QUICK), *words)
 
 
 @pytest.mark.parametrize(

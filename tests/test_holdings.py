@@ -132,7 +132,7 @@ OVER_A_BRIDGE = {
     "norms in full": ("llama", lora(modules_to_save=["input_layernorm", "norm"]), "model.layers.0.input_layernorm"),
     "trained tokens": ("llama", lora(trainable_token_indices=[7]), "trained tokens (model.embed_tokens)"),
     "LoRA on the head": ("llama", lora(target_modules=["q_proj", "lm_head"]), "adapter on the output head (lm_head)"),
-    "LoRA on embeddings": ("llama", lora(target_modules=["q_proj", "embed_tokens"]), "adapter on a Embedding"),
+    "LoRA on embeddings": ("llama", lora(target_modules=["q_proj", "embed_tokens"]), "adapter on an Embedding"),
     "a linear layer in full": ("llama", lora(target_modules=["q_proj"], modules_to_save=["up_proj"]), "up_proj and 2"),
     "biases of the LoRA": ("llama", lora(lora_bias=True), "trained bias (model.layers.0.self_attn.q_proj and 5 more)"),
     "all biases": ("opt", lora(target_modules=["q_proj", "fc2"], bias="all"), "trained bias"),
@@ -147,6 +147,7 @@ def test_a_bridge_says_what_it_loses(case, bridges, tmp_path):
     source, bridge = bridges[architecture]
     adapter, folder = save_adapter(source, config, tmp_path / "a"), tmp_path / "out"
     held, said = warned(lambda: bridge.cast_file(adapter, folder))
+    assert "weights of the base model" not in said[0]  # which PEFT saves beside an adapter on the head
     assert len(said) == 1 and what in said[0] and said[0].endswith("does.") and "use `translate`" in said[0]
     metrics = json.loads((folder / "cast_metrics.json").read_text())["metrics"]["source"]
     assert metrics["not_carried"] == held.not_carried != []
@@ -282,7 +283,7 @@ SHOWN = {
     "head in full": (lora(modules_to_save=["lm_head"]), ["modules_to_save", "lm_head", "not carried"]),
     "biases": (lora(lora_bias=True), ["lora_bias", "trained bias", "not carried"]),
     "aLoRA": (lora(alora_invocation_tokens=[5, 6]), ["[5, 6]", "invocation tokens"]),
-    "LoRA on embeddings": (lora(target_modules=["q_proj", "embed_tokens"]), ["adapter on a Embedding"]),
+    "LoRA on embeddings": (lora(target_modules=["q_proj", "embed_tokens"]), ["adapter on an Embedding"]),
     "another task": (lora(task_type="TOKEN_CLS"), ["TOKEN_CLS", "cannot be a source"]),
     "IA3": (APPROXIMATED["IA3"], ["IA3 on 6 linear layers", "approximated"]),
     "LN tuning": (peft.LNTuningConfig(target_modules=["norm"]), ["LN_TUNING", "changes no linear layer"]),

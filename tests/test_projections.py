@@ -139,7 +139,7 @@ def test_shared_projections_are_set_for_all_their_kernels_at_once():
 def test_shared_thin_projections_need_a_size():
     with pytest.raises(ValueError, match="pass `projection_size`"):
         CastConfig(projection_sharing="layer")
-    with pytest.raises(ValueError, match="must be None, 'layer' or 'all'"):
+    with pytest.raises(ValueError, match="must be 'layer' or 'all' or null"):
         CastConfig(projection_sharing="model", projection_size=8)
 
 

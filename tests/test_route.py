@@ -55,10 +55,8 @@ def test_nothing_is_refined_where_the_first_maps_are_enough(successors):
 
 
 def test_first_maps_can_be_chosen(successors):
-    assert translated(successors, "new", steps=0, first_maps="closed_form").metrics["route"] == {
-        "first_maps": "closed_form",
-        "refined": False,
-    }
+    route = translated(successors, "new", steps=0, first_maps="closed_form").metrics["route"]
+    assert route["first_maps"] == "closed_form" and "copy" not in route and not route["refined"]
     assert translated(successors, "stranger", steps=0, first_maps="copy").metrics["route"]["first_maps"] == "copy"
     hidden = translated(successors, "new", steps=0, beta=0.1).metrics
     assert hidden["route"]["first_maps"] == "closed_form"
@@ -70,3 +68,20 @@ def test_a_copy_that_is_impossible_is_refused(successors, target_folder):
         peft_cast.translate(folder / "old", lora, target_folder, first_maps="copy", **OPTIONS)
     with pytest.raises(ValueError, match="goes with no `beta`"):
         translated(successors, "new", first_maps="copy", beta=0.1)
+
+
+def test_an_adapter_acts_as_strongly_as_is_best_on_held_out_text(successors, monkeypatch):
+    monkeypatch.setattr("peft_cast.fit.maps.KernelFit.usual_gain", 2 / 3)
+    result = translated(successors, "new", steps=0, first_maps="copy")
+    route, kl = result.metrics["route"], result.metrics["kl"]
+    assert route["strength"] == 1.5 and max(route["strengths"], key=route["strengths"].get) == "1.5"
+    assert route["strengths"]["0.0"] == 0 and list(route["strengths"]) == sorted(route["strengths"], key=float)
+    assert kl["translated"] == pytest.approx((1 - route["strengths"]["1.5"]) * kl["target"])
+    assert kl["translated"] < kl["copy"]
+    assert "acts at 1.5 of the strength it was given" in result.summary()
+    folder, lora = successors
+    copied = peft_cast.baselines.direct_copy(folder / "old", lora, folder / "new")
+    ids = torch.arange(3, 24).reshape(3, 7)
+    torch.testing.assert_close(result.model(ids).logits, copied(ids).logits, rtol=1e-3, atol=1e-3)
+    as_given = translated(successors, "new", steps=0, first_maps="copy", gain=0.5).metrics
+    assert "strength" not in as_given["route"] and as_given["kl"]["translated"] == as_given["kl"]["copy"]

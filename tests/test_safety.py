@@ -56,6 +56,7 @@ TINY = {**SIZES, "vocab_size": 40, "num_key_value_heads": 1}
 IDS = torch.arange(3, 9)[None]
 WORDS = Tokenizer(WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=WORDS, unk_token="[UNK]")
+TEXT = ["A text at hand, for the tests are not on the Hub. " * 2]
 TASK = SimpleNamespace(name="any", metric="one", run=lambda model, tokenizer: Scores({"one": 1.0}))
 
 
@@ -371,7 +372,7 @@ def test_code_in_a_model_repository_is_not_run(needs_code, valid, tmp_path):
     with pytest.raises(
         ValueError, match="tokenizer of .* never run here.*pass the loaded object as `source_tokenizer`"
     ):
-        peft_cast.translate(valid[1], lora, valid[2], source_tokenizer=needs_code)
+        peft_cast.translate(valid[1], lora, valid[2], source_tokenizer=needs_code, text=TEXT)
     with pytest.raises(ValueError, match="source model .* never run here"):
         peft_cast.translate(None, rewritten(lora, tmp_path / "lora", base_model_name_or_path=needs_code), valid[2])
     with pytest.raises(ValueError, match="pass the PeftModel"):
@@ -481,7 +482,7 @@ def test_no_error_shows_a_token(valid, monkeypatch):
         lambda: peft_cast.translate(valid[1], bad, valid[2], **tokenizers),
         lambda: peft_cast.translate(None, bad, valid[2]),
         lambda: peft_cast.translate(valid[1], lora, bad),
-        lambda: peft_cast.translate(valid[1], lora, valid[2], source_tokenizer=bad),
+        lambda: peft_cast.translate(valid[1], lora, valid[2], source_tokenizer=bad, text=TEXT),
         lambda: peft_cast.translate(valid[1], lora, valid[2], bridge=bad, **tokenizers),
         lambda: peft_cast.to_lora(bad),
         lambda: peft_cast.evaluate(bad, {}, []),

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import c4_texts, save_model
+from conftest import c4_texts, save_model, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_cast
 from peft_cast import SelfWritten
 from peft_cast.align import collate_pairs
+from peft_cast.models import continuations, keeps_prefixes
 from peft_cast.options import Training
 from peft_cast.refine.losses import whole
 from peft_cast.refine.shown import open_teacher
@@ -153,3 +154,46 @@ def test_the_adapted_source_teaches_where_nothing_can_be_compared(models, option
 def test_what_it_does_not_go_with_is_one_clear_error(models, options, message):
     with pytest.raises(ValueError, match=message):
         peft_cast.translate(*models, teacher="shown", **{**OPTIONS, **options})
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "opt", "mixtral", "falcon_mq"])
+def test_what_prompts_begin_with_is_read_once_and_answers_are_the_same(architecture, piece_tokenizer, monkeypatch):
+    model = tiny_model(architecture, len(piece_tokenizer))
+    heads = list(range(20, 90)), list(range(21, 120))
+    prompts = [[*heads[i % 2], *range(30, 30 + i)] for i in (1, 8, 5, 2)]
+    read = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
+    once = continuations(model, piece_tokenizer, prompts, 6)
+    hook.remove()
+    assert sorted(read[:2]) == [(1, 71), (1, 99)] and read[2][0] == 4 and read[2][1] < 8
+    monkeypatch.setattr("peft_cast.models.generating.WORTH_IT", 10**6)
+    assert once == continuations(model, piece_tokenizer, prompts, 6) and len(set(once)) > 1
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt_oss", "bloom"])
+def test_a_model_that_keeps_more_than_keys_and_values_reads_prompts_whole(architecture, piece_tokenizer):
+    model = tiny_model(architecture, len(piece_tokenizer))
+    assert not keeps_prefixes(model)
+    assert len(continuations(model, piece_tokenizer, [[*range(20, 90), 5], [*range(20, 90), 6, 7]], 3)) == 2
+
+
+def test_examples_are_read_once_for_all_texts(models, piece_tokenizer, tmp_path):
+    target = save_model(tiny_model("qwen2", len(piece_tokenizer)), piece_tokenizer, tmp_path)
+    first, second = "Target: one four</s>\n\n", "Target: five boxes and a dog</s>\n\n"
+    samples = [
+        TextSample(f" {i} boxes", f"{before}Target: {'two ' * i}", f"Target: {'two ' * i}")
+        for i, before in enumerate((first, second, first, second), 1)
+    ]
+    pairs = align_shown(piece_tokenizer, samples, max_length=64)
+    with open_pair(*models[:2], target) as pair:
+        teacher = open_teacher(pair, Training(teacher="shown", gamma=0.0))
+        with torch.no_grad():
+            logits = torch.cat(
+                [pair.target(torch.tensor([one.source_ids])).logits[0, list(one.source_positions)] for one in pairs]
+            )
+        model = get_peft_model(pair.target, LoraConfig(r=2, target_modules=["q_proj"])).eval()
+        for _ in range(2):
+            goal, _ = teacher.goals(model, collate_pairs(pairs))
+            torch.testing.assert_close(whole(goal), logits, rtol=1e-3, atol=1e-4)
+        assert len(teacher.prefixes) == 2
+        model.unload()

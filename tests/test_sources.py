@@ -149,7 +149,7 @@ REPORTED = {
     "LoRA on the embedding": (
         lora(target_modules=[*FEW, "embed_tokens"]),
         "llama",
-        {("model.embed_tokens", "adapter on a Embedding")},
+        {("model.embed_tokens", "adapter on an Embedding")},
     ),
     "LoRA on the head": (lora(target_modules=[*FEW, "lm_head"]), "llama", {("lm_head", "adapter on the output head")}),
     "trainable_token_indices": (

@@ -11,7 +11,7 @@ from conftest import tiny_model
 
 from peft_cast.text import written
 from peft_cast.text.corpus import Corpus, read_corpus
-from peft_cast.text.mixture import Mixture, check_texts, read_text
+from peft_cast.text.mixture import Mixture, check_text, read_text
 from peft_cast.text.samples import TextSample
 from peft_cast.text.written import SelfWritten, common_affixes, write_texts
 
@@ -61,7 +61,7 @@ def test_column_and_minimum_length(files):
 
 @pytest.mark.parametrize("corpus", [None, "allenai/c4", "user/some-dataset", Corpus("user/other", name="en")])
 def test_offline_hub_dataset_is_one_clear_error(corpus):
-    with pytest.raises(OSError, match=r"could not be reached.*text='my_texts.jsonl'"):
+    with pytest.raises(OSError, match=r"could not be reached.*pass text that is at hand as `text`: a .jsonl"):
         read_corpus(corpus, 1)
 
 
@@ -112,10 +112,10 @@ def test_a_column_of_anything_but_text_is_one_clear_error_and_missing_texts_are_
     "around", [lambda text: text, Corpus, lambda text: SelfWritten(corpus=text), lambda text: Mixture((text, 1))]
 )
 def test_a_file_that_is_not_there_is_told_before_anything_is_loaded(around, tmp_path):
-    check_texts(around(TEXTS), TEXTS)
+    check_text(around(TEXTS))
     for name in (str(tmp_path / "no.jsonl"), "./no/such/corpus"):
         with pytest.raises(OSError, match="does not exist"):
-            check_texts(around(name), TEXTS)
+            check_text(around(name))
 
 
 def test_mixture_keeps_shares_in_every_stretch():

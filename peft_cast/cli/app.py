@@ -97,8 +97,10 @@ def translate_command(
     source: Source,
     adapter: Adapter,
     target: Target,
-    output: Output,
     flags: dict[str, Any],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder that is written; not needed with `--dry-run`.")
+    ] = None,
     text: Text = None,
     prompts: Prompts = None,
     bridge: Annotated[str | None, typer.Option(help="A fitted bridge to start from.")] = None,
@@ -120,6 +122,8 @@ def translate_command(
         peft-cast translate HuggingFaceTB/SmolLM2-135M-Instruct you/your-lora google/gemma-3-270m --prompts prompts.txt
         -o out
     """
+    if output is None and not dry_run:
+        raise typer.BadParameter("pass the folder that is written, or --dry-run for the plan alone.", param_hint="-o")
     words = {"text": _text(text, prompts), "bridge": bridge, "start": start, **flags}
     arguments = arguments_for(translate, read_config(config), read_settings(settings), words)
     quiet = quiet or not distributed.is_main_process()
@@ -140,6 +144,7 @@ def translate_command(
     translated = translate(*models, **arguments)
     if not distributed.is_main_process():
         return
+    assert output is not None, "only a dry run has none"
     result = cast(TranslationResult, translated)  # of one adapter
     print_result(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},

@@ -89,7 +89,7 @@ def evaluate(
     tokenizer = load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision)
     if not tasks and (drift_text is None or not runs):
         raise ValueError("There is nothing to measure: pass `tasks`, or adapters and a `drift_text`.")
-    texts = read_corpus(drift_text, drift_samples) if drift_text is not None else []
+    texts = read_corpus(drift_text, drift_samples, "drift_text") if drift_text is not None else []
     model = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
     for name, group in runs.items():
         for one in group:

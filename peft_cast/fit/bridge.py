@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..align import ModuleMap, align_texts
 from ..models import check_model, freeze_adapter, load_model
-from ..options import Fit, Options, Pairing, Run, Training, takes
+from ..options import Fit, Options, Pairing, Run, Training, names_taken, takes
 from ..results import (
     BRIDGE_CONFIG_NAME,
     BRIDGE_WEIGHTS_NAME,
@@ -44,12 +44,15 @@ from ..source import (
 )
 from ..text import read_corpus
 from ..utils import as_path, change_dtype, check_place, complete_folder, distributed, without_secrets, write_json
-from ..utils.fields import check_count, check_option
+from ..utils.fields import check_count, check_option, unknown
 from .bridge_config import Side, read_bridge
 from .closed_form import TOO_FEW, fit_closed_form
 from .install import adapter_name_of, cast_config, check_adapter_name, install
 from .maps import ClosedForm, KernelFit, PlaceMaps
 from .saved import save_closed_form
+
+
+_FOR_MODELS = ("source", "target", "adapter_name", "pairing")  # arguments of `Bridge.cast` besides its options
 
 
 class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
@@ -147,6 +150,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         gain: float | None = None,
         adapter_revision: str | None = None,
         dtype: torch.dtype | None = None,
+        **others: Any,
     ) -> Holdings:
         """Carry a plain LoRA over from file to file: neither model is loaded.
 
@@ -158,13 +162,19 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             folder: Where the CAST adapter is saved.
             gain, adapter_revision: As in `translate`.
             dtype (`torch.dtype`, *optional*): Precision of the file; float32 when not given.
+            others: None; those of `cast` are for models.
 
         Returns:
             `Holdings`: What the LoRA holds and what became of it.
 
         Raises:
+            TypeError: If there is no such argument.
             ValueError: As `cast`; also for adapters that are no plain LoRA.
         """
+        for name in others:
+            ours, theirs = (["gain", "adapter_revision", "dtype"], {*names_taken(Bridge.cast), *_FOR_MODELS})
+            instead = "it loads no model, `Bridge.cast` does" if name in theirs else unknown(name, ours)
+            raise TypeError(f"`cast_file` has no argument '{name}': {instead}")
         adapter = as_path(adapter)
         check_option("gain", gain, Fit)
         pairing = Pairing(adapter_revision=adapter_revision, dtype=dtype)

@@ -30,7 +30,6 @@ from ..models import default_dtype, read_model_config, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
 from ..source import base_of, list_not_carried, map_kernels, planned_source
 from ..text import ANCHOR_EVERY, anchor_length
-from ..tuner import CastConfig
 from ..utils import FaultError, as_path, one_line, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
 from .bodies import counted_or_simplified
@@ -140,7 +139,7 @@ class Plan:
 )
 def plan(
     source: str | Path | PretrainedConfig | None,
-    adapter: str | Path | CastConfig,
+    adapter: str | Path,
     target: str | Path | PretrainedConfig,
     *,
     on: str | Device | None = None,

@@ -8,5 +8,6 @@ from .on_policy import check_prompts, imitate_on_own_words
 from .route import check_first_maps, first_maps
 from .run import NotSavedError, RunFolder, check_folder, clear_run, described, open_run
 from .shown import open_teacher, taught
+from .strength import settle_strength
 from .teacher import Teacher
 from .trainer import training_precision

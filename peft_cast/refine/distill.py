@@ -19,7 +19,7 @@ from ..models import freeze_adapter, seeded, unloaded_on_error
 from ..options import Fit, Options, Pairing, Run, Training, takes
 from ..results import TranslationResult
 from ..source import check_pair, open_pair
-from ..text import check_reach, check_texts, read_texts
+from ..text import check_all_reached, check_text, read_texts
 from ..utils import Phases, as_path, distributed
 from ..utils.fields import check_count
 from .imitate import imitate
@@ -63,9 +63,11 @@ def distill_lora(
     distributed.training_device(given.pairing.device)
     source, adapter, target = map(as_path, (source, adapter, target))
     check_count("r", r, 1)
-    check_texts(text, given.fit.fit_text)
+    check_text(text, 3)
+    if given.fit.fit_text is not None:
+        check_text(given.fit.fit_text, 2)
     check_pair(source, [adapter], target, given.pairing)
-    check_reach(text, given.fit.fit_text)
+    check_all_reached(text, given.fit.fit_text)
     training, progress, phases = given.training, given.run.progress, Phases()
     with ExitStack() as stack:
         with phases.measure("load"):

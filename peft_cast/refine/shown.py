@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from ..align import AlignedPair
-from ..models import in_eval_mode
+from ..align import AlignedPair, side_of
+from ..models import Prefix, after_prefixes, in_eval_mode, keeps_prefixes, read_prefix
 from ..options import Training
 from ..source import Pair
 from ..text import (
@@ -26,6 +27,7 @@ from ..text import (
     TextSample,
     align_shown,
     come_to_an_end,
+    group_size,
     how_many_held_out,
     shown_prompts,
     write_answers,
@@ -34,6 +36,9 @@ from .cache import TeacherCache
 from .losses import Logits, kl_divergence
 from .stronger import compare
 from .teacher import Teacher, compares_outputs_alone, teacher_cache
+
+
+PREFIXES = 16  # examples whose keys and values are kept: a few MB each for a small model, some 100 for a large one
 
 
 class ShownTeacher(Teacher):
@@ -57,6 +62,7 @@ class ShownTeacher(Teacher):
         k, vocabulary = training.teacher_top_k, target.get_output_embeddings().weight.shape[0]
         kept = TeacherCache(k, training.temperature, folder, f"{identity} shown", vocabulary=vocabulary) if k else None
         super().__init__(target, training, cache=kept)
+        self.prefixes: dict[tuple[int, ...], Prefix] = {}
 
     @contextmanager
     def heads(self, pair: Pair) -> Iterator[None]:
@@ -67,8 +73,28 @@ class ShownTeacher(Teacher):
 
     @torch.no_grad()
     def _imitated(self, target: PeftModel, batch: dict) -> tuple[Logits, dict[str, torch.Tensor]]:
+        base = target.get_base_model()
         with target.disable_adapter(), in_eval_mode(target):
-            return self._run(target, target.get_base_model(), batch, "source")
+            inputs, rows, positions = side_of(batch, "source", base.device)
+            if keeps_prefixes(base):
+                read = self._examples(base, batch)
+                inputs, positions = _after(base, read, inputs, rows, positions)
+            return self._predict(target, base, inputs, rows, positions), {}
+
+    def _examples(self, base: PreTrainedModel, batch: dict) -> list[Prefix]:
+        """The examples before each of the n texts of a batch, which are read once for many texts."""
+        read = []
+        for row, ids in enumerate(batch["source_input_ids"].tolist()):
+            first = int((batch["rows"] == row).nonzero()[0])
+            # Without their last token: it and the prompt's first may be one.
+            count = int(batch["source_positions"][first] - batch["target_positions"][first]) - 1
+            examples = tuple(ids[:count])
+            if examples not in self.prefixes:
+                while len(self.prefixes) >= PREFIXES:
+                    self.prefixes.pop(next(iter(self.prefixes)))
+                self.prefixes[examples] = read_prefix(base, examples)
+            read.append(self.prefixes[examples])
+        return read
 
     @torch.no_grad()
     def excitement(self, target: PeftModel, batch: dict) -> torch.Tensor:
@@ -77,6 +103,20 @@ class ShownTeacher(Teacher):
         with target.disable_adapter(), in_eval_mode(target):
             plain, _ = self._run(target, target.get_base_model(), batch, "target")
         return kl_divergence(shown, plain)
+
+
+def _after(
+    base: PreTrainedModel, read: Sequence[Prefix], inputs: dict, rows: torch.Tensor, positions: torch.Tensor
+) -> tuple[dict, torch.Tensor]:
+    """Inputs of n texts without the prefixes that were read, and their m positions in what is left."""
+    cache, before = after_prefixes(base, read)
+    counts = torch.tensor([len(prefix) for prefix in read], device=base.device)
+    left = [ids[count:] for ids, count in zip(inputs["input_ids"], counts)]
+    masks = [mask[count:] for mask, count in zip(inputs["attention_mask"], counts)]
+    ids, mask = (pad_sequence(part, batch_first=True) for part in (left, masks))
+    places = counts[:, None] + torch.arange(ids.shape[1], device=base.device)
+    after = {"input_ids": ids, "attention_mask": torch.cat([before, mask], dim=1), "past_key_values": cache}
+    return {**after, "position_ids": places, "use_cache": True}, positions - counts[rows]
 
 
 def taught(
@@ -127,8 +167,9 @@ def _shown(
 ) -> PairTexts:
     tokenizer = pair.tokenizers[1]
     # The likeliest answer: drawn at random a small model slips more often, in content and in form.
-    spec = replace(spec, temperature=0.0, on_policy=False)
-    prompts = shown_prompts(texts.answers, tokenizer, training.seed, spec.max_new_tokens)
+    together = group_size(len(texts.answers), spec.batch_size)
+    spec = replace(spec, temperature=0.0, on_policy=False, batch_size=together)
+    prompts = shown_prompts(texts.answers, tokenizer, training.seed, spec.max_new_tokens, together=together)
     samples = write_answers(pair.target, tokenizer, prompts, spec, training.seed, partial(bar, desc="showing"), keep)
     samples = list(come_to_an_end(samples, tokenizer, spec.max_new_tokens))
     pairs = list(dict.fromkeys(align_shown(tokenizer, samples, training.max_length)))

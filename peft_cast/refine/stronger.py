@@ -12,7 +12,7 @@ import torch
 
 from ..models import answer_nats
 from ..source import Pair
-from ..text import Keep, SelfWritten, TextSample, shown_prompts, write_answers
+from ..text import Keep, SelfWritten, TextSample, group_size, shown_prompts, write_answers
 
 
 MORE = 2.0  # how many times as much the target must mind, by the few pairs that were read (docs/lab-book.md)
@@ -72,11 +72,13 @@ def compare(
     asked = list({one.target_prompt: one for one in answers}.values())[:PROMPTS]
     if len(asked) < 2:
         return None
-    shown = shown_prompts(answers, pair.tokenizers[1], seed, spec.max_new_tokens, asked)
-    models, prompts = (pair.adapted, pair.target), (asked, shown)
+    shown = shown_prompts(answers, pair.tokenizers[1], seed, spec.max_new_tokens, asked, spec.batch_size)
+    together = replace(likeliest, batch_size=group_size(len(asked), spec.batch_size))
+    models = (pair.adapted, pair.target)
+    sides = zip(models, pair.tokenizers, (asked, shown), (likeliest, together))
     written = [
-        {one.target_prompt: one for one in write_answers(model, tokenizer, some, likeliest, seed, keep=keep)}
-        for model, tokenizer, some in zip(models, pair.tokenizers, prompts)
+        {one.target_prompt: one for one in write_answers(model, tokenizer, some, how, seed, keep=keep)}
+        for model, tokenizer, some, how in sides
     ]
     both = [text for text in written[0] if text in written[1]]
     if len(both) < 2:

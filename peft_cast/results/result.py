@@ -31,15 +31,16 @@ class TranslationResult(Publishable):
         model ([`~peft.PeftModel`]): The target model with the translated adapter, ready to generate or save.
         metrics (`dict`): The measurements of the run, JSON-ready. `kl`: nats per aligned position between the teacher
             and the untouched target, the first maps and the final adapter on held-out texts; `route`: which
-            `first_maps` it began with, the share of the way that a `copy` covers where that was tried, and whether it
-            was `refined`; `excitement`: nats by which the LoRA changes the source's predictions there; `source`: the
-            adapter's `type`, the largest `rank` of its kernels, `converted` (relative error of each module's kernel
-            that approximates another kind of adapter) and `not_carried` (what of the adapter no kernel expresses, by
-            module); `closed_form`: held-out R² per target module; `phases`: seconds and peak memory; `parameters`;
-            `refinement`: the steps taken, why it `stopped` early if it did, the batch size and gradient accumulation
-            used; `alignment`: among others `routes`, the map used, a line for each role, and `unmapped`, the modules
-            without a place and why; `text`; `settings`; `report`: what only the report shows, see
-            `report.gather_report`.
+            `first_maps` it began with, the share of the way that a `copy` covers where that was tried, whether it was
+            `refined`, the `strength` at which it acts, a multiple of what it was given, and the share of the way at
+            each of the `strengths` that were tried; `excitement`: nats by which the LoRA changes the source's
+            predictions there; `source`: the adapter's `type`, the largest `rank` of its kernels, `converted` (relative
+            error of each module's kernel that approximates another kind of adapter) and `not_carried` (what of the
+            adapter no kernel expresses, by module); `closed_form`: held-out R² per target module; `phases`: seconds
+            and peak memory; `parameters`; `refinement`: the steps taken, why it `stopped` early if it did, the batch
+            size and gradient accumulation used; `alignment`: among others `routes`, the map used, a line for each
+            role, and `unmapped`, the modules without a place and why; `text`; `settings`; `report`: what only the
+            report shows, see `report.gather_report`.
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
         adapter_name (`str`): Its name on the model.

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from ..tuner.checks import shown
+from ..utils import unnamed
 from .kinds import PREFIX, variants_of
 from .names import BRIDGED, Match, Part
 
@@ -47,6 +48,15 @@ def passed_over(match: Match) -> str | None:
                     "passed over. Correct it if that is a part of the adapter."
                 )
     return None
+
+
+def left_open(match: Match) -> str | None:
+    """Whether the configuration does not say how the adapter is scaled."""
+    name = next((name for name in unnamed(match.config) if name != "r"), None)
+    return name and (
+        f"adapter_config.json names no `{name}`: PEFT's default, {getattr(match.config, name)}, is taken. Add it, if "
+        "the adapter was trained with another."
+    )
 
 
 def _from_front(module: str) -> list[str]:
@@ -86,6 +96,27 @@ def other_tokens(match: Match) -> str | None:
     return None
 
 
+def other_shape(match: Match) -> str | None:
+    """Whether a weight of the model's own is in the file in another shape than the model's."""
+    own = {name: tuple(p.shape) for name, p in match.source.named_parameters() if p.is_floating_point()}
+    for part in match.parts:
+        modules = (match.module(head, part) for head in match.heads.get(match.reduced(part.head), []))
+        shapes = {own.get(f"{module}.{part.inner[-1]}", part.shape) for module in modules if module}
+        if shapes and part.shape not in shapes and not any(step.startswith(match.prefix) for step in part.inner):
+            return needless(match, part, f"{match.model} has {min(shapes)} there")
+    return None
+
+
+def needless(match: Match, part: Part, why: str) -> str:
+    """What to do about one tensor that does not fit where all others do."""
+    same = str(match.config.base_model_name_or_path) == str(match.source.name_or_path)
+    remedy = "get the file again" if same else other_model(match)
+    return (
+        f"{part.named} is in its file, and {why}: delete it from the file, if the adapter does not need it, else "
+        f"{remedy}"
+    )
+
+
 def other_rank(match: Match) -> str | None:
     """Whether the matrices have another rank than the configuration says."""
     config = match.config
@@ -97,7 +128,13 @@ def other_rank(match: Match) -> str | None:
         if part.is_expert or part.tail[-1:] == _EXPERTS:
             continue
         name = ".".join(part.head[2:] + part.tail)
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+        key = get_pattern_key(config.rank_pattern, name)
+        rank = config.rank_pattern.get(key, config.r)
+        if part.shape[0] != rank and key not in config.rank_pattern and "r" in unnamed(config):
+            return (
+                f"its configuration names no rank, for which PEFT takes {rank}, and {part.named} has "
+                f"{part.shape[0]}: add `r` to adapter_config.json"
+            )
         if part.shape[0] != rank:
             return (
                 f"its configuration says rank {rank} for '{name}' and {part.named} has {part.shape[0]}: correct "
@@ -208,9 +245,12 @@ def other_sizes(match: Match, said: str) -> str | None:
     if not names or (not widths & {*part.shape} if is_ia3 else wider):
         return None
     named = " or ".join(f"`{name}`" for name in names)
+    by, remedy = f"{named} in adapter_config.json", f"correct {named}"
+    if names[0] in unnamed(match.config):
+        by, remedy = f"PEFT's default of {named}, which adapter_config.json does not name,", f"add `{names[0]}`"
     return (
-        f"its configuration and its file disagree: {part.named} is in the file, and by {named} in adapter_config.json "
-        f"its shape would be {wanted}: correct {named}, or get both files again"
+        f"its configuration and its file disagree: {part.named} is in the file, and by {by} its shape would be "
+        f"{wanted}: {remedy}, or get both files again"
     ) + ("" if {*wanted} & widths else f" (if they are right, {other_model(match)})")
 
 

@@ -13,9 +13,10 @@ from statistics import fmean
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from ..align import split_name
-from ..utils import without_secrets
+from ..utils import unnamed, without_secrets
 from .kinds import BASE, DEFAULT_RANK, EXACT_UP_TO, TOWER
 
 
@@ -228,8 +229,13 @@ def kernel_parts(what: str, found: Mapping[str, tuple[Fate, int | None, float | 
 
 
 def left_parts(found: Iterable[tuple[str, str]]) -> list[Part]:
-    """Parts of module names with what no kernel expresses of them."""
-    reasons = by_reason({"module": module, "what": what} for module, what in found)
+    """Parts of module names with what no kernel expresses of them.
+
+    PEFT saves the weights that an adapter on the head or on embeddings lies beside: of these modules that is said.
+    """
+    found = list(found)
+    named = {module for module, what in found if what != BASE}
+    reasons = by_reason({"module": m, "what": what} for m, what in found if what != BASE or m not in named)
     return [Part(what, tuple(dict.fromkeys(modules)), "left") for what, modules in reasons.items()]
 
 
@@ -242,6 +248,8 @@ def options_of(config: PeftConfig) -> dict[str, str]:
         if field.name in _SAID or field.name.startswith("source_") or value == default or value in (None, False):
             continue
         options[field.name] = _short(value)
+    for name in unnamed(config):
+        options[name] = f"{getattr(config, name)} (PEFT's default, {CONFIG_NAME} names none)"
     return options
 
 

@@ -45,7 +45,7 @@ ELSEWHERE = {"LN_TUNING": "adapter on a normalization layer", "BEFT": BIAS, "TRA
 
 def on_a(layer: Any) -> str:
     """What is said of an adapter on a layer that is none of the linear ones, by the name of its class."""
-    return f"adapter on a {layer}"
+    return f"adapter on a{'n' if str(layer)[0] in 'AEIO' else ''} {layer}"
 
 
 def outside(module: str) -> str:

@@ -28,7 +28,7 @@ from ..models import (
 )
 from ..tuner.checks import TensorInfo, check_finite, shown
 from ..utils import adapter_folder, differ, read_adapter_config, read_weights_header, why_no_model, without_secrets
-from .disagreement import other_masks, other_model, other_tokens
+from .disagreement import other_masks, other_model, other_shape, other_tokens
 from .files import holdings_of, of_another_file, unusable
 from .idle import idle
 from .kernels import SourceAdapter, nothing_carried, read_adapter
@@ -317,8 +317,8 @@ def matched(
         ValueError: If they do not go together.
     """
     match = Match(read_weights_header(adapter, revision), source, config, which)
-    why = misplaced(match) or resized(match) or other_tokens(match) or other_masks(match) or deeper(match)
-    if why is not None:
+    checks = (misplaced, resized, other_shape, other_tokens, other_masks, deeper)
+    if (why := next(filter(None, (check(match) for check in checks)), None)) is not None:
         raise no_match(adapter, match, why)
     return match
 

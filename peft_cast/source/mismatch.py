@@ -21,6 +21,7 @@ from .disagreement import (
     incomplete,
     is_meant,
     limits_of,
+    needless,
     of_experts,
     other_model,
     other_rank,
@@ -132,6 +133,9 @@ def _lost(match: Match, astray: list[Part]) -> str:
     experts = [part for part in astray if part.is_expert]
     if experts:
         return _no_room_for(match, experts)
+    others = len(match.tuned) - len(astray)
+    if len({part.head + part.tail for part in astray}) == 1 and others > 2 and astray[0] in match.tuned:
+        return needless(match, astray[0], f"{match.model} has no module for it, while {others} others have theirs")
     deep = [part for part in astray if part.tail and match.heads.get(match.reduced(part.head))]
     stacks = {head for way in {match.reduced(part.head) for part in deep} for head in match.heads[way]}
     depth = max((_layers(match, head) for head in stacks), default=0)

@@ -52,29 +52,30 @@ class Corpus:
 C4 = Corpus("allenai/c4", name="en", min_chars=200)
 
 
-def read_corpus(corpus: Any, limit: int) -> list[str]:
+def read_corpus(corpus: Any, limit: int, argument: str = "text") -> list[str]:
     """The first `limit` texts of a corpus that are long enough; of several processes one reads, and all have them.
 
     Args:
         corpus: A `Corpus` or anything that its `source` may be; `None` is C4 (`allenai/c4`, en), streamed.
         limit (`int`): The most texts to read. Streams are read no further.
+        argument (`str`): As what it is passed, for messages.
 
     Raises:
         ValueError: If it holds no text that is long enough, or lacks the column.
         OSError: If it cannot be reached; the message says what to pass instead.
     """
-    return distributed.on_main_process(partial(_read, corpus, limit))
+    return distributed.on_main_process(partial(_read, corpus, limit, argument))
 
 
-def _corpus(given: Any) -> Corpus:
-    if isinstance(given, Corpus):
-        return given
-    return C4 if given is None or given == C4.source else Corpus(given)
+def _as_corpus(corpus: Any) -> Corpus:
+    if isinstance(corpus, Corpus):
+        return corpus
+    return C4 if corpus is None or corpus == C4.source else Corpus(corpus)
 
 
-def _read(corpus: Any, limit: int) -> list[str]:
-    corpus = _corpus(corpus)
-    texts = list(islice((t for t in _texts(corpus) if len(t.strip()) >= corpus.min_chars), limit))
+def _read(corpus: Any, limit: int, argument: str = "text") -> list[str]:
+    corpus = _as_corpus(corpus)
+    texts = list(islice((t for t in _texts(corpus, argument) if len(t.strip()) >= corpus.min_chars), limit))
     if not texts:
         raise ValueError(
             f"The text corpus {corpus} holds no text of at least {corpus.min_chars} characters: pass more or longer "
@@ -83,11 +84,11 @@ def _read(corpus: Any, limit: int) -> list[str]:
     return texts
 
 
-def _texts(corpus: Corpus) -> Iterator[str]:
+def _texts(corpus: Corpus, argument: str) -> Iterator[str]:
     """All texts, empty where a column has none."""
     source, column = corpus.source, corpus.column
     if isinstance(source, (str, Path)):
-        source = _hub(corpus) if _is_on_hub(source) else _local(source)
+        source = _local(source) if _looks_local(source) else _hub(corpus, argument)
     if isinstance(source, _SPLIT):
         raise ValueError(f"The text is a dataset with splits {sorted(source)}: pass one of them, e.g. text['train'].")
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
@@ -124,9 +125,9 @@ def check_corpus(corpus: Any, least: int = 1) -> None:
     Raises:
         ValueError, OSError: As `read_corpus`, and if it holds fewer texts.
     """
-    corpus = _corpus(corpus)
+    corpus = _as_corpus(corpus)
     source, wanted = corpus.source, least
-    if _is_on_hub(source):
+    if isinstance(source, (str, Path)) and not _looks_local(source):
         return
     if isinstance(source, (list, tuple)):
         wanted = len(source)
@@ -139,20 +140,19 @@ def check_corpus(corpus: Any, least: int = 1) -> None:
         )
 
 
-def check_offline(corpus: Any) -> None:
-    """
+def check_reached(corpus: Any, argument: str) -> None:
+    """Refuse a corpus on the Hub that is not at hand where the Hub is switched off (HF_HUB_OFFLINE).
+
     Raises:
-        OSError: If a corpus is on the hub and the offline mode is on, which its cache does not make up for.
+        OSError: As `read_corpus`.
     """
-    corpus = _corpus(corpus)
-    if datasets.config.HF_HUB_OFFLINE and _is_on_hub(corpus.source):
-        _hub(corpus)
+    corpus = _as_corpus(corpus)
+    if datasets.config.HF_HUB_OFFLINE and isinstance(corpus.source, (str, Path)) and not _looks_local(corpus.source):
+        _hub(corpus, argument)
 
 
-def _is_on_hub(source: Any) -> bool:
-    if not isinstance(source, (str, Path)):
-        return False
-    return not (Path(source).exists() or Path(source).suffix in _BUILDERS or looks_like_path(source))
+def _looks_local(source: str | Path) -> bool:
+    return Path(source).exists() or Path(source).suffix in _BUILDERS or looks_like_path(source)
 
 
 def _builder(source: str | Path) -> str | None:
@@ -192,13 +192,15 @@ def _local(source: str | Path) -> datasets.Dataset:
         ) from error
 
 
-def _hub(corpus: Corpus) -> datasets.IterableDataset:
+def _hub(corpus: Corpus, argument: str) -> datasets.IterableDataset:
     try:
         with secrets_removed():
             return datasets.load_dataset(corpus.source, corpus.name, split=corpus.split, streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        why = "the offline mode is on" if datasets.config.HF_HUB_OFFLINE else type(error).__name__
+        flag = f"--{argument.replace('_', '-')}"
         raise OSError(
-            f"The dataset {corpus} could not be reached on the hub ({type(error).__name__}). Without a connection, "
-            "pass text that is at hand: text='my_texts.jsonl' (also .txt, .parquet; `--text` on the command line), a "
-            "list of strings, or a datasets.Dataset, and likewise `fit_text` when the models write `text` themselves."
+            f"The dataset {corpus} could not be reached on the hub ({why}). Without a connection, "
+            f"pass text that is at hand as `{argument}`: a .jsonl, .txt or .parquet file (`{flag} FILE` on the "
+            "command line), a list of strings, or a datasets.Dataset."
         ) from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import C4, Corpus, check_corpus, check_offline, read_corpus
+from .corpus import C4, Corpus, check_corpus, check_reached, read_corpus
 from .samples import TextSample
 from .written import SelfWritten
 
@@ -46,49 +46,50 @@ def is_written(text: Any) -> bool:
     return isinstance(text, SelfWritten) or isinstance(first, TextSample)
 
 
-def check_texts(text: Any, fit_text: Any) -> None:
-    """Refuse at once, of the two texts of a translation, what lies on disk or in memory and cannot be used.
+def check_text(text: Any, least: int = 1) -> None:
+    """Refuse at once, of what `translate(text=...)` takes, what lies on disk or in memory and cannot be used.
 
     Args:
-        text: What is imitated on.
-        fit_text: The general text; when `None` it is C4 if the models write `text`, else `text` itself.
+        text: The text.
+        least (`int`): How many documents are needed, if they are read as they are.
 
     Raises:
         ValueError, OSError: As `read_corpus`.
     """
-    for corpus, least in _corpora(text, fit_text):
-        check_corpus(corpus, least)
+    for corpus in _corpora(text):
+        check_corpus(corpus, 1 if isinstance(text, (Mixture, SelfWritten)) else least)
 
 
-def check_reach(text: Any, fit_text: Any) -> None:
-    """Refuse at once, of the two texts of a translation, what lies on the hub when the offline mode is on.
+def check_all_reached(text: Any, fit_text: Any = None) -> None:
+    """Refuse, where the Hub is switched off, what would be read from there, C4 too where nothing is given.
+
+    Args:
+        text, fit_text: As `translate` takes them; for several adapters a mapping.
 
     Raises:
-        OSError: As `read_corpus`.
+        OSError: As `read_corpus`; the message says which of the two to pass.
     """
-    for corpus, _ in _corpora(text, fit_text):
-        check_offline(corpus)
+    texts = list(text.values()) if isinstance(text, Mapping) else [text]
+    for one in texts:
+        for corpus in _corpora(one):
+            check_reached(corpus, "text")
+    if fit_text is not None or any(map(is_written, texts)):
+        for corpus in _corpora(C4 if fit_text is None else fit_text):
+            check_reached(corpus, "fit_text")
 
 
-def _corpora(text: Any, fit_text: Any) -> Iterator[tuple[Any, int]]:
-    """What will be read, each with how many texts are needed of it."""
-    yield from _corpora_of(text, 3)
-    if fit_text is not None or text is None or is_written(text):
-        yield from _corpora_of(fit_text, 2)
-
-
-def _corpora_of(text: Any, least: int) -> Iterator[tuple[Any, int]]:
+def _corpora(text: Any) -> list[Any]:
+    """What a text is read from."""
     if isinstance(text, Mixture):
-        for part, _ in text.parts:
-            yield from _corpora_of(part, 1)
-    elif isinstance(text, SelfWritten):
-        if text.prompts is None and text.prefix is None:
-            yield text.corpus, 1
-    elif not is_written(text):
-        yield text, least
+        return [corpus for part, _ in text.parts for corpus in _corpora(part)]
+    if isinstance(text, SelfWritten):
+        return [text.corpus] if text.reads_snippets else []
+    return [] if is_written(text) else [text]
 
 
-def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[TextSample]]) -> list[TextSample]:
+def read_text(
+    text: Any, limit: int, write: Callable[[SelfWritten, int], list[TextSample]], argument: str = "text"
+) -> list[TextSample]:
     """At most `limit` samples; the parts of a mixture are interleaved in proportion.
 
     Args:
@@ -96,10 +97,13 @@ def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[Te
             `read_corpus` takes.
         limit (`int`): The most samples.
         write: Lets the adapted source model write samples for a `SelfWritten`, given it and the number wanted.
+        argument (`str`): As what it is passed, for messages.
     """
     if isinstance(text, Mixture):
         total = sum(weight for _, weight in text.parts)
-        columns = [read_text(part, max(1, round(limit * weight / total)), write) for part, weight in text.parts]
+        columns = [
+            read_text(part, max(1, round(limit * weight / total)), write, argument) for part, weight in text.parts
+        ]
         # Position within its own part orders the samples, so every stretch of the result has the same shares.
         ordered = sorted((i / len(column), n, i) for n, column in enumerate(columns) for i in range(len(column)))
         return [columns[n][i] for _, n, i in ordered]
@@ -107,4 +111,4 @@ def read_text(text: Any, limit: int, write: Callable[[SelfWritten, int], list[Te
         return write(text, limit)
     if is_written(text):
         return list(text[:limit])
-    return [TextSample(t) for t in read_corpus(text, limit)]
+    return [TextSample(t) for t in read_corpus(text, limit, argument)]

@@ -94,7 +94,7 @@ def read_texts(
     anchors = min(512, max(1, train // ANCHOR_EVERY)) if training.gamma > 0 else 0
     # First: whether it can be reached is known before minutes of writing.
     most = fit.fit_samples + anchors + training.eval_samples
-    general = read_text(fit_text, most, write) if apart else []
+    general = read_text(fit_text, most, write, "fit_text") if apart else []
     # The same text twice says nothing new, and must not be trained on and measured with.
     samples = read_text(text, max(3, wanted + training.eval_samples), write)
     pairs = list(dict.fromkeys(align(samples)))
@@ -131,8 +131,10 @@ def read_texts(
 
 def read_fit_texts(pair: Pair, text: Any, fit: Fit, training: Training) -> PairTexts:
     """General text alone, for the closed form of several adapters; Args as in `read_texts`."""
-    general = fit.fit_text if fit.fit_text is not None else C4 if is_written(text) else text
-    samples = read_text(general, fit.fit_samples, lambda *_: [])
+    general, argument = (fit.fit_text, "fit_text") if fit.fit_text is not None else (text, "text")
+    if is_written(general):
+        general, argument = C4, "fit_text"
+    samples = read_text(general, fit.fit_samples, lambda *_: [], argument)
     texts = align_samples(pair.tokenizers, samples, training.max_length)
     return PairTexts([], [], texts, [], {"closed_form": len(texts)})
 

@@ -15,6 +15,7 @@ from .samples import TextSample
 
 
 EXAMPLES = 3  # answers of the adapted source before each prompt
+GROUPS = 4  # of prompts, each with its own examples: enough that none is learned by heart
 
 
 def shown_prompts(
@@ -23,18 +24,21 @@ def shown_prompts(
     seed: int = 0,
     longest: int | None = None,
     asked: Sequence[TextSample] | None = None,
+    together: int = 64,
 ) -> list[TextSample]:
     """Prompts for the target, each after some of the other prompts with what the adapted source answered.
 
-    The answers end in the tokenizer's end-of-text token, so that the target ends its own there too.
+    Prompts that are answered together are shown the same examples, which the target then reads once. No prompt is
+    among its own. The answers end in the tokenizer's end-of-text token, so that the target ends its own there too.
 
     Args:
         samples: What the adapted source answered, with its prompts.
         tokenizer: The target's.
-        seed (`int`): Seed of the draw; every prompt has its own examples, so that none is learned by heart.
+        seed (`int`): Seed of the draw.
         longest (`int`, *optional*): The most tokens of an answer that is shown, if enough are shorter: an answer that
             was cut shows no end.
         asked (*optional*): The prompts; those of the samples when not given.
+        together (`int`): The most prompts that are answered at a time; `group_size` says how many are.
 
     Returns:
         Samples without a text, whose `source_prompt` has the examples before the `target_prompt`.
@@ -44,17 +48,31 @@ def shown_prompts(
     """
     end, draw = f"{tokenizer.eos_token or ''}\n\n", random.Random(seed)
     whole = come_to_an_end(samples, tokenizer, longest)
-    if len(whole) <= EXAMPLES:
+    if len({one.target_prompt for one in whole}) <= EXAMPLES:
         raise ValueError(
             f"The adapted source gave {len(samples)} answers, and more than {EXAMPLES} are needed to show the target "
             "how to answer: pass more prompts, or more `steps`, which read more text."
         )
-    prompts = []
-    for sample in samples if asked is None else asked:
-        few = draw.sample([one for one in whole if one is not sample], EXAMPLES)
-        before = "".join(f"{one.target_prompt}{one.text}{end}" for one in few)
-        prompts.append(replace(sample, text="", source_prompt=before + sample.target_prompt))
+    asked, prompts = samples if asked is None else asked, []
+    size = group_size(len(asked), together)
+    for group in (asked[i : i + size] for i in range(0, len(asked), size)):
+        own = {one.target_prompt for one in group}
+        others = [one for one in whole if one.target_prompt not in own]
+        if len(others) >= EXAMPLES:
+            shown = [draw.sample(others, EXAMPLES)] * len(group)
+        else:  # few prompts in all: each is shown some of the others
+            shown = [
+                draw.sample([o for o in whole if o.target_prompt != one.target_prompt], EXAMPLES) for one in group
+            ]
+        for one, few in zip(group, shown):
+            before = "".join(f"{other.target_prompt}{other.text}{end}" for other in few)
+            prompts.append(replace(one, text="", source_prompt=before + one.target_prompt))
     return prompts
+
+
+def group_size(count: int, together: int) -> int:
+    """How many of `count` prompts are shown the same examples: at most `together`, and a share of all."""
+    return max(1, min(together, -(-count // GROUPS)))
 
 
 def come_to_an_end(

@@ -20,6 +20,7 @@ from .corpus import read_corpus
 from .samples import TextSample
 
 
+ALIKE = 8  # prompts that the target writes after one and the same list of given ones
 # (key of a batch, how to write it) → what was written after each of its prompts
 Keep: TypeAlias = Callable[[str, Callable[[], list[str]]], list[str]]
 
@@ -81,6 +82,11 @@ class SelfWritten:
             raise ValueError("`prompts` must be a list of at least one prompt.")
         if self.prompts is None and self.more_prompts:
             raise ValueError("`more_prompts` needs `prompts`, whose manner they follow.")
+
+    @property
+    def reads_snippets(self) -> bool:
+        """Whether the model answers snippets of `corpus`."""
+        return self.prefix is None and self.prompts is None
 
 
 def write_texts(
@@ -161,7 +167,7 @@ def write_answers(
 def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) -> list[TextSample]:
     """Samples without a text."""
     starts: Sequence[str]
-    if spec.prefix is not None or spec.prompts is not None:
+    if not spec.reads_snippets:
         starts = spec.prompts or ((spec.prefix,) if isinstance(spec.prefix, str) else spec.prefix) or ("",)
     else:
         snippets = [" ".join(text.split())[: spec.snippet_chars] for text in read_corpus(spec.corpus, count)]
@@ -192,9 +198,9 @@ def write_prompts(
 ) -> list[str]:
     """Up to `count` further prompts in the manner of the given ones (few-shot, as in Self-Instruct, arXiv 2212.10560).
 
-    The model continues a list of four of them, drawn at random. What they all begin and end with (`"Question: "`,
-    `"\\nAnswer:"`) is put back around what it writes; unfinished, much shorter or longer, and repeated ones are
-    dropped.
+    The model continues a list of four of them, drawn at random; each list `ALIKE` times, so that it is read once. What
+    they all begin and end with (`"Question: "`, `"\\nAnswer:"`) is put back around what it writes; unfinished, much
+    shorter or longer, and repeated ones are dropped.
 
     Args:
         model, tokenizer: Any language model with its tokenizer; the target, in a translation.
@@ -214,7 +220,8 @@ def write_prompts(
     most = 2 * -(-count // batch_size) + 2
     rounds = takewhile(lambda _: len(written) < count, range(most))  # nobody knows how many it takes
     for number in progress(rounds) if progress else rounds:
-        lists = [draw.sample(bodies, min(4, len(bodies))) for _ in range(batch_size)]
+        lists = [draw.sample(bodies, min(4, len(bodies))) for _ in range(-(-batch_size // ALIKE))]
+        lists = [few for few in lists for _ in range(ALIKE)][:batch_size]
         asked = ["".join(f"{head}{body}\n\n" for body in few) + head.rstrip() for few in lists]
         options = (int(1.3 * longest) + 4, 0.8, 1.0, False)
         for text in _batch(keep, model, tokenizer, asked, options, ("prompts", seed, number)):

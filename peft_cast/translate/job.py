@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch.nn import Module
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -17,7 +18,8 @@ from ..models import sharding
 from ..options import Options
 from ..refine import check_first_maps, check_folder, check_prompts
 from ..source import check_pair, map_kernels
-from ..text import check_reach, check_texts, is_written
+from ..text import check_all_reached, check_text, is_written
+from ..tuner.checks import shown
 from ..utils import distributed
 
 
@@ -73,7 +75,9 @@ class Job:
         distributed.resolve_source_device(pairing.source_device, distributed.training_device(pairing.device))
         check_folder(self.options.run, self.source, *self.adapters, self.target, self.start)
         for text in self._texts:
-            check_texts(text, self.options.fit.fit_text)
+            check_text(text, 3)
+        if self.options.fit.fit_text is not None:
+            check_text(self.options.fit.fit_text, 2)
         written = self.text is None or isinstance(self.text, Mapping) or is_written(self.text)
         check_prompts(training, written)
         shard = sharding.is_requested(training.training_args)
@@ -85,9 +89,8 @@ class Job:
         # What lies on disk or on the hub comes last: it may have to be fetched.
         check_pair(self.source, self.adapters, self.target, pairing, self._check_places)
         check_maps(self.bridge, self.start, self.source, self.adapter, self.target, pairing)
-        if not self.options.run.resume_from_checkpoint:  # a run that goes on has read its text before
-            for text in self._texts:
-                check_reach(text, self.options.fit.fit_text)
+        if not self.options.run.resume_from_checkpoint:  # which has its texts kept
+            check_all_reached(self.text, self.options.fit.fit_text)
 
     def _check_places(
         self, places: Iterable[str], source: PreTrainedModel, target: PreTrainedModel, *given: Any
@@ -109,8 +112,11 @@ class Job:
 
 def _check_several(job: Job, shard: bool) -> None:
     """Refuse what goes with one adapter alone."""
-    if not all(isinstance(adapter, (str, Path)) for adapter in job.adapters):
-        raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
+    for adapter in job.adapters:
+        if isinstance(adapter, Module):
+            raise ValueError("Several adapters must be folders or hub ids, not PeftModels: save them first.")
+        if not isinstance(adapter, (str, Path)):
+            raise ValueError(f"Several adapters must be folders or hub ids, got {shown(adapter)} among them.")
     for name in ("bridge", "start"):
         if getattr(job, name) is not None:
             raise ValueError(f"`{name}` is for one adapter at a time: pass no `{name}`.")

@@ -26,6 +26,7 @@ from ..refine import (
     imitate_on_own_words,
     open_run,
     open_teacher,
+    settle_strength,
     taught,
 )
 from ..results import TranslationResult
@@ -74,7 +75,7 @@ def translate_one(job: Job) -> TranslationResult:
                     revision=options.pairing.target_revision,
                 )
             # 5. Refine against the adapted source, then on what the translated model answers itself.
-            reached, distances = _refine(job, pair, model, teacher, texts, run, phases, route["first_maps"])
+            reached, distances, how = _refine(job, pair, model, teacher, texts, run, phases, route["first_maps"])
             # 6. The result, with what the report shows.
             with phases.measure("report"):
                 tokenizer = pair.tokenizers[teacher.reads_with]
@@ -85,7 +86,7 @@ def translate_one(job: Job) -> TranslationResult:
         "source": pair.given.metrics,
         "alignment": {"shared_tokens": len(pair.vocabulary), **pair.modules.metrics},
         **reached.metrics(pair, texts, trained),
-        "route": {**route, "refined": bool(reached.refinement.steps)},
+        "route": {**route, "refined": bool(reached.refinement.steps), **how},
         **({"closed_form": maps.metrics} if route["first_maps"] in ("closed_form", "bridge") else {}),
         "settings": {**_settings(job), "projection_type": config.projection_type, "rank": config.r},
         "phases": phases.costs,
@@ -143,9 +144,9 @@ def _refine(
     run: RunFolder,
     phases: Phases,
     begun_from: str,
-) -> tuple[Imitation, dict[str, Any]]:
-    """What the refinement reached on the text, and as metrics the KL from the teacher on held-out text, from the
-    untouched target to the finished translation in order, with what own words added.
+) -> tuple[Imitation, dict[str, Any], dict[str, Any]]:
+    """What the refinement reached on the text; as metrics the KL from the teacher on held-out text, from the
+    untouched target to the finished translation in order, with what own words added; and the strength.
     """
     training, progress = job.options.training, job.options.run.progress
     reached = imitate(
@@ -161,7 +162,12 @@ def _refine(
     )
     first = begun_from if begun_from in ("copy", "start") else "closed_form"
     kl = {"target": reached.kl["target"], first: reached.kl["start"]}
-    if not training.on_policy_steps:
-        return reached, {"kl": {**kl, "translated": reached.kl["end"]}}
-    end, own = imitate_on_own_words(pair, model, teacher, texts, run, phases, progress=progress)
-    return reached, {"kl": {**kl, "refined": reached.kl["end"], "translated": end}, "on_policy": own}
+    end, more = reached.kl["end"], {}
+    if training.on_policy_steps:
+        kl["refined"] = end
+        end, more["on_policy"] = imitate_on_own_words(pair, model, teacher, texts, run, phases, progress=progress)
+    as_given = begun_from == "start" and not reached.refinement.steps
+    if as_given or job.options.fit.gain is not None:  # who gives a strength wants that
+        return reached, {"kl": {**kl, "translated": end}, **more}, {}
+    end, how = settle_strength(pair, model, teacher, texts, {**reached.kl, "end": end}, phases)
+    return reached, {"kl": {**kl, "translated": end}, **more}, how

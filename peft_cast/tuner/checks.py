@@ -29,6 +29,8 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Fields that PEFT takes for regular expressions: strings alone, or behind a `.*` of its own.
 _REGEXES = ("target_modules", "exclude_modules", "feedforward_modules")
 _REGEXES_BEHIND = ("layers_pattern", "modules_to_save")
+# Of these PEFT takes more words than it annotates: see source/kinds.py, and masks of people's own.
+_OPEN = ("init_lora_weights", "mask_type")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -49,14 +51,40 @@ def read_json(file: str | Path) -> dict[str, Any]:
     file = Path(file)
     if file.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"'{file}' has {file.stat().st_size} bytes, over {MAX_CONFIG_BYTES}: it is no configuration.")
+    data = file.read_bytes()
+    if (why := why_no_text(data)) is not None:
+        raise ValueError(f"'{file}' {why}.")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        found = json.loads(data, parse_constant=_no_constant)
     except (RecursionError, ValueError) as error:
         reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is no JSON ({error})"
         raise ValueError(f"'{file}' {reason}: get it again.") from None
     if not isinstance(found, dict):
         raise ValueError(f"'{file}' holds no object, but {shown(found)}: get it again.")
     return found
+
+
+def why_no_text(data: bytes) -> str | None:
+    """Why the bytes of a file are no text as PEFT and transformers read it, and what to do: what follows the file's
+    name in a sentence, without the stop; `None` if they are.
+    """
+    if not data.strip():
+        return "is empty: get it again"
+    try:
+        text = data.decode("utf-8")
+        plain = not text.startswith("\ufeff") and "\0" not in text[:4]  # UTF-16 has one in every letter
+    except UnicodeDecodeError:
+        plain = False
+    return _instead(data) or (None if plain else "is no plain UTF-8: save it as UTF-8 without a byte order mark")
+
+
+def _instead(start: bytes) -> str | None:
+    """What a file is instead of itself, by its first bytes, in the same way."""
+    if start.startswith(b"version "):
+        return "is a pointer of Git LFS, not the file itself: run `git lfs pull`, or download it"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page, not the file itself: download the file, as with `hf download`"
+    return None
 
 
 def _no_constant(name: str) -> None:
@@ -82,7 +110,7 @@ def check_fields(config_class: type, values: Mapping[str, Any]) -> None:
             continue
         if "alpha" in name and hint is int:
             hint = float  # PEFT computes with any number
-        if not _fits(value, hint):
+        if not _fits(value, str if name in _OPEN and isinstance(value, str) else hint):
             raise ValueError(f"`{name}` must be {_in_words(hint)}, got {shown(value)}.")
         texts = [value] if isinstance(value, str) else value if isinstance(value, (list, tuple, set, dict)) else ()
         limit = 100_000 if isinstance(value, str) else MAX_NAME  # a single text may be a long regular expression
@@ -109,12 +137,12 @@ _hints = cache(typing.get_type_hints)
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of an annotated type. The words of a `Literal` are left to PEFT."""
+    """Whether a value from JSON is of an annotated type."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
     if origin is Literal:
-        return isinstance(value, tuple({type(argument) for argument in arguments}))
+        return value in arguments
     if hint in (bool, str, type(None)):
         return isinstance(value, hint)
     if hint in (int, float):
@@ -135,6 +163,9 @@ def _in_words(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_in_words, arguments)))
+    if origin is Literal:
+        *others, last = map(repr, arguments)
+        return f"{', '.join(others)} or {last}" if others else last
     if origin is list:
         return f"a list of {_many(_in_words(arguments[0]))}" if arguments else "a list"
     if origin is tuple and len(set(arguments)) == 1:
@@ -176,10 +207,10 @@ def read_header(file: str | Path) -> dict[str, TensorInfo]:
     file = Path(file)
     size = file.stat().st_size
     with file.open("rb") as opened:
-        start = opened.read(8)
-    if start == b"version ":
-        raise ValueError(f"'{file}' is a pointer of Git LFS, not the file itself: run `git lfs pull`, or download it.")
-    declared = int.from_bytes(start, "little")
+        start = opened.read(100)
+    if (why := _instead(start)) is not None:
+        raise ValueError(f"'{file}' {why}.")
+    declared = int.from_bytes(start[:8], "little")
     if size < 8 or declared > min(size - 8, MAX_HEADER_BYTES):
         raise ValueError(
             f"'{file}' is no safetensors file, or cut off: its header has {declared} of {size} bytes: get it again."

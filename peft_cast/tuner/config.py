@@ -174,15 +174,11 @@ class CastConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.CAST
         kind = self.projection_type
-        if kind not in ("factored", "compact", "full", "mlp"):
-            raise ValueError(f"`projection_type` must be 'factored', 'compact', 'full' or 'mlp', got {kind!r}.")
         if self.projection_sharing and kind == "compact":
             raise ValueError(
                 "A compact projection is made for one kernel and cannot be shared: pass `projection_type='full'`, or "
                 "'factored' with a `projection_size`."
             )
-        if self.projection_sharing not in (None, "layer", "all"):
-            raise ValueError(f"`projection_sharing` must be None, 'layer' or 'all', got {self.projection_sharing!r}.")
         if self.projection_size is not None and kind == "full":
             raise ValueError("`projection_size` has no meaning with `projection_type='full'`: leave it out.")
         if self.projection_sharing and kind != "full" and self.projection_size is None:

@@ -76,6 +76,10 @@ class Projection(nn.Module):
         near, far = (self.W.T, None) if self.full else ((self.C if self.compact else self.V).T, self.U.T)
         self._set(B.T, P_B.T, near, far)
 
+    def last_factors(self) -> list[nn.Parameter]:
+        """The parameters that are multiplied last: times a number they multiply `P x` by it."""
+        return [one for name, one in self.named_parameters() if name in ("U", "W", "mlp_U", "bias")]
+
     def _set(self, M: torch.Tensor, M_P: torch.Tensor, near: torch.Tensor, far: torch.Tensor | None) -> None:
         """Fill the factor next to M and the other one (a full P has none), so that `M P = M_P`."""
         if far is not None:

@@ -37,6 +37,7 @@ from .safety import (
     read_weights_header,
     replicated_layers,
     secrets_removed,
+    unnamed,
     why_no_weights,
     without_secrets,
 )

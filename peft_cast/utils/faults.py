@@ -10,12 +10,21 @@ import transformers
 from huggingface_hub import constants
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ..tuner.checks import is_name, shown
+from ..tuner.checks import is_name, shown, why_no_text
+from .names import find_file
 from .safety import one_line
 
 
 # How the sentences of checks end that say what to do.
-WITH_REMEDY = ("get it again.", "fit it anew.", "correct it.", "rename it.")
+WITH_REMEDY = (
+    "get it again.",
+    "fit it anew.",
+    "correct it.",
+    "rename it.",
+    "download it.",
+    "download`.",
+    "order mark.",
+)
 _SHORT = 80  # characters of an object in a configuration that a message can show whole
 
 
@@ -54,7 +63,8 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
         return f"{why}."
     said = one_line(error)
     if "valid JSON" in said:
-        return f"{said} Correct it, as UTF-8 without a byte order mark, or get it again."
+        why = why_no_text(find_file(model, "config.json", revision).read_bytes())
+        return f"{file} {why}." if why else f"{said} Correct it, or get it again."
     if said.endswith(WITH_REMEDY):
         return said
     if constants.HF_HUB_OFFLINE and not Path(model).is_dir():

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 
@@ -132,7 +133,9 @@ def why_no_folder(name: Any, config: str) -> str | None:
     """What is wrong with what was passed as a hub id or a folder that has a certain file, if that can be seen."""
     remedy = f"pass a hub id or a folder with {config}"
     if not isinstance(name, (str, Path)):
-        return f"a {type(name).__name__} is no name of one: {remedy}"
+        if isinstance(getattr(name, "_orig_mod", name), PeftModel):  # as torch.compile wraps it
+            return "a PeftModel in memory has no files: save it, with `save_pretrained(folder)`, and pass the folder"
+        return f"an object of type {type(name).__name__} is no name of one: {remedy}"
     if (why := why_no_name(name)) is not None:
         return f"{why}: {remedy}"
     folder = Path(name)

@@ -38,6 +38,7 @@ _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 # Settings with which PEFT would import a module that the file names.
 _IMPORTS = ("megatron_config",)
+_NUMBERS, _UNNAMED = ("r", "lora_alpha", "alpha"), "_peft_cast_unnamed"
 # What the configurations of other tools' adapters have in a file of the same name.
 _OTHER_TOOLS = {"fine_tune_type": "MLX", "lora_parameters": "MLX", "model_class": "AdapterHub", "swift_type": "swift"}
 
@@ -93,7 +94,8 @@ def _held_instead(adapter: str | Path, revision: str | None) -> str:
     if inner:
         more = f" and {len(inner) - 5} more" * (len(inner) > 5)
         return f"has its adapters in subfolders, {', '.join(inner[:5])}{more}: pass one, as '{adapter}/{inner[0]}'"
-    kind = "a model, no adapter" if "config.json" in files else f"no {CONFIG_NAME}"
+    kinds = {"bridge_config.json": "a bridge, not an adapter", "config.json": "a model, no adapter"}
+    kind = next((kind for name, kind in kinds.items() if name in files), f"no {CONFIG_NAME}")
     return f"holds {kind}: pass a hub id or a folder with {CONFIG_NAME}"
 
 
@@ -125,8 +127,23 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
         raise ValueError(without_secrets(f"{named} could not be read: {why}")) from error
 
 
+def unnamed(config: PeftConfig) -> tuple[str, ...]:
+    """Of the numbers that an adapter computes with those that its file does not name, for which PEFT's defaults
+    stand.
+    """
+    return getattr(config, _UNNAMED, ())
+
+
 def _config_of(values: dict[str, Any], folder: Path) -> PeftConfig:
-    """PEFT's configuration from checked values, with what others leave out of it and no adapter in use needs."""
+    """PEFT's configuration from checked values, with what its file does not say noted on it."""
+    config = _complete(values, folder)
+    if not isinstance(config, CastConfig):  # whose kernels say it
+        setattr(config, _UNNAMED, tuple(name for name in _NUMBERS if hasattr(config, name) and name not in values))
+    return config
+
+
+def _complete(values: dict[str, Any], folder: Path) -> PeftConfig:
+    """PEFT's configuration with what others leave out of it and no adapter in use needs."""
     if values["peft_type"] == "ADALORA" and not values.get("total_step"):
         # The length of its training, which PEFT asks for and an adapter that is trained no more does not have.
         values = {**values, "total_step": 1}
@@ -154,10 +171,12 @@ def check_adapter_values(values: Mapping[str, Any]) -> None:
     if odd := {"self", "cls"} & values.keys():
         raise ValueError(f"'{odd.pop()}' is no setting: delete it.")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    own = "lora" if issubclass(config_class, LoraConfig) else kind.lower()
+    if hasattr(config_class, "bias") and not _is_bias(values.get("bias", "none"), own):
+        raise ValueError(
+            f"`bias` must be 'none', 'all' or '{own}_only', got {shown(values['bias'])}: correct {CONFIG_NAME}."
+        )
     check_fields(config_class, values)
-    bias = values.get("bias", "none")
-    if hasattr(config_class, "bias") and bias not in ("none", "all") and not str(bias).endswith("_only"):
-        raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {shown(bias)}: correct {CONFIG_NAME}.")
     task = values.get("task_type")
     if task is not None and task not in list(TaskType):
         raise ValueError(
@@ -175,6 +194,14 @@ def check_adapter_values(values: Mapping[str, Any]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         if name in values and values[name] is None and config_class is LoraConfig:
             raise ValueError(f"`{name}` must be an object, got null: write {{}} in {CONFIG_NAME}.")
+
+
+def _is_bias(value: Any, own: str) -> bool:
+    """Whether a value of `bias` is one that PEFT means; it takes all that end in `_only` for the kind's own, which are
+    called by the first letters of the kind ('fourier_only' of FOURIERFT) or as LoRA's.
+    """
+    stem = str(value).removesuffix("_only").lower()
+    return value in ("none", "all") or (f"{stem}_only" == str(value).lower() and own.startswith(stem or "\0"))
 
 
 def read_weights_header(adapter: str | Path, revision: str | None = None) -> dict[str, TensorInfo]:

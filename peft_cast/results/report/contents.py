@@ -200,6 +200,12 @@ def _route(route: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
         if "copy" in route:
             said += f" (as it is it covers {route['copy']:.0%} of the way on held-out text)"
         yield f"Route: the LoRA {said}, then {'refined' if route['refined'] else 'left as it was'}"
+    if route.get("strength", 1.0) != 1.0:
+        strengths = route["strengths"]
+        yield (
+            f"Strength: it acts at {route['strength']:g} of the strength it was given, where it covers "
+            f"{strengths[str(route['strength'])]:.0%} of the way to the teacher, not {strengths['1.0']:.0%}"
+        )
     if (teacher := text.get("teacher")) is not None:
         said = TEACHERS.get(str(teacher), f"a mixture of share {teacher}")
         if minds := text.get("minds"):
