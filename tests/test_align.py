@@ -201,6 +201,10 @@ def test_user_given_module_map_and_nothing_to_map():
     unknown = ["blocks.0.mixer.weird"]
     with pytest.raises(ValueError, match="weird.*module_map"):
         map_modules(unknown, tiny_model(), {0: 0})
+    with pytest.raises(
+        ValueError, match="source layer 1 is left out of the depth map.*: name these layers in `depth_map`"
+    ):
+        map_modules(names(2)[2:], tiny_model(), {0: 0})
     mapped = map_modules(unknown, tiny_model(), {0: 0}, {"weird": "q_proj"})
     assert mapped.kernels == {"model.layers.0.self_attn.q_proj": unknown}
 

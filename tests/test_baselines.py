@@ -1,6 +1,7 @@
 """The alternatives that a translation is compared with."""
 
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -29,8 +30,14 @@ def test_direct_copy_to_the_same_model_is_the_adapter(source_folder, lora_folder
 
 
 def test_direct_copy_needs_a_shape_that_fits(source_folder, lora_folder, target_folder):
-    with pytest.raises(ValueError, match="direct copy is impossible"):
-        direct_copy(source_folder, lora_folder, target_folder)
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        with pytest.raises(ValueError, match="direct copy is impossible.*: use `translate`, which fits maps"):
+            direct_copy(source_folder, lora_folder, target_folder)
+        with pytest.raises(ValueError, match="source layer 9 to target layer 0"):
+            cross_lora(source_folder, lora_folder, target_folder, depth_map={9: 0})
+        with pytest.raises(ValueError, match="got int"):
+            distill_lora(source_folder, lora_folder, target_folder, text=5)
+    assert loads.call_count == 0
 
 
 PARTS = {

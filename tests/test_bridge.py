@@ -6,11 +6,12 @@ import copy
 import dataclasses
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
-from conftest import c4_texts, make_lora, save_model, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import ROOT, c4_texts, make_lora, save_model, tiny_model
+from peft import BeftConfig, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -179,6 +180,57 @@ def test_an_adapter_of_another_model_is_refused(same, tmp_path, byte_tokenizer):
         bridge.cast(PeftModel.from_pretrained(opt, foreign), tiny_model("llama", len(byte_tokenizer)))
 
 
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (LoraConfig(target_modules=["lm_head"], init_lora_weights=False), "lm_head: adapter on the output head"),
+        (LNTuningConfig(target_modules=["norm"]), "model.norm: adapter on a normalization layer"),
+        (BeftConfig(target_modules=["v_proj"]), "self_attn.v_proj: trained bias"),
+    ],
+)
+def test_adapters_without_a_kernel_are_refused_alike_and_before_a_model_is_loaded(config, what, same, tmp_path):
+    model, bridge, folder = same
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    for parameter in adapted.parameters():
+        parameter.data += 0.1
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapter, said = str(tmp_path / "adapter"), set()
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        for work in (
+            lambda: peft_cast.translate(folder, adapter, folder, text=c4_texts(9)),
+            lambda: peft_cast.plan(folder, adapter, folder),
+            lambda: peft_cast.baselines.direct_copy(folder, adapter, folder),
+            lambda: bridge.cast(adapter),
+            lambda: bridge.cast(adapter, source=folder),
+            lambda: bridge.cast_file(adapter, tmp_path / "out"),
+        ):
+            with pytest.raises(ValueError, match=f"^Nothing of the .* adapter '{adapter}' can be .*{what}") as error:
+                work()
+            said.add(str(error.value))
+    assert loads.call_count == 0 and len(said) == 1
+
+
+def test_what_does_not_fit_a_bridge_is_refused_before_a_model_is_loaded(same, tmp_path, byte_tokenizer):
+    model, bridge, folder = same
+    wide = tiny_model("llama", len(byte_tokenizer), hidden_size=64)
+    lora, other = make_lora(wide, tmp_path / "lora"), save_model(wide, byte_tokenizer, tmp_path / "model")
+    own = make_lora(copy.deepcopy(model), tmp_path / "own", modules_to_save=["norm"])
+    file = tmp_path / "own" / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.model.norm.weight": torch.full((32,), torch.nan)}, file)
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        for given, source, message in (
+            (lora, None, "does not fit the bridge's source model"),
+            (lora, folder, "does not fit the source model"),
+            (lora, other, "The bridge was made for another source, .* whose `hidden_size` is 32 and not 64"),
+            (own, None, "holds NaN or infinite numbers"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                bridge.cast(given, source=source)
+    assert loads.call_count == 0
+    with pytest.raises(ValueError, match="the same object: load the model twice"):
+        bridge.cast(make_lora(model, tmp_path / "again"), model, source=model)
+
+
 def test_broken_bridges_are_one_clear_error(same, tmp_path):
     _, bridge, _ = same
     with pytest.raises(ValueError, match="holds no bridge"):
@@ -242,6 +294,9 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
         ({"text": ["short"]}, "holds no text of at least 50 characters"),
         ({"text": 5}, "must be a hub id, a path, an iterable of strings or a dataset, got int"),
         ({"fit_text": [1, 2]}, "must hold strings, got int"),
+        ({"fit_text": c4_texts(1)}, "1 usable samples, at least 2"),
+        ({"text": str(ROOT)}, "holds no dataset that `save_to_disk` wrote"),
+        ({"text": {"default": c4_texts(9)}}, "an iterable of strings or a dataset, got dict"),
     ],
 )
 def test_what_can_be_told_before_models_are_loaded_is(given, message, same, lora_folder, target_folder, monkeypatch):

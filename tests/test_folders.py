@@ -13,6 +13,7 @@ import transformers
 from conftest import c4_texts, make_lora, save_model, tiny_model
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_cli import call
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
@@ -81,6 +82,29 @@ def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(
     get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
     wrong = edited(loha, tmp_path / "wrong", r=3)
     refused(lambda: peft_cast.translate(source_folder, wrong, target_folder, **QUICK), "would be (32, 3): correct `r`")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"depth_map": {0: 9}}, "sends source layer 0 to target layer 9"),
+        ({"depth_map": {-1: 0}}, "sends source layer -1 to target layer 0"),
+        ({"module_map": {"q_proj": "foo"}}, "sends kernels to 'foo', which no layer of the target has"),
+        ({"module_map": {"foo": "q_proj"}}, "speaks of 'foo', which no layer of the source has"),
+        ({"first_maps": "copy"}, "and these have others: leave `first_maps` out"),
+    ],
+)
+def test_maps_that_do_not_fit_the_models_are_told_before_a_model_is_loaded(
+    options, words, source_folder, target_folder, lora_folder, tmp_path
+):
+    loaded, (name, value) = AutoModelForCausalLM.from_pretrained(source_folder), next(iter(options.items()))
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+    command = ["translate", source_folder, lora_folder, target_folder, "-o", tmp_path / "out"]
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        for source in (source_folder, loaded):
+            refused(lambda: peft_cast.translate(source, lora_folder, target_folder, **QUICK, **options), words)
+        said = call(*command, "--text", tmp_path / "text.txt", "--set", f"{name}={value}", code=1).output
+    assert loads.call_count == 0 and words.split(",")[0] in said and "goes on all the same" not in said
 
 
 @pytest.mark.parametrize(

@@ -182,10 +182,10 @@ REFUSED = {
     "Lily": (peft.LilyConfig(r=4, target_modules=FEW), "not linear in the module's input"),
     "X-LoRA": (peft.XLoraConfig(hidden_size=32, adapters={}), "mixes other adapters token by token"),
     "Poly": (peft.PolyConfig(r=4, target_modules=FEW), "needs task ids"),
-    "LN tuning": (peft.LNTuningConfig(target_modules=["norm"]), "model.norm: adapter on a LlamaRMSNorm"),
+    "LN tuning": (peft.LNTuningConfig(target_modules=["norm"]), "model.norm: adapter on a normalization layer"),
     "trainable tokens alone": (
         peft.TrainableTokensConfig(token_indices=[7], target_modules=["embed_tokens"]),
-        "adapter on an Embedding",
+        "embed_tokens: trained tokens",
     ),
     "BEFT": (peft.BeftConfig(target_modules=["v_proj"]), "v_proj: trained bias"),
 }
@@ -561,8 +561,8 @@ IDLE = {
     "B": (lora(init_lora_weights=True), lambda model: None, "changes nothing: all of its B is zero"),
     "A": (lora(init_lora_weights=False), filled("lora_A", 0), "changes nothing: all of its A is zero"),
     "alpha": (lora(init_lora_weights=False, lora_alpha=0), lambda model: None, "`lora_alpha` is 0"),
-    "DoRA": (lora(use_dora=True), lambda model: None, r"\(use_dora\) adapter changes nothing"),
-    "LoHa": (peft.LoHaConfig(r=2, target_modules=FEW), lambda model: None, "LOHA adapter changes nothing"),
+    "DoRA": (lora(use_dora=True), lambda model: None, r"\(use_dora\) adapter.* changes nothing"),
+    "LoHa": (peft.LoHaConfig(r=2, target_modules=FEW), lambda model: None, "LOHA adapter.* changes nothing"),
     "all but the head": (lora(modules_to_save=["lm_head"]), filled("lm_head", 1), "changes no linear layer: all of"),
     "all but biases": (lora(lora_bias=True), filled("lora_B.default.bias", 1), "Nothing .*: trained bias"),
     "disabled": (

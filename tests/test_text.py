@@ -109,14 +109,7 @@ def test_a_column_of_anything_but_text_is_one_clear_error_and_missing_texts_are_
 
 
 @pytest.mark.parametrize(
-    "around",
-    [
-        lambda text: text,
-        Corpus,
-        lambda text: SelfWritten(corpus=text),
-        lambda text: Mixture((text, 1)),
-        lambda text: {"a": text},
-    ],
+    "around", [lambda text: text, Corpus, lambda text: SelfWritten(corpus=text), lambda text: Mixture((text, 1))]
 )
 def test_a_file_that_is_not_there_is_told_before_anything_is_loaded(around, tmp_path):
     check_text(around(TEXTS))

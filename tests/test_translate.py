@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -388,7 +389,7 @@ def test_corrupt_adapter_files(source_folder, lora_folder, target_folder, tmp_pa
     [
         ({"text": []}, "holds no text"),
         ({"text": [TEXTS[0]]}, "1 usable sample, at least 3"),
-        ({"text": TEXTS, "fit_text": ["a" * 60], "max_length": 3}, "0 usable samples"),
+        ({"text": TEXTS, "fit_text": ["a" * 60] * 2, "max_length": 3}, "0 usable samples"),
         ({"teacher": "nobody"}, "`teacher` must be"),
         ({"teacher": 2.0}, "`teacher` must be"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
@@ -419,7 +420,10 @@ def test_without_text_a_chat_model_answers_snippets_of_c4(
 
 
 def test_no_text_and_no_network_says_what_to_pass(source_folder, lora_folder, target_folder):
-    refused("pass text that is at hand", source_folder, lora_folder, target_folder, OSError, text=None)
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        for text in (None, peft_cast.SelfWritten(prompts=("Who?",)), "user/corpus"):
+            refused("pass text that is at hand", source_folder, lora_folder, target_folder, OSError, text=text)
+    assert loads.call_count == 0
 
 
 def test_save_again_after_loading_keeps_the_origin(source_folder, lora_folder, target_folder, tmp_path):

@@ -89,9 +89,9 @@ def test_translate_and_its_like_take_it(source_folder, lora_folder, target_folde
     monkeypatch.setattr(distributed, "resolve_device", lambda asked, name="device": torch.device(asked or "cpu"))
     for verb in (peft_cast.translate, peft_cast.baselines.distill_lora):
         with pytest.raises(ZeroDivisionError):
-            verb(source_folder, lora_folder, target_folder, text=["a text " * 9], source_device="cuda:1")
+            verb(source_folder, lora_folder, target_folder, text=["a text " * 9] * 3, source_device="cuda:1")
     with pytest.raises(ZeroDivisionError):
-        peft_cast.fit_bridge(source_folder, target_folder, text=["a text " * 9], source_device="cuda:1")
+        peft_cast.fit_bridge(source_folder, target_folder, text=["a text " * 9] * 3, source_device="cuda:1")
     assert places == [torch.device("cuda:1")] * 3
 
 

@@ -11,6 +11,7 @@ from .places import (
     layer_path,
     layer_paths,
     linear_layers,
+    place_size,
     sees_or_hears,
     split_name,
     split_place,

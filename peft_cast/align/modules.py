@@ -12,6 +12,9 @@ from torch import nn
 from .places import MLP, Place, find_places, has_experts, layer_path, layer_paths, place_of_name, role_of, split_place
 
 
+_LEFT_OUT = "is left out of the depth map"
+
+
 @dataclass(frozen=True)
 class ModuleMap:
     """Where kernels land. Places are named as in `find_places`: a module, or rows of a fused one.
@@ -106,7 +109,7 @@ def map_modules(
         if place is None:
             reasons[name] = "is no linear module of a decoder layer"
         elif place.layer not in layers:
-            reasons[name] = f"source layer {place.layer} is left out of the depth map"
+            reasons[name] = f"source layer {place.layer} {_LEFT_OUT}"
         else:
             layer = layers[place.layer]
             landed, found = _counterpart(place, in_layer.get(layer, []), places, module_map or {})
@@ -117,10 +120,10 @@ def map_modules(
                 routes[name] = landed.role or place.role, place.label, landed.label, found
     if not kernels:
         why = "; ".join(f"{n}: {reason}" for n, reason in list(reasons.items())[:4])
-        raise ValueError(
-            f"None of the adapter's modules has a counterpart in the target model ({why}): pass "
-            "`module_map={'source_name': 'target_name'}`."
-        )
+        remedy = "pass `module_map={'source_name': 'target_name'}`"
+        if all(reason.endswith(_LEFT_OUT) for reason in reasons.values()):
+            remedy = "name these layers in `depth_map`"
+        raise ValueError(f"None of the adapter's modules has a counterpart in the target model ({why}): {remedy}.")
     order = {name: i for i, (name, _) in enumerate(target.named_modules())}
     first = {name: (order[split_place(name)[0]], split_place(name)[1] or ()) for name in kernels}
     in_order = sorted(kernels, key=lambda name: (first[name][0], first[name][1][:2]))

@@ -155,6 +155,19 @@ def linear_layers(model: nn.Module) -> list[str]:
     return list(find_places(model))
 
 
+def place_size(model: nn.Module, name: str) -> tuple[int, int] | None:
+    """Input and output width of a place, adapters on it looked through; `None` if the model has no such place."""
+    module_name, rows = split_place(name)
+    try:
+        module = model.get_submodule(module_name)
+    except AttributeError:
+        return None
+    size = linear_size(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+    if size is None or rows is None:
+        return size
+    return (size[0], rows.size(size[1])) if rows.fit(size[1]) else None
+
+
 def place_of_name(name: str) -> Place | None:
     """The place that a bare name stands for, when there is no model to look at; `None` outside of layers."""
     match = _LAYER.match(name)

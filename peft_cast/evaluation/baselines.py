@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..align import layer_count, map_layers, map_modules, split_place
+from ..align import ModuleMap, layer_count, map_modules, place_size, split_place
 from ..models import load_model, unload_adapters, untouched
 from ..options import Options, Pairing, takes
 from ..refine import distill_lora
-from ..source import Holdings, LoraKernel, adapted_source, check_pair, load_source
-from ..utils import as_path, distributed
+from ..source import Holdings, LoraKernel, adapted_source, check_pair, load_source, map_kernels
+from ..utils import as_path, distributed, read_adapter_config
 from ..utils.fields import check_count
 
 
@@ -56,18 +57,15 @@ def direct_copy(
         ValueError: If no module's shapes fit.
     """
     pairing = Options.of(options, direct_copy, pairing=pairing).pairing
-    source, target, kernels, held = _load(source, adapter, target, pairing)
-    depth = min(layer_count(source), layer_count(target))
-    modules = map_modules(kernels, target, {layer: layer for layer in range(depth)}, source=source)
+    source, target, kernels, held = _load(source, adapter, target, pairing, _by_number)
+    modules = _by_number(kernels, source, target)
     factors, without_place = {}, modules.metrics["unmapped"]
     for name, sources in modules.kernels.items():
         kernel = kernels[sources[0]]  # layers are mapped one to one
-        if (kernel.B.shape[0], kernel.A.shape[1]) == _weight(target, name).shape:
+        if place_size(source, sources[0]) == place_size(target, name):
             factors[name] = [(kernel.A, kernel.scaling * kernel.B)]
         else:
             without_place.append({"module": sources[0], "what": "its shape is not its target's"})
-    if not factors:
-        raise ValueError("A direct copy is impossible: no adapted module of the source has the shape of its target.")
     model = lora_from_factors(target, _by_module(target, factors))
     _warn_of_lost(adapter, held, without_place, "a direct copy", "use `translate`, which fits maps for them")
     return model
@@ -107,8 +105,7 @@ def cross_lora(
     if pairing.depth_map == "similarity":
         raise ValueError("Cross-LoRA reads no text, so `depth_map='similarity'` is not possible: pass a mapping.")
     source, target, kernels, held = _load(source, adapter, target, pairing)
-    layers = map_layers(layer_count(source), layer_count(target), pairing.depth_map)
-    modules = map_modules(kernels, target, layers, pairing.module_map, source)
+    modules = map_kernels(kernels, source, target, pairing)
     factors: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for name, sources in modules.kernels.items():
         U_T, V_T = _subspaces(_weight(target, name), rank)
@@ -161,26 +158,45 @@ def lora_from_factors(
     return model.eval()
 
 
+def _by_number(
+    places: Iterable[str], source: PreTrainedModel, target: PreTrainedModel, _: Pairing | None = None
+) -> ModuleMap:
+    """Where a direct copy puts kernels: in the layer of the same number, on the module of the same role.
+
+    Raises:
+        ValueError: If no module's shapes fit.
+    """
+    depth = min(layer_count(source), layer_count(target))
+    with suppress(ValueError):  # which names options that there are none of here
+        modules = map_modules(places, target, {layer: layer for layer in range(depth)}, source=source)
+        if any(place_size(source, one[0]) == place_size(target, place) for place, one in modules.kernels.items()):
+            return modules
+    raise ValueError(
+        "A direct copy is impossible: no adapted module of the source has the shape of its target: use `translate`, "
+        "which fits maps."
+    )
+
+
 def _load(
-    source, adapter, target, pairing: Pairing
+    source, adapter, target, pairing: Pairing, then: Callable[..., ModuleMap] = map_kernels
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel], Holdings]:
     """Both models, the adapter's kernels, and what it holds besides."""
     source, adapter, target = map(as_path, (source, adapter, target))
-    check_pair(source, [adapter], target, pairing)
+    check_pair(source, [adapter], target, pairing, then)
+    config = None if isinstance(adapter, PeftModel) else read_adapter_config(adapter, pairing.adapter_revision)
+    if getattr(config, "layer_replication", None):
+        raise ValueError(
+            "The adapter replicates layers of the source, which this baseline does not follow: load it yourself and "
+            "pass the PeftModel."
+        )
     device = distributed.init(pairing.device)
     source = load_source(source, adapter, device, pairing.source_revision, pairing.adapter_revision, pairing.dtype)
-    target = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
-    layers = layer_count(source)
     with (
         untouched(adapter if isinstance(adapter, PeftModel) else source),
         adapted_source(source, adapter, pairing.adapter_revision, pairing.source_rank) as on_source,
     ):
-        if layer_count(source) != layers:
-            raise ValueError(
-                "The adapter replicates layers of the source, which this baseline does not follow: load it yourself "
-                "and pass the PeftModel."
-            )
         kernels, held = on_source.kernels, on_source.holdings
+    target = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
     return source, target, kernels, held
 
 

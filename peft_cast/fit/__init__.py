@@ -10,7 +10,7 @@ from .closed_form import (
     texts_per_pass,
     with_bias,
 )
-from .copied import copied
+from .copied import can_be_copied, copied
 from .initial import check_maps, initial_maps
 from .install import adapter_name_of, cast_config, check_adapter_name, check_shapes, install
 from .maps import ClosedForm, KernelFit, PlaceMaps

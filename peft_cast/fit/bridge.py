@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -38,10 +38,11 @@ from ..source import (
     check_adapter,
     check_is_read,
     check_pair,
+    check_source,
     load_source,
     open_pair,
 )
-from ..text import check_all_reached, check_text, read_corpus
+from ..text import read_corpus
 from ..utils import (
     as_path,
     change_dtype,
@@ -55,7 +56,7 @@ from ..utils import (
 )
 from ..utils.fields import check_count, check_option, unknown
 from .bridge_config import Side, read_bridge
-from .closed_form import fit_closed_form
+from .closed_form import TOO_FEW, fit_closed_form
 from .install import adapter_name_of, cast_config, check_adapter_name, install
 from .maps import ClosedForm, KernelFit, PlaceMaps
 from .saved import save_closed_form
@@ -139,14 +140,18 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         check_adapter(adapter, chosen.adapter_revision)
         if source is None and not isinstance(adapter, PeftModel):
             check_is_read(adapter, chosen.adapter_revision, "pass `source`")
-        device = distributed.init(chosen.device)
-        target, given = target or self.target.name, target
-        revision = hub_revision(target, self.target.revision)
-        if given is not None:
+        revision = hub_revision(target or self.target.name, self.target.revision)
+        if target is not None:
             check_model(target, "target", revision)
             self.target.check(target, "target", revision)
-        target = load_model(target, "target", device, revision, chosen.dtype)
-        return self._cast(adapter, target, source, gain, adapter_name, chosen)[0].eval()
+        if source is not None:
+            if isinstance(source, torch.nn.Module) and source is target:
+                raise ValueError("`source` and `target` are the same object: load the model twice.")
+            check_source(source, adapter, chosen)
+            self.source.check(source, "source")
+        device = distributed.init(chosen.device)
+        load = partial(load_model, target or self.target.name, "target", device, revision, chosen.dtype)
+        return self._cast(adapter, load, source, gain, adapter_name, chosen, device)[0].eval()
 
     def cast_file(
         self,
@@ -188,7 +193,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         check_place(folder, adapter)
         check_is_read(adapter, adapter_revision)
         check_adapter(adapter, adapter_revision)
-        model, held, metrics = self._cast(adapter, self.target.skeleton(), None, gain, "default", pairing)
+        model, held, metrics = self._cast(adapter, self.target.skeleton, None, gain, "default", pairing)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
         with replacing_folder(folder) as partial_folder:
             model.save_pretrained(partial_folder, save_embedding_layers=False)
@@ -230,13 +235,21 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return make_card(artifact, read_licenses(artifact))
 
     def _cast(
-        self, adapter, target, source, gain, adapter_name, pairing: Pairing
+        self,
+        adapter,
+        load_target: Callable[[], PreTrainedModel],
+        source,
+        gain,
+        adapter_name,
+        pairing: Pairing,
+        device: torch.device | None = None,
     ) -> tuple[PeftModel, Holdings, dict[str, Any]]:
-        """The target with the adapter, what that held, and the metrics."""
+        """The target, which is loaded once the adapter was read, with it, what that held, and the metrics."""
         if source is None and not isinstance(adapter, PeftModel):
             on, which = self.source.skeleton(), BRIDGED
         else:
-            on, which = load_source(source, adapter, target.device), "source"
+            assert device is not None, "a source is loaded to some device"
+            on, which = load_source(source, adapter, device, None, pairing.adapter_revision, pairing.dtype), "source"
         with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank, which) as read:
             closed_form, modules = self.closed_form(read.kernels)
             held = read.holdings
@@ -250,7 +263,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
                 not_carried=held.reasons,
             )
             model = install(
-                target,
+                load_target(),
                 config,
                 read.kernels,
                 closed_form,
@@ -360,17 +373,17 @@ def fit_bridge(
     pairing, fit, training = given.pairing, given.fit, given.training
     check_count("samples", samples, 1)
     text = text if text is not None else fit.fit_text
-    check_text(text)
     source, target = as_path(source), as_path(target)
     if pairing.depth_map == "similarity":
         raise ValueError("A bridge needs its depth map beforehand: pass 'proportional' or a mapping of layer numbers.")
     check_pair(source, [], target, pairing)
-    check_all_reached(text)
+    distributed.init(pairing.device)
+    corpus = read_corpus(text, samples or fit.fit_samples)  # before models are loaded: it may be out of reach
+    if len(corpus) < 2:
+        raise ValueError(TOO_FEW)
     bar = partial(tqdm, disable=not given.run.progress, desc="fitting bridge")
     with open_pair(source, None, target, pairing) as pair:
-        texts = align_texts(
-            read_corpus(text, samples or fit.fit_samples), *pair.tokenizers, max_length=training.max_length
-        )
+        texts = align_texts(corpus, *pair.tokenizers, max_length=training.max_length)
         maps = fit_closed_form(
             pair.source,
             pair.target,

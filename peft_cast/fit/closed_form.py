@@ -160,6 +160,9 @@ class _Regressions:
         return list(zip(*moments.cut(fit, blocks, ranks)))
 
 
+TOO_FEW = "The closed form needs at least 2 texts, one to fit and one to check on: pass more text."
+
+
 def fit_closed_form(
     source: PreTrainedModel,
     target: PreTrainedModel,
@@ -208,7 +211,7 @@ def fit_closed_form(
             if name in sources
         }
     if len(pairs) < 2:
-        raise ValueError("The closed form needs at least 2 texts, one to fit and one to check on: pass more text.")
+        raise ValueError(TOO_FEW)
     longest = max(max(len(pair.source_ids), len(pair.target_ids)) for pair in pairs)
     batch_size = texts_per_pass(batch_size, len(pairs), longest, distributed.world_size())
     batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
-from ..align import ModuleMap, split_place
+from ..align import ModuleMap, place_size, split_place
 from ..source import LoraKernel
 from ..tuner import CastConfig, KernelSpec, Projection
-from ..tuner.quantized import linear_size
 from ..utils import without_secrets
 from .maps import ClosedForm, KernelFit
 
@@ -110,15 +108,10 @@ def check_shapes(
     Raises:
         ValueError: If they do not fit the target and the kernels.
     """
-    modules = dict(target.named_modules())
     for place, fits in closed_form.kernels.items():
-        name, rows = split_place(place)
-        module = modules.get(name)
-        module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        size = linear_size(module) if module is not None else None
-        if size is None or (rows and not rows.fit(size[1])):
+        if (size := place_size(target, place)) is None:
             raise ValueError(f"The fitted maps lead to '{place}', which the target does not have: {_REMEDY}.")
-        ins, outs = size[0], rows.size(size[1]) if rows else size[1]
+        ins, outs = size
         for fit in fits:
             r = len(kernels[fit.source_place].A)
             if fit.A_P_in.shape != (r, ins) or fit.P_out_B.shape != (outs, r):

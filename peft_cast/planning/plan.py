@@ -16,7 +16,7 @@ from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..align import collate_pairs, layer_count, layer_paths, map_layers, map_modules
+from ..align import collate_pairs, layer_paths
 from ..fit import (
     cast_config,
     check_maps,
@@ -28,7 +28,7 @@ from ..fit import (
 )
 from ..models import default_dtype, read_model_config, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
-from ..source import base_of, list_not_carried, planned_source
+from ..source import base_of, list_not_carried, map_kernels, planned_source
 from ..text import ANCHOR_EVERY, anchor_length
 from ..utils import FaultError, as_path, one_line, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
@@ -205,7 +205,6 @@ def plan(
     source_model = _model(_config(source, "source", pairing.source_revision), "source", dtype)
     target_model = _model(_config(target, "target", pairing.target_revision), "target", dtype)
     check_maps(bridge, start, source_model, adapter, target_model, pairing)
-    depth_map = "proportional" if pairing.depth_map == "similarity" else pairing.depth_map
     length = min(tokens or max_length, max_length)
     weights = {"source": _weights(source_model, weight_bits), "target": _weights(target_model, weight_bits)}
     here = sum(weights.values())
@@ -214,9 +213,7 @@ def plan(
         read, not_carried, estimate = planned
         estimated = [estimate] if estimate else []
         kernels = dict(read.kernels)
-        depths = layer_count(source_model), layer_count(target_model)  # the adapter may have replicated some
-        layers = map_layers(*depths, depth_map)
-        modules = map_modules(kernels, target_model, layers, pairing.module_map, source_model)
+        modules = map_kernels(kernels, source_model, target_model, pairing)
         config = cast_config(kernels, modules, **vars(given.projections))
         together = texts_per_pass(batch_size, fit_samples, max_length, processes)
         batches, at_once = -(-fit_samples // together), -(-together // processes)

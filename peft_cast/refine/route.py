@@ -7,12 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..align import AlignedPair
+from transformers import PreTrainedModel
+
+from ..align import AlignedPair, ModuleMap
 from ..fit import (
     Bridge,
     ClosedForm,
     KernelFit,
     StackedPart,
+    can_be_copied,
     cast_config,
     copied,
     initial_maps,
@@ -33,8 +36,13 @@ from .teacher import compares_outputs_alone
 HALF = 0.5
 
 
-def check_first_maps(pair: Pair, options: Options) -> None:
+def check_first_maps(modules: ModuleMap, source: PreTrainedModel, target: PreTrainedModel, options: Options) -> None:
     """
+    Args:
+        modules (`ModuleMap`): Where kernels land.
+        source, target: The models, or their skeletons.
+        options (`Options`): What is asked.
+
     Raises:
         ValueError: If the adapter is to be copied and does not fit the target, or what else is asked needs the closed
             form.
@@ -43,7 +51,7 @@ def check_first_maps(pair: Pair, options: Options) -> None:
         return
     if not compares_outputs_alone(options.training):
         raise ValueError("`first_maps='copy'` goes with no `beta` and no FSDP or ZeRO-3: leave it or them out.")
-    if copied(pair) is None:
+    if not can_be_copied(modules, source, target):
         raise ValueError(
             "`first_maps='copy'` needs a target whose modules have the shapes of the source's, and these have others: "
             "leave `first_maps` out."

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..align import find_places, layer_paths, split_name, split_place
+from ..utils import without_secrets
 from .holdings import Fate, Holdings, kernel_parts, left_parts, options_of
 from .kinds import (
     ALORA,
@@ -136,7 +138,10 @@ class SourceAdapter:
 
 @torch.no_grad()
 def read_adapter(
-    model: PeftModel, originals: Mapping[str, torch.Tensor], rank: int | float | None = None
+    model: PeftModel,
+    originals: Mapping[str, torch.Tensor],
+    rank: int | float | None = None,
+    where: str | Path | None = None,
 ) -> SourceAdapter:
     """Read the active adapter of `model`, of which there is one.
 
@@ -144,6 +149,7 @@ def read_adapter(
         model: The source with its adapter.
         originals: Base parameters that the adapter replaces: name in the base model → value before.
         rank: How far measured deltas are cut, `source_rank` in `translate`.
+        where: Its hub id or folder, for messages; `None` for one in memory.
 
     Raises:
         ValueError: If a module's effect is no fixed matrix, or nothing can be carried.
@@ -188,18 +194,19 @@ def read_adapter(
         rest[EVERYWHERE, ALORA] = None
     kind = kind_of(config)
     if not kernels:
-        raise nothing_carried(kind, rest)
+        raise nothing_carried(kind, rest, where)
     return SourceAdapter(model, kind, _by_place(kernels, base), errors, tuple(rest))
 
 
-def nothing_carried(kind: str, rest: Iterable[tuple[str, str]]) -> ValueError:
+def nothing_carried(kind: str, rest: Iterable[tuple[str, str]], where: str | Path | None = None) -> ValueError:
     """The error of an adapter without kernels that do something; `rest` is what it holds besides."""
+    named = f"{kind} adapter" + (f" '{without_secrets(where)}'" if where else "")
     first = {what: module for module, what in reversed(list(rest))}
     found = ", ".join(f"{module}: {what}" for what, module in first.items())
     if not found:
-        return ValueError(f"The {kind} adapter changes nothing, as before training: pass one that was trained.")
+        return ValueError(f"The {named} changes nothing, as before training: pass one that was trained.")
     return ValueError(
-        f"Nothing of the {kind} adapter can be carried over ({found}): a translation needs at least one adapter that "
+        f"Nothing of the {named} can be carried over ({found}): a translation needs at least one adapter that "
         "changes a linear layer of the decoder."
     )
 

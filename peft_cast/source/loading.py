@@ -26,7 +26,7 @@ from ..models import (
     skeleton_of,
     unload_adapters,
 )
-from ..tuner.checks import check_finite, shown
+from ..tuner.checks import TensorInfo, check_finite, shown
 from ..utils import (
     adapter_folder,
     hub_revision,
@@ -36,10 +36,10 @@ from ..utils import (
     without_secrets,
 )
 from .disagreement import other_masks, other_shape, other_tokens, warn_of_base
-from .files import of_another_file, unusable
+from .files import holdings_of, of_another_file, unusable
 from .idle import idle
 from .kernels import SourceAdapter, nothing_carried, read_adapter
-from .kinds import MISNAMED, PREFIX, changes_weights, refusal, refusal_to_run
+from .kinds import ELSEWHERE, MISNAMED, PREFIX, changes_weights, kind_of, refusal, refusal_to_run, type_of
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
 from .names import Match
 from .renamed import Readable, readable
@@ -119,8 +119,17 @@ def check_adapter(adapter: Any, revision: str | None = None) -> None:
         )
     config, named = read_adapter_config(adapter, revision), f"The adapter '{without_secrets(adapter)}'"
     check_config(config, named)
-    if (why := unusable(adapter, revision, config, read_weights_header(adapter, revision))) is not None:
+    header = read_weights_header(adapter, revision)
+    if (why := unusable(adapter, revision, config, header)) is not None:
         raise ValueError(f"{named} {why}.")
+    if type_of(config) in ELSEWHERE and holdings_of(config, header).not_carried:
+        raise nothing_of(adapter, config, header)
+
+
+def nothing_of(adapter: str | Path, config: PeftConfig, header: Mapping[str, TensorInfo]) -> ValueError:
+    """`nothing_carried` of an adapter in a file."""
+    rest = [(part["module"], part["what"]) for part in holdings_of(config, header).not_carried]
+    return nothing_carried(kind_of(config), rest, adapter)
 
 
 def _check_in_memory(adapter: PeftModel) -> None:
@@ -188,7 +197,8 @@ def adapted_source(
         return
     config = read_adapter_config(adapter, revision)
     with _loaded(source, adapter, revision, config, which) as (model, changed, renamed):
-        yield dataclasses.replace(_acting(read_adapter(model, changed, source_rank)), renamed=renamed)
+        read = _acting(read_adapter(model, changed, source_rank, adapter), adapter)
+        yield dataclasses.replace(read, renamed=renamed)
 
 
 @contextmanager
@@ -201,23 +211,6 @@ def with_adapter(target: PreTrainedModel, adapter: str | Path, revision: str | N
     """
     with _loaded(target, adapter, revision, _config_to_run(adapter, revision), "target") as (model, *_):
         yield model
-
-
-def check_on_source(
-    source: str | Path | PreTrainedModel,
-    *adapters: Any,
-    source_revision: str | None = None,
-    revision: str | None = None,
-) -> None:
-    """Refuse, before the source is loaded, adapters whose files do not fit it.
-
-    Raises:
-        ValueError, OSError: As `adapted_source`.
-    """
-    base = skeleton_of(source, "source", source_revision)
-    for adapter in adapters:
-        if base is not None and not isinstance(adapter, PeftModel):
-            check_on(base, adapter, revision, read_adapter_config(adapter, revision))
 
 
 def check_on_target(
@@ -296,9 +289,9 @@ def _loaded(
                 setattr(parent, name, child)
 
 
-def _acting(read: SourceAdapter) -> SourceAdapter:
+def _acting(read: SourceAdapter, where: str | Path | None = None) -> SourceAdapter:
     if not read.has_effect:
-        raise nothing_carried(read.kind, read.not_carried)
+        raise nothing_carried(read.kind, read.not_carried, where)
     return read
 
 

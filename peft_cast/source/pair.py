@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,9 +37,10 @@ from ..models import (
     untouched,
 )
 from ..options import Pairing
-from ..utils import distributed
+from ..utils import distributed, read_adapter_config
 from .kernels import LoraKernel, SourceAdapter
-from .loading import adapted_source, base_of, check_adapter, check_on_source, load_source
+from .loading import adapted_source, base_of, check_adapter, check_on, load_source
+from .planned import planned_source
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,33 @@ class Pair:
         return f"{fingerprint(self.adapted, self.target, extra=ids)} {self.given.identity}"
 
 
-def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairing) -> None:
+def map_kernels(
+    places: Iterable[str], source: PreTrainedModel, target: PreTrainedModel, pairing: Pairing
+) -> ModuleMap:
+    """Where kernels land by the options, by depth in proportion where that is decided by similarity, later.
+
+    Args:
+        places: Source places with kernels.
+        source, target: The models, or their skeletons.
+        pairing (`Pairing`): The options.
+
+    Raises:
+        ValueError: If a map does not fit the models, or nothing has a place.
+    """
+    depth_map = "proportional" if pairing.depth_map == "similarity" else pairing.depth_map
+    layers = map_layers(layer_count(source), layer_count(target), depth_map)
+    return map_modules(places, target, layers, pairing.module_map, source)
+
+
+def check_pair(
+    source: Any, adapters: Sequence[Any], target: Any, pairing: Pairing, then: Callable[..., Any] = map_kernels
+) -> None:
     """What the files of the models and adapters tell before one of them is loaded.
+
+    Args:
+        source, adapters, target, pairing: As in `open_pair`, with any number of adapters.
+        then: Refuses what cannot be done with an adapter, as `map_kernels`, whose arguments it is given; models that
+            are not loaded yet are skeletons.
 
     Raises:
         ValueError, OSError: As `open_pair`.
@@ -104,16 +131,46 @@ def check_pair(source: Any, adapters: Sequence[Any], target: Any, pairing: Pairi
         pairing = replace(pairing, source_revision=pairing.source_revision or revision)
     if source is not None or not any(isinstance(adapter, PeftModel) for adapter in adapters):
         check_model(source, "source", pairing.source_revision)
-    skeleton_of(target, "target", pairing.target_revision)
+    there = skeleton_of(target, "target", pairing.target_revision)
     for adapter in adapters:
         if not isinstance(adapter, torch.nn.Module):
             check_adapter(adapter, pairing.adapter_revision)
-    if source is not None:
-        revisions = {"source_revision": pairing.source_revision, "revision": pairing.adapter_revision}
-        check_on_source(source, *adapters, **revisions)
+    for adapter in adapters or [None]:
+        check_source(source, adapter, pairing, lambda places, here: there and then(places, here, there, pairing))
     if len(adapters) > 1:  # whose models are loaded before pairs are opened
         for adapter in adapters:
             _open_tokenizers(source, adapter, target, pairing)
+
+
+def check_source(
+    source: Any, adapter: Any, pairing: Pairing, then: Callable[[list[str], PreTrainedModel], Any] = lambda *_: None
+) -> None:
+    """What the files of a source and an adapter for it tell before the source is loaded.
+
+    Args:
+        source, adapter, pairing: As in `open_pair`.
+        then: Is given the places that kernels come from, and the source, a skeleton if it is not loaded yet. Without
+            an adapter, or with a model that is loaded, the places are all there are.
+
+    Raises:
+        ValueError, OSError: As `open_pair`, and what `then` raises.
+    """
+    with warnings.catch_warnings(), suppress(NotImplementedError):  # SHiRA looks at weights: loading it tells more
+        warnings.simplefilter("ignore")  # it is loaded once more
+        if isinstance(adapter, PeftModel):
+            base = adapter.get_base_model()
+        elif (base := skeleton_of(source, "source", pairing.source_revision)) is None:
+            return
+        elif adapter is not None and base.device.type == "meta":
+            with planned_source(base, adapter, pairing.adapter_revision, pairing.source_rank) as (read, *_):
+                then(list(read.kernels), base)
+                return
+        elif adapter is not None:
+            config = read_adapter_config(adapter, pairing.adapter_revision)
+            check_on(base, adapter, pairing.adapter_revision, config)
+            if getattr(config, "layer_replication", None):  # with which the source will have other layers
+                return
+        then(linear_layers(base), base)
 
 
 @contextmanager
@@ -167,20 +224,20 @@ def open_pair(
             source, target, on_source = stack.enter_context(sharding.open_sharded(load, load_target, adapt, device))
         else:
             source = load(device=source_device, dtype=chosen.dtype)
-            target = load_target(device=device, dtype=chosen.dtype)
         if source is target:
             raise ValueError("`source` and `target` are the same object: load the model twice.")
-        tokenizers = tokenizers or _open_tokenizers(source, adapter, target, chosen)
         # A PeftModel as `adapter` is its source's wrapper: its own modes are restored too.
-        stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source, target))
+        stack.enter_context(untouched(adapter if isinstance(adapter, PeftModel) else source))
         stack.enter_context(moved(source, source_device))
-        stack.enter_context(moved(target, device))
+        # Before the target is loaded, because only the source's weights tell some of what cannot be translated.
         if adapter is not None and on_source is None:
             on_source = stack.enter_context(adapt(source))
-        depth_map = "proportional" if chosen.depth_map == "similarity" else chosen.depth_map
-        layers = map_layers(layer_count(source), layer_count(target), depth_map)
-        adapted = on_source.kernels if on_source else linear_layers(source)
-        modules = map_modules(adapted, target, layers, chosen.module_map, source)
+        if not shard:
+            target = load_target(device=device, dtype=chosen.dtype)
+        tokenizers = tokenizers or _open_tokenizers(source, adapter, target, chosen)
+        stack.enter_context(untouched(target))
+        stack.enter_context(moved(target, device))
+        modules = map_kernels(on_source.kernels if on_source else linear_layers(source), source, target, chosen)
         vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
         yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision)
 

@@ -31,7 +31,7 @@ from .disagreement import warn_of_base
 from .files import holdings_of
 from .kernels import SourceAdapter, read_adapter
 from .kinds import PREFIX, default_rank, is_read, kept_rank, kind_of, rank_of_change, variants_of
-from .loading import adapted_source, base_name, check_adapter, check_on, matched
+from .loading import adapted_source, base_name, check_adapter, check_on, matched, nothing_of
 from .renamed import readable
 
 
@@ -69,10 +69,7 @@ def planned_source(
         replicate_layers(source, layers)
     ranks = _ranks(source, config, header, source_rank)
     if not ranks:
-        raise ValueError(
-            f"Nothing of the {kind_of(config)} adapter can be carried over: a translation needs at least one adapter "
-            "that changes a linear layer."
-        )
+        raise nothing_of(adapter, config, header)
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != usual}
     stand_in = LoraConfig(r=usual, target_modules=list(ranks), rank_pattern=others)

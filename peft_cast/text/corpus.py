@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -91,7 +91,7 @@ def _texts(corpus: Corpus, argument: str) -> Iterator[str]:
         source = _local(source) if _looks_local(source) else _hub(corpus, argument)
     if isinstance(source, _SPLIT):
         raise ValueError(f"The text is a dataset with splits {sorted(source)}: pass one of them, e.g. text['train'].")
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) or isinstance(source, Mapping):
         raise ValueError(
             f"`text` must be a hub id, a path, an iterable of strings or a dataset, got {type(source).__name__}."
         )
@@ -114,20 +114,30 @@ def _checked(text: Any, what: str) -> str:
     return text
 
 
-def check_corpus(corpus: Any) -> None:
-    """Refuse what can be refused without reading it: a local file that is absent, empty, or of an unknown kind, and
-    in memory what is no text.
+def check_corpus(corpus: Any, least: int = 1) -> None:
+    """Refuse what can be refused before models are loaded: what lies on disk or in memory and cannot be used. What
+    may be read but once, as an iterator, is left alone.
+
+    Args:
+        corpus: Anything that `read_corpus` takes.
+        least (`int`): How many texts it must hold.
 
     Raises:
-        ValueError, OSError: As `read_corpus`.
+        ValueError, OSError: As `read_corpus`, and if it holds fewer texts.
     """
-    source = corpus.source if isinstance(corpus, Corpus) else corpus
-    if isinstance(source, (str, Path)) and _looks_local(source):
-        _builder(source)
-    elif isinstance(source, (list, tuple)):
-        _read(corpus, len(source))
-    elif source is not None and (not isinstance(source, Iterable) or isinstance(source, _SPLIT)):
-        _read(corpus, 1)
+    corpus = _as_corpus(corpus)
+    source, wanted = corpus.source, least
+    if isinstance(source, (str, Path)) and not _looks_local(source):
+        return
+    if isinstance(source, (list, tuple)):
+        wanted = len(source)
+    elif isinstance(source, Iterable) and not isinstance(source, (str, Path, Mapping, datasets.Dataset)):
+        return
+    if (found := len(_read(corpus, wanted))) < least:
+        raise ValueError(
+            f"The text corpus {corpus} gives {found} usable samples, at least {least} are needed: pass more or longer "
+            "text."
+        )
 
 
 def check_reached(corpus: Any, argument: str) -> None:

@@ -46,20 +46,18 @@ def is_written(text: Any) -> bool:
     return isinstance(text, SelfWritten) or isinstance(first, TextSample)
 
 
-def check_text(text: Any) -> None:
-    """Refuse at once, of what `translate(text=...)` takes, local files that cannot be read.
+def check_text(text: Any, least: int = 1) -> None:
+    """Refuse at once, of what `translate(text=...)` takes, what lies on disk or in memory and cannot be used.
+
+    Args:
+        text: The text.
+        least (`int`): How many documents are needed, if they are read as they are.
 
     Raises:
         ValueError, OSError: As `read_corpus`.
     """
-    if isinstance(text, Mapping):  # several adapters
-        for own in text.values():
-            check_text(own)
-    elif isinstance(text, Mixture):
-        for part, _ in text.parts:
-            check_text(part)
-    elif isinstance(text, SelfWritten) or not is_written(text):
-        check_corpus(text.corpus if isinstance(text, SelfWritten) else text)
+    for corpus in _corpora(text):
+        check_corpus(corpus, 1 if isinstance(text, (Mixture, SelfWritten)) else least)
 
 
 def check_all_reached(text: Any, fit_text: Any = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from ..fit import Bridge, StackedPart, adapter_names, check_adapter_name, check_maps
 from ..models import sharding
 from ..options import Options
-from ..refine import check_folder, check_prompts
-from ..source import check_pair
+from ..refine import check_first_maps, check_folder, check_prompts
+from ..source import check_pair, map_kernels
 from ..text import check_all_reached, check_text, is_written
 from ..tuner.checks import shown
 from ..utils import distributed
@@ -52,6 +52,12 @@ class Job:
         """A progress bar, or none."""
         return partial(tqdm, disable=not self.options.run.progress)
 
+    @property
+    def _texts(self) -> list[Any]:
+        """All that may be imitated on: several adapters may have one each."""
+        several = isinstance(self.adapter, (list, tuple)) and isinstance(self.text, Mapping)
+        return list(self.text.values()) if several else [self.text]
+
     def arguments(self) -> dict[str, Any]:
         """All of it by name, the options one by one."""
         own = {name: value for name, value in vars(self).items() if name != "options"}
@@ -68,8 +74,10 @@ class Job:
             raise ValueError("`adapter` is an empty list: pass at least one adapter.")
         distributed.resolve_source_device(pairing.source_device, distributed.training_device(pairing.device))
         check_folder(self.options.run, self.source, *self.adapters, self.target, self.start)
-        check_text(self.text)
-        check_text(self.options.fit.fit_text)
+        for text in self._texts:
+            check_text(text, 3)
+        if self.options.fit.fit_text is not None:
+            check_text(self.options.fit.fit_text, 2)
         written = self.text is None or isinstance(self.text, Mapping) or is_written(self.text)
         check_prompts(training, written)
         shard = sharding.is_requested(training.training_args)
@@ -79,10 +87,15 @@ class Job:
         else:
             self._check_one(shard)
         # What lies on disk or on the hub comes last: it may have to be fetched.
-        check_pair(self.source, self.adapters, self.target, pairing)
+        check_pair(self.source, self.adapters, self.target, pairing, self._check_places)
         check_maps(self.bridge, self.start, self.source, self.adapter, self.target, pairing)
         if not self.options.run.resume_from_checkpoint:  # which has its texts kept
             check_all_reached(self.text, self.options.fit.fit_text)
+
+    def _check_places(
+        self, places: Iterable[str], source: PreTrainedModel, target: PreTrainedModel, *given: Any
+    ) -> None:
+        check_first_maps(map_kernels(places, source, target, *given), source, target, self.options)
 
     def _check_one(self, shard: bool) -> None:
         training = self.options.training

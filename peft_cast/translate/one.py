@@ -45,7 +45,7 @@ def translate_one(job: Job) -> TranslationResult:
         with phases.measure("load"):
             shard = sharding.is_requested(training.training_args)
             pair = stack.enter_context(open_pair(job.source, job.adapter, job.target, options.pairing, shard=shard))
-            check_first_maps(pair, options)
+            check_first_maps(pair.modules, pair.source, pair.target, options)
         decides = {"text": job.text, "bridge": bridge, "start": job.start, "adapter_name": job.adapter_name}
         run = open_run(options.run, partial(described, options, pair, **decides))
         stack.enter_context(run.advising())
