@@ -271,7 +271,7 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
     ):
         with pytest.raises(ValueError, match=message):
             work()
-    for option, message in (("source", "it loads no model, `Bridge.cast` does"), ("gein", "did you mean 'gain'")):
+    for option, message in (("source", "choose from adapter_revision, dtype"), ("dtyp", "did you mean 'dtype'")):
         with pytest.raises(TypeError, match=f"`cast_file` has no argument '{option}': {message}"):
             bridge.cast_file(lora_folder, tmp_path, **{option: folder})
     bridge.save_pretrained(tmp_path / "bridge")

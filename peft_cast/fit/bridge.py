@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..align import ModuleMap, align_texts
 from ..models import check_model, freeze_adapter, load_model
-from ..options import Fit, Options, Pairing, Run, Training, names_taken, takes
+from ..options import Fit, Options, Pairing, Run, Training, takes
 from ..results import (
     BRIDGE_CONFIG_NAME,
     BRIDGE_WEIGHTS_NAME,
@@ -54,15 +54,12 @@ from ..utils import (
     without_secrets,
     write_json,
 )
-from ..utils.fields import check_count, check_option, unknown
+from ..utils.fields import check_count, check_option
 from .bridge_config import Side, read_bridge
 from .closed_form import TOO_FEW, fit_closed_form
 from .install import adapter_name_of, cast_config, check_adapter_name, install
 from .maps import ClosedForm, KernelFit, PlaceMaps
 from .saved import save_closed_form
-
-
-_FOR_MODELS = ("source", "target", "adapter_name", "pairing")  # arguments of `Bridge.cast` besides its options
 
 
 class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "peft"]):
@@ -153,17 +150,17 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         load = partial(load_model, target or self.target.name, "target", device, revision, chosen.dtype)
         return self._cast(adapter, load, source, gain, adapter_name, chosen, device)[0].eval()
 
+    @takes("adapter_revision dtype")
     def cast_file(
         self,
         adapter: str | Path,
         folder: str | Path,
         *,
         gain: float | None = None,
-        adapter_revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        **others: Any,
+        pairing: Pairing | None = None,
+        **options: Any,
     ) -> Holdings:
-        """Carry a plain LoRA over from file to file: neither model is loaded.
+        """Carry a plain LoRA over from file to file: neither model is loaded (`cast` loads them).
 
         What no kernel expresses (a head trained in full, biases, see docs/sources.md) is lost: a warning names it, the
         model card and `cast_metrics.json` beside the adapter.
@@ -171,9 +168,9 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Args:
             adapter: The LoRA: hub id or path.
             folder: Where the CAST adapter is saved.
-            gain, adapter_revision: As in `translate`.
-            dtype (`torch.dtype`, *optional*): Precision of the file; float32 when not given.
-            others: None; those of `cast` are for models.
+            gain: As in `translate`.
+            pairing, options: `adapter_revision`, as in `translate`, and `dtype`, the precision of the file, float32
+                when not given.
 
         Returns:
             `Holdings`: What the LoRA holds and what became of it.
@@ -183,22 +180,17 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             ValueError: As `cast`; also for adapters that are no plain LoRA.
             OSError: If the folder cannot be written.
         """
-        for name in others:
-            ours, theirs = (["gain", "adapter_revision", "dtype"], {*names_taken(Bridge.cast), *_FOR_MODELS})
-            instead = "it loads no model, `Bridge.cast` does" if name in theirs else unknown(name, ours)
-            raise TypeError(f"`cast_file` has no argument '{name}': {instead}")
-        adapter = as_path(adapter)
+        chosen, adapter = Options.of(options, Bridge.cast_file, pairing=pairing).pairing, as_path(adapter)
         check_option("gain", gain, Fit)
-        pairing = Pairing(adapter_revision=adapter_revision, dtype=dtype)
         check_place(folder, adapter)
-        check_is_read(adapter, adapter_revision)
-        check_adapter(adapter, adapter_revision)
-        model, held, metrics = self._cast(adapter, self.target.skeleton, None, gain, "default", pairing)
+        check_is_read(adapter, chosen.adapter_revision)
+        check_adapter(adapter, chosen.adapter_revision)
+        model, held, metrics = self._cast(adapter, self.target.skeleton, None, gain, "default", chosen)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
         with replacing_folder(folder) as partial_folder:
             model.save_pretrained(partial_folder, save_embedding_layers=False)
-            if dtype is not None:
-                change_dtype(partial_folder / SAFETENSORS_WEIGHTS_NAME, dtype)
+            if chosen.dtype is not None:
+                change_dtype(partial_folder / SAFETENSORS_WEIGHTS_NAME, chosen.dtype)
             write_json({"metrics": metrics}, partial_folder / METRICS_NAME)
             add_card(partial_folder)
         return held
