@@ -168,9 +168,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Args:
             adapter: The LoRA: hub id or path.
             folder: Where the CAST adapter is saved.
-            gain: As in `translate`.
-            pairing, options: `adapter_revision`, as in `translate`, and `dtype`, the precision of the file, float32
-                when not given.
+            gain, pairing, options: As in `cast`, but `dtype` is that of the file, float32 when not given.
 
         Returns:
             `Holdings`: What the LoRA holds and what became of it.
