@@ -274,6 +274,17 @@ def spread_plan() -> str:
     return "\n".join([*lines, "", f"Groups of layers: {planned['assumed']['fit_groups']}."])
 
 
+def scenarios() -> str:
+    """What a stronger target makes of a translation, a table for each target and task."""
+    parts = []
+    for file in sorted(setting.FIGURES.glob("scenario_*.json")):
+        target, task = file.stem.removeprefix("scenario_").rsplit("_", 1)
+        runs = sorted(setting.FIGURES.glob(f"run_{file.stem}_*_seed*.json"))
+        links = f"Raw: [figures/{file.name}](figures/{file.name})" + "".join(f". {cost(run)}" for run in runs)
+        parts.append(f"### {target}, {TASKS[task]}\n\n{peft_cast.Evaluation.load(file)}\n\n{wrapped(links)}.")
+    return "\n\n".join(parts)
+
+
 def put(page: Path, mark: str, end: str, text: str) -> None:
     old = page.read_text(encoding="utf-8")
     new = re.sub(f"{mark}\n.*?{end}", lambda _: f"{mark}\n{text}\n{end}", old, flags=re.DOTALL)
@@ -290,4 +301,5 @@ if __name__ == "__main__":
     if (setting.FIGURES / "plan.json").exists():
         put(ROOT / "docs" / "planning.md", "<!-- plan -->", "<!-- end plan -->", plans())
         put(ROOT / "docs" / "scale.md", "<!-- spread plan -->", "<!-- end spread plan -->", spread_plan())
+    put(ROOT / "docs" / "upgrades.md", "<!-- scenarios -->", "<!-- end scenarios -->", scenarios())
     put(ROOT / "README.md", "<!-- figures -->", "<!-- end -->", demo())
