@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 
+from ..tuner.checks import number_of
 from ..utils import distributed, looks_like_path, one_line, secrets_removed, without_secrets
 
 
@@ -135,8 +136,8 @@ def check_corpus(corpus: Any, least: int = 1) -> None:
         return
     if (found := len(_read(corpus, wanted))) < least:
         raise ValueError(
-            f"The text corpus {corpus} gives {found} usable samples, at least {least} are needed: pass more or longer "
-            "text."
+            f"The text corpus {corpus} gives {number_of(found, 'usable sample')}, at least {least} are needed: pass "
+            "more or longer text."
         )
 
 

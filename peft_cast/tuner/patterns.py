@@ -45,8 +45,8 @@ def check_patterns(patterns: Iterable[str], where: str, behind: bool = False) ->
     patterns = list(patterns)
     if len(patterns) > MOST_PATTERNS or sum(map(len, patterns)) > MOST_CHARACTERS:
         raise ValueError(
-            f"{where} has patterns ({len(patterns)}) of {sum(map(len, patterns))} characters in all, at most "
-            f"{MOST_PATTERNS} of {MOST_CHARACTERS} are read: use fewer that match more, such as 'q_proj'."
+            f"The patterns of {where}, {len(patterns)} of them, have {sum(map(len, patterns))} characters in all, at "
+            f"most {MOST_PATTERNS} of {MOST_CHARACTERS} are read: use fewer that match more, such as 'q_proj'."
         )
     work = _Work()
     for pattern in patterns:
