@@ -134,7 +134,7 @@ def test_the_model_that_minds_the_others_answers_more_is_believed(models, tmp_pa
     found = result.metrics["text"]
     minds = found["minds"]
     assert found["teacher"] == teacher == result.metrics["settings"]["teacher"] and minds["prompts"] >= 4
-    clearly = minds["target"] > max(2 * minds["source"], minds["source"] + 2 * minds["error"])
+    clearly = minds["target"] > max(1.5 * minds["source"], minds["source"] + 3 * minds["error"])
     assert clearly == (teacher == "shown") and (minds["target"] > minds["source"]) == (surer == "target")
     assert f"minds the target's answers by {minds['source']:.3f} nats" in result.summary()
 

@@ -15,7 +15,9 @@ from ..source import Pair
 from ..text import EXAMPLES, Keep, SelfWritten, TextSample, group_size, shown_prompts, write_answers
 
 
-MORE = 2.0  # how many times as much the target must mind, by the few pairs that were read (docs/lab-book.md)
+# How many times as much the target must mind, and by how many standard errors, by the few pairs that were read
+# (docs/lab-book.md).
+MORE, SURE = 1.5, 3.0
 PROMPTS = 32  # that both answer: one more would not change who is stronger, where it is clear
 
 
@@ -42,7 +44,7 @@ class Comparison:
     @property
     def teacher(self) -> str:
         """`shown` if the target is clearly the stronger, else `source`."""
-        clearly = self.target > MORE * self.source and self.target - self.source > 2 * self.error
+        clearly = self.target > MORE * self.source and self.target - self.source > SURE * self.error
         return "shown" if clearly else "source"
 
 
