@@ -225,12 +225,10 @@ def test_spread_models_are_kept_in_parts(together):
 
 
 def test_one_process_writes_the_files(together, alone):
-    folder = together / "plain"
-    close(
-        load_file(folder / "adapter_model.safetensors"),
-        load_file(folder / "checkpoints/checkpoint-6/adapter_model.safetensors"),
-        0,
-    )
+    folder, strength = together / "plain", found(together, "plain")[0]["metrics"]["route"]["strength"]
+    trained = load_file(folder / "checkpoints/checkpoint-6/adapter_model.safetensors")
+    acting = {name: strength * tensor if name.endswith("P_out.U") else tensor for name, tensor in trained.items()}
+    close(load_file(folder / "adapter_model.safetensors"), acting, 0)
     assert len(list((folder / "work").glob("closed_form_*"))) == 1 and (folder / "report.html").exists()
     assert json.loads((folder / "run.json").read_text())["finished"]
     assert not list(folder.rglob(".partial-*"))
