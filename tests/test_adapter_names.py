@@ -371,7 +371,7 @@ WRONG = {
     ),
     "named by another tool": (
         {"rename": lambda n: n.replace("lora_A", "down_proj").replace("lora_B", "up_proj")},
-        "none of its 12 tensors is named as PEFT names a LoRA's.*convert the file",
+        "none of its tensors, 12 in all, is named as PEFT names a LoRA's.*convert the file",
     ),
     "an unknown prefix": (
         {"rename": lambda n: n.replace("model.layers", "model.tall.layers")},
@@ -384,7 +384,7 @@ WRONG = {
     "transposed": ({"edit": lambda t: {n: x.T for n, x in t.items()}}, "matrices are transposed .*transpose them, or"),
     "names of kohya": (
         {"rename": lambda n: n.replace("lora_A", "lora_down").replace("lora_B", "lora_up")},
-        "none of its 12 tensors is named as PEFT names a LoRA's",
+        "none of its tensors, 12 in all, is named as PEFT names a LoRA's",
     ),
     "no targets": ({"target_modules": []}, "disagree: `target_modules` .* is \\[\\].*the file has 'down_proj'"),
     "other modules": (
