@@ -294,7 +294,7 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
         ({"text": ["short"]}, "holds no text of at least 50 characters"),
         ({"text": 5}, "must be a hub id, a path, an iterable of strings or a dataset, got int"),
         ({"fit_text": [1, 2]}, "must hold strings, got int"),
-        ({"fit_text": c4_texts(1)}, "1 usable samples, at least 2"),
+        ({"fit_text": c4_texts(1)}, "1 usable sample, at least 2"),
         ({"text": str(ROOT)}, "holds no dataset that `save_to_disk` wrote"),
         ({"text": {"default": c4_texts(9)}}, "an iterable of strings or a dataset, got dict"),
     ],

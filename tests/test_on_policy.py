@@ -31,6 +31,14 @@ OPTIONS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_trained():
+    """Every adapter acts as strongly as it was trained, so that what came before its own words compares."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_cast.refine.strength.STRENGTHS", ())
+        yield
+
+
 @pytest.fixture(scope="module")
 def models(source_folder, lora_folder, target_folder):
     return source_folder, lora_folder, target_folder

@@ -362,7 +362,7 @@ def test_sums_that_cannot_be_are_refused():
     for arguments, message in [
         ((["default", "other"], [1.0, 1.0], "sum", "svd"), "exactly, by `combination_type='cat'`, not by 'svd'"),
         ((["default", "nobody"], [1.0, 1.0], "sum"), "nobody does not exist"),
-        ((["default", "other"], [1.0], "sum"), "got 2 adapters and 1 weights"),
+        ((["default", "other"], [1.0], "sum"), "got 2 adapters and 1 weight\\."),
         ((["default", "other"], [1.0, 1.0], "other"), "'other' already exists"),
         ((["default", "full"], [1.0, 1.0], "sum"), "types factored, full, which no single adapter"),
         ((["default", "other"], [1.0, 1.0], "a.b"), "cannot be called 'a.b'"),
