@@ -22,7 +22,6 @@ import setting
 from setting import score
 
 import peft_cast
-from peft_cast.utils.environment import environment
 
 
 ITEMS = 300
@@ -106,10 +105,7 @@ def translated(target: str, task: str, seed: int, folder: Path, **options) -> No
     )
     print(result, flush=True)
     result.save_pretrained(folder)
-    metrics = {name: part for name, part in result.metrics.items() if name != "report"}
-    run = {"metrics": metrics, "diagnosis": result.diagnosis(), "environment": environment()}
-    file = setting.FIGURES / f"run_scenario_{folder.name}.json"
-    file.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    setting.note_run(result, f"scenario_{folder.name}")
 
 
 def taught_by_source(target: str, task: str, seed: int, folder: Path) -> None:

@@ -26,6 +26,7 @@ import peft_cast  # noqa: E402
 from peft_cast.source.pair import open_pair  # noqa: E402
 from peft_cast.text.samples import TextSample  # noqa: E402
 from peft_cast.text.written import SelfWritten, write_texts  # noqa: E402
+from peft_cast.utils.environment import environment  # noqa: E402
 from peft_cast.utils.phases import Phases  # noqa: E402
 
 
@@ -52,7 +53,7 @@ class Model:
 SMOLLM2 = Model("smollm2-135m", models.smollm2)
 GEMMA3 = Model("gemma3-270m", models.gemma3)
 PAIRS = {"smollm2-gemma3": (SMOLLM2, GEMMA3), "gemma3-smollm2": (GEMMA3, SMOLLM2), "same": (SMOLLM2, SMOLLM2)}
-# Targets of scenarios.py, by their names there.
+# Targets of scenarios.py and stronger.py, by their names there.
 UPGRADES = {
     "qwen-0.5b": Model("qwen-0.5b", models.qwen_small),
     "qwen-1.5b": Model("qwen-1.5b", models.qwen_large),
@@ -179,6 +180,19 @@ def written(
         partial.write_text(json.dumps([asdict(sample) for sample in samples], indent=0), encoding="utf-8")
         partial.replace(file)
     return [TextSample(**sample) for sample in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def note_run(result: peft_cast.TranslationResult, name: str) -> None:
+    """Write what a translation says of itself to `run_<name>.json`, without the report, which is a page of its own."""
+    metrics = {key: part for key, part in result.metrics.items() if key != "report"}
+    run = {
+        "metrics": metrics,
+        "history": result.history,
+        "diagnosis": result.diagnosis(),
+        "environment": environment(),
+    }
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    (FIGURES / f"run_{name}.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
 # Of the answers to GSM8K that the source writes 59% end within 128 tokens, 78% within 192.

@@ -14,7 +14,7 @@ import json
 import re
 
 import setting
-from setting import models, score
+from setting import score
 
 from peft_cast.models import continuations
 from peft_cast.refine.stronger import PROMPTS, exchange
@@ -24,7 +24,7 @@ from peft_cast.utils.environment import environment
 
 
 RESULTS = setting.FIGURES / "stronger.json"
-TARGETS = {"gemma3-270m": models.gemma3, "qwen-0.5b": models.qwen_small}
+TARGETS = ("gemma3-270m", "qwen-0.5b")
 NEW_TOKENS = {"gsm8k": 192, "agnews": 8}
 LABELLED = 48
 
@@ -45,7 +45,7 @@ def judged(target: str, task: str) -> dict:
     spec = SelfWritten(prompts=setting.prompts(task), max_new_tokens=NEW_TOKENS[task], batch_size=48)
     rows = [json.loads(line) for line in labelled(task).open(encoding="utf-8")][-LABELLED:]
     asked = [score.PROMPT.format(**row) if task == "gsm8k" else setting.news_prompt(row) for row in rows]
-    with open_pair(setting.SMOLLM2.folder(), setting.SMOLLM2.adapter(task), TARGETS[target]()) as pair:
+    with open_pair(setting.SMOLLM2.folder(), setting.SMOLLM2.adapter(task), setting.UPGRADES[target].folder()) as pair:
         answers = write_texts(pair.adapted, *pair.tokenizers, spec, limit=PROMPTS + 4, target=pair.target)
         found = exchange(pair, answers, spec)
         of_target = [TextSample("", prompt, prompt) for prompt in asked]

@@ -19,7 +19,6 @@ import setting
 
 import peft_cast
 from peft_cast import baselines
-from peft_cast.utils.environment import environment
 from peft_cast.utils.files import write_json
 
 
@@ -119,14 +118,7 @@ def make(row: str, seed: int, source, target, args) -> Path | None:
     partial.rename(folder)
     shutil.rmtree(run, ignore_errors=True)
     if isinstance(result, peft_cast.TranslationResult):
-        setting.FIGURES.mkdir(parents=True, exist_ok=True)
-        metrics = {
-            name: part for name, part in result.metrics.items() if name != "report"
-        }  # that is a page of its own
-        report = {"metrics": metrics, "history": result.history, "diagnosis": result.diagnosis()}
-        report["environment"] = environment()
-        run = f"run_{folder.parent.name}_{folder.name}.json"
-        (setting.FIGURES / run).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        setting.note_run(result, f"{folder.parent.name}_{folder.name}")
     del result
     gc.collect()
     return folder
