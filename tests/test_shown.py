@@ -167,7 +167,7 @@ def test_what_prompts_begin_with_is_read_once_and_answers_are_the_same(architect
     once = continuations(model, piece_tokenizer, prompts, 6)
     hook.remove()
     assert sorted(read[:2]) == [(1, 71), (1, 99)] and read[2][0] == 4 and read[2][1] < 8
-    monkeypatch.setattr("peft_cast.models.generating.WORTH_IT", 10**6)
+    monkeypatch.setattr("peft_cast.models.prefixes.WORTH_IT", 10**6)
     assert once == continuations(model, piece_tokenizer, prompts, 6) and len(set(once)) > 1
 
 

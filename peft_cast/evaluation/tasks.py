@@ -84,6 +84,10 @@ class _OnRecords:
             if isinstance(template, str):  # functions are called once, by `run`
                 for row in rows:
                     _fill(template, row)
+        self._check_rows(rows)
+
+    def _check_rows(self, rows: Records) -> None:
+        """Refuse what the columns of one kind of task alone tell."""
 
     def for_base(self) -> dict[str, _OnRecords]:
         """The same task with each of the prompts that the untouched target alone is asked with, by their names."""
@@ -141,9 +145,8 @@ class Classification(_OnRecords):
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
 
-    def check(self) -> None:
-        super().check()
-        self._choices(_rows(self))
+    def _check_rows(self, rows: Records) -> None:
+        self._choices(rows)
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)

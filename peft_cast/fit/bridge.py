@@ -147,8 +147,11 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             check_source(source, adapter, chosen)
             self.source.check(source, "source")
         device = distributed.init(chosen.device)
+        on, which = self.source.skeleton(), BRIDGED
+        if source is not None or isinstance(adapter, PeftModel):
+            on, which = load_source(source, adapter, device, None, chosen.adapter_revision, chosen.dtype), "source"
         load = partial(load_model, target or self.target.name, "target", device, revision, chosen.dtype)
-        return self._cast(adapter, load, source, gain, adapter_name, chosen, device)[0].eval()
+        return self._cast(adapter, on, load, gain, adapter_name, chosen, which)[0].eval()
 
     @takes("adapter_revision dtype")
     def cast_file(
@@ -183,7 +186,8 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         check_place(folder, adapter)
         check_is_read(adapter, chosen.adapter_revision)
         check_adapter(adapter, chosen.adapter_revision)
-        model, held, metrics = self._cast(adapter, self.target.skeleton, None, gain, "default", chosen)
+        on, load = self.source.skeleton(), self.target.skeleton
+        model, held, metrics = self._cast(adapter, on, load, gain, "default", chosen)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
         with replacing_folder(folder) as partial_folder:
             model.save_pretrained(partial_folder, save_embedding_layers=False)
@@ -227,20 +231,15 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
     def _cast(
         self,
         adapter,
+        source: PreTrainedModel,
         load_target: Callable[[], PreTrainedModel],
-        source,
         gain,
         adapter_name,
         pairing: Pairing,
-        device: torch.device | None = None,
+        which: str = BRIDGED,
     ) -> tuple[PeftModel, Holdings, dict[str, Any]]:
-        """The target, which is loaded once the adapter was read, with it, what that held, and the metrics."""
-        if source is None and not isinstance(adapter, PeftModel):
-            on, which = self.source.skeleton(), BRIDGED
-        else:
-            assert device is not None, "a source is loaded to some device"
-            on, which = load_source(source, adapter, device, None, pairing.adapter_revision, pairing.dtype), "source"
-        with adapted_source(on, adapter, pairing.adapter_revision, pairing.source_rank, which) as read:
+        """The target, loaded once the adapter was read on the source, with it, what that held, and the metrics."""
+        with adapted_source(source, adapter, pairing.adapter_revision, pairing.source_rank, which) as read:
             closed_form, modules = self.closed_form(read.kernels)
             held = read.holdings
             config = cast_config(

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from .heads import contiguous_head
-from .prefixes import WORTH_IT, after_prefixes, common_prefixes, keeps_prefixes, read_prefix
+from .prefixes import after_prefixes, common_prefixes, keeps_prefixes, read_prefix
 from .sharding import is_sharded
 
 
@@ -71,18 +71,16 @@ def continuations(
         tokens = tokenizer(list(prompts), add_special_tokens=add_special_tokens).input_ids
     rows = model.get_input_embeddings().weight.shape[0]  # a token for padding is often added without one
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)
-    prefixes = common_prefixes(tokens)
-    different = set(prefixes)
-    once = len(different) <= len(tokens) // 2 and min(map(len, different)) >= WORTH_IT and keeps_prefixes(model)
-    ids, mask = padded([row[once * len(head) :] for row, head in zip(tokens, prefixes)], model.device, value=pad)
+    prefixes = common_prefixes(tokens) if keeps_prefixes(model) else [()] * len(tokens)
+    ids, mask = padded([row[len(head) :] for row, head in zip(tokens, prefixes)], model.device, value=pad)
     if not ids.shape[1]:
         raise ValueError(
             "A model that has no token to begin a text with writes nothing after an empty prompt: pass `prompts` or a "
             "`prefix`."
         )
     before: dict[str, Any] = {}
-    if once:
-        read = {head: read_prefix(model, head) for head in different}
+    if any(prefixes):
+        read = {head: read_prefix(model, head) for head in set(prefixes)}
         before["past_key_values"], seen = after_prefixes(model, [read[head] for head in prefixes])
         ids = torch.cat([padded(prefixes, model.device, value=pad)[0], ids], dim=1)
         mask = torch.cat([seen, mask], dim=1)

@@ -38,23 +38,21 @@ def common_prefixes(sequences: Sequence[Sequence[int]]) -> list[tuple[int, ...]]
     """What each sequence of token ids begins with as others do; at least one id of each is left.
 
     Neighbors in alphabetical order are taken together while they have most of it in common. One that is like no other
-    has a beginning of its own.
+    has a beginning of its own. All are empty where it does not pay: of sequences with little in common.
     """
     rows = [tuple(one) for one in sequences]
-    order = sorted(range(len(rows)), key=rows.__getitem__)
-    prefixes: list[tuple[int, ...]] = [()] * len(rows)
-    group, shared = order[:1], rows[order[0]][:-1]
-    for i in [*order[1:], None]:
-        common = () if i is None else tuple(os.path.commonprefix([shared, rows[i][:-1]]))  # it compares any items
-        if i is not None and len(common) >= max(WORTH_IT, len(shared) // 2):
-            group.append(i)
-            shared = common
-            continue
-        for row in group:
-            prefixes[row] = shared
-        if i is not None:
-            group, shared = [i], rows[i][:-1]
-    return prefixes
+    groups: list[tuple[tuple[int, ...], list[int]]] = []
+    for i in sorted(range(len(rows)), key=rows.__getitem__):
+        shared, members = groups[-1] if groups else ((), [])
+        common = tuple(os.path.commonprefix([shared, rows[i][:-1]]))  # it compares any items
+        if members and len(common) >= max(WORTH_IT, len(shared) // 2):
+            groups[-1] = common, [*members, i]
+        else:
+            groups.append((rows[i][:-1], [i]))
+    if len(groups) > len(rows) // 2 or any(len(shared) < WORTH_IT for shared, _ in groups):
+        return [()] * len(rows)
+    prefix_of = {i: shared for shared, members in groups for i in members}
+    return [prefix_of[i] for i in range(len(rows))]
 
 
 def keeps_prefixes(model: PreTrainedModel) -> bool:

@@ -19,7 +19,7 @@ from ..models import freeze_adapter, seeded, unloaded_on_error
 from ..options import Fit, Options, Pairing, Run, Training, takes
 from ..results import TranslationResult
 from ..source import check_pair, open_pair
-from ..text import check_all_reached, check_text, read_texts
+from ..text import check_all_reached, check_texts, read_texts
 from ..utils import Phases, as_path, check_place, distributed
 from ..utils.fields import check_count
 from .imitate import imitate
@@ -65,11 +65,9 @@ def distill_lora(
     check_count("r", r, 1)
     if given.run.output_dir is not None:
         distributed.on_main_process(partial(check_place, given.run.output_dir, source, adapter, target, kind="LORA"))
-    check_text(text, 3)
-    if given.fit.fit_text is not None:
-        check_text(given.fit.fit_text, 2)
+    check_texts([text], given.fit.fit_text)
     check_pair(source, [adapter], target, given.pairing)
-    check_all_reached(text, given.fit.fit_text)
+    check_all_reached([text], given.fit.fit_text)
     training, progress, phases = given.training, given.run.progress, Phases()
     with ExitStack() as stack:
         with phases.measure("load"):

@@ -5,7 +5,7 @@ what it knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -149,17 +149,18 @@ def taught(
     """
     spec = text if isinstance(text, SelfWritten) else SelfWritten()
     teacher: str | float = training.teacher
-    metrics, examples = dict(texts.metrics), []
-    # Snippets of C4 say nothing of the task, and on-policy answers are not the adapted source's.
-    told = text is not None and texts.answers and not spec.on_policy and compares_outputs_alone(training)
-    if teacher == "shown" or teacher == "auto" and told:
-        with suppress(ValueError) if teacher == "auto" else nullcontext():  # too few to show: there is but one teacher
-            found = exchange(pair, texts.answers, spec, training.seed, keep)
-            examples, metrics["minds"] = found.answers, vars(found.minds)
+    found = exchange(pair, texts.answers, spec, training.seed, keep) if teacher == "shown" else None
     if teacher == "auto":
-        teacher = found.minds.teacher if examples else "source"
-    texts = replace(texts, metrics={**metrics, "teacher": teacher})
-    return _shown(pair, texts, examples, training, spec, bar, keep) if teacher == "shown" else texts
+        # Snippets of C4 say nothing of the task, and on-policy answers are not the adapted source's.
+        if text is not None and texts.answers and not spec.on_policy and compares_outputs_alone(training):
+            with suppress(ValueError):  # too few to show: there is but one teacher
+                found = exchange(pair, texts.answers, spec, training.seed, keep)
+        teacher = found.minds.teacher if found else "source"
+    minds = {"minds": vars(found.minds)} if found else {}
+    texts = replace(texts, metrics={**texts.metrics, **minds, "teacher": teacher})
+    if found is None or teacher != "shown":
+        return texts
+    return _shown(pair, texts, found.answers, training, spec, bar, keep)
 
 
 def _shown(

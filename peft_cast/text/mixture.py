@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,32 @@ def check_text(text: Any, least: int = 1) -> None:
         check_corpus(corpus, 1 if isinstance(text, (Mixture, SelfWritten)) else least)
 
 
-def check_all_reached(text: Any, fit_text: Any = None) -> None:
+def check_texts(texts: Sequence[Any], fit_text: Any = None) -> None:
+    """`check_text` of all that a translation reads: three documents to train on and measure with, two for the closed
+    form.
+
+    Args:
+        texts: One for each adapter, or one for all, as `translate(text=...)` takes it.
+        fit_text: As `translate` takes it.
+
+    Raises:
+        ValueError, OSError: As `read_corpus`.
+    """
+    for text in texts:
+        check_text(text, 3)
+    if fit_text is not None:
+        check_text(fit_text, 2)
+
+
+def check_all_reached(texts: Sequence[Any], fit_text: Any = None) -> None:
     """Refuse, where the Hub is switched off, what would be read from there, C4 too where nothing is given.
 
     Args:
-        text, fit_text: As `translate` takes them; for several adapters a mapping.
+        texts, fit_text: As in `check_texts`.
 
     Raises:
         OSError: As `read_corpus`; the message says which of the two to pass.
     """
-    texts = list(text.values()) if isinstance(text, Mapping) else [text]
     for one in texts:
         for corpus in _corpora(one):
             check_reached(corpus, "text")

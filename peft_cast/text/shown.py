@@ -56,8 +56,9 @@ def shown_prompts(
         )
     asked = samples if asked is None else asked
     size = group_size(len(asked), together)
-    groups: list[tuple[list[TextSample], list[TextSample]]] = []
-    groups += [(draw.sample(whole, EXAMPLES), []) for _ in range(0, len(asked), size)]
+    groups: list[tuple[list[TextSample], list[TextSample]]] = [
+        (draw.sample(whole, EXAMPLES), []) for _ in range(0, len(asked), size)
+    ]
     for one in asked:
         own = one.target_prompt
         free = (g for few, g in groups if len(g) < size and own not in {other.target_prompt for other in few})

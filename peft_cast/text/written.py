@@ -221,8 +221,8 @@ def write_prompts(
     rounds = takewhile(lambda _: len(written) < count, range(most))  # nobody knows how many it takes
     for number in progress(rounds) if progress else rounds:
         lists = [draw.sample(bodies, min(4, len(bodies))) for _ in range(-(-batch_size // ALIKE))]
-        lists = [few for few in lists for _ in range(ALIKE)][:batch_size]
-        asked = ["".join(f"{head}{body}\n\n" for body in few) + head.rstrip() for few in lists]
+        starts = ["".join(f"{head}{body}\n\n" for body in few) + head.rstrip() for few in lists]
+        asked = [start for start in starts for _ in range(ALIKE)][:batch_size]
         options = (int(1.3 * longest) + 4, 0.8, 1.0, False)
         for text in _batch(keep, model, tokenizer, asked, options, ("prompts", seed, number)):
             body, found, _ = text.lstrip().partition(stop)

@@ -18,7 +18,7 @@ from ..models import sharding
 from ..options import Options
 from ..refine import check_first_maps, check_folder, check_prompts
 from ..source import check_pair, map_kernels
-from ..text import check_all_reached, check_text, is_written
+from ..text import check_all_reached, check_texts, is_written
 from ..tuner.checks import shown
 from ..utils import distributed
 
@@ -74,10 +74,7 @@ class Job:
             raise ValueError("`adapter` is an empty list: pass at least one adapter.")
         distributed.resolve_source_device(pairing.source_device, distributed.training_device(pairing.device))
         check_folder(self.options.run, self.source, *self.adapters, self.target, self.start)
-        for text in self._texts:
-            check_text(text, 3)
-        if self.options.fit.fit_text is not None:
-            check_text(self.options.fit.fit_text, 2)
+        check_texts(self._texts, self.options.fit.fit_text)
         written = self.text is None or isinstance(self.text, Mapping) or is_written(self.text)
         check_prompts(training, written)
         shard = sharding.is_requested(training.training_args)
@@ -90,7 +87,7 @@ class Job:
         check_pair(self.source, self.adapters, self.target, pairing, self._check_places)
         check_maps(self.bridge, self.start, self.source, self.adapter, self.target, pairing)
         if not self.options.run.resume_from_checkpoint:  # which has its texts kept
-            check_all_reached(self.text, self.options.fit.fit_text)
+            check_all_reached(self._texts, self.options.fit.fit_text)
 
     def _check_places(
         self, places: Iterable[str], source: PreTrainedModel, target: PreTrainedModel, *given: Any

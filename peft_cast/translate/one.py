@@ -166,8 +166,8 @@ def _refine(
     if training.on_policy_steps:
         kl["refined"] = end
         end, more["on_policy"] = imitate_on_own_words(pair, model, teacher, texts, run, phases, progress=progress)
+    how: dict[str, Any] = {}
     as_given = begun_from == "start" and not reached.refinement.steps
-    if as_given or job.options.fit.gain is not None:  # who gives a strength wants that
-        return reached, {"kl": {**kl, "translated": end}, **more}, {}
-    end, how = settle_strength(pair, model, teacher, texts, {**reached.kl, "end": end}, phases)
+    if not as_given and job.options.fit.gain is None:  # who gives a strength wants that
+        end, how = settle_strength(pair, model, teacher, texts, {**reached.kl, "end": end}, phases)
     return reached, {"kl": {**kl, "translated": end}, **more}, how
