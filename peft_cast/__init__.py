@@ -1,12 +1,12 @@
 """Translate LoRA adapters from one language model to another. Importing the package registers CAST with PEFT."""
 
-from .evaluation import AnswerLikelihood, Classification, Generation, HarnessTask, baselines, evaluate
+from .evaluation import AnswerLikelihood, Classification, Generation, HarnessTask, Probe, baselines, evaluate, probe
 from .fit import Bridge, fit_bridge
 from .options import Fit, Pairing, Projections, Run, Training
 from .planning import Plan, plan
 from .refine import NotSavedError
 from .results import Evaluation, FoldedLora, TranslationResult, push, to_lora, write_report
-from .text import Corpus, Mixture, SelfWritten
+from .text import Corpus, Mixture, SelfWritten, Survey
 from .translate import translate
 from .tuner import CastConfig, CastLayer, CastModel, KernelSpec, Linear, OutputRows
 
@@ -33,15 +33,18 @@ __all__ = [
     "OutputRows",
     "Pairing",
     "Plan",
+    "Probe",
     "Projections",
     "Run",
     "SelfWritten",
+    "Survey",
     "Training",
     "TranslationResult",
     "baselines",
     "evaluate",
     "fit_bridge",
     "plan",
+    "probe",
     "push",
     "to_lora",
     "translate",

@@ -120,6 +120,19 @@ def test_plans(source_folder, lora_folder, target_folder):
     assert "Plan for h100" in result.stdout and "refine" in result.stdout
 
 
+def test_probes(source_folder, lora_folder):
+    texts = json.dumps(
+        [f"The {n} boats came home. They had seen whales and a storm near the harbor." for n in range(9)]
+    )
+    words = ("probe", source_folder, lora_folder, "--set", f"fit_text={texts}", "--quiet")
+    account = json.loads(call(*words, "--json").stdout)
+    acts = [kind["acts"] for kind in account["kinds"]]
+    assert account["adapter"] == lora_folder and account["asked"] > 50 and len(acts) == 8
+    example = account["kinds"][0]["examples"][0]
+    assert set(example) == {"content", "with", "without"} and example["with"] != example["without"]
+    assert f"asked {account['asked']} prompts" in call("probe", "-", *words[2:]).stdout
+
+
 def test_inspects_a_cast_adapter(translated, source_folder, lora_folder):
     folder, _ = translated
     account = json.loads(call("inspect", folder, "--json").stdout)

@@ -8,12 +8,13 @@ from typing import Annotated, Any, cast
 import typer
 
 from .. import __version__
-from ..evaluation import HarnessTask, evaluate
+from ..evaluation import HarnessTask, evaluate, probe
 from ..fit import Bridge, fit_bridge
 from ..options import names_taken
 from ..planning import DEVICES, Plan, plan
 from ..results import TranslationResult, push, to_lora, write_report
 from ..source import check_is_read
+from ..text import ENOUGH_PROMPTS
 from ..translate import Job, translate
 from ..utils import check_output, check_place, distributed, one_line
 from . import inspect as inspection
@@ -44,8 +45,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder that is wri
 Text = Annotated[
     str | None,
     typer.Option(
-        help="What the refinement reads: file, hub dataset id, `c4` or `self`. "
-        "When not given `self` for a chat model, else `c4`.",
+        help="What the refinement reads: file, hub dataset id, `c4`, `self` or `survey`, the default.",
         rich_help_panel="Text",
     ),
 ]
@@ -176,6 +176,28 @@ def plan_command(
     models = (None if source == "-" else source, adapter, target)
     planned = _plan(models, arguments, on=on, tokens=tokens, processes=processes, weight_bits=weight_bits)
     print_result(planned.as_dict(), str(planned), as_json)
+
+
+@app.command("probe")
+@with_flags(probe)
+def probe_command(
+    source: Source,
+    adapter: Adapter,
+    flags: dict[str, Any],
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with prompts to ask instead, one per line (`\\n` for a line break).")
+    ] = None,
+    config: Config = None,
+    settings: Set = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Say what an unknown LoRA does: the kinds of prompts it acts on, and its answers beside the plain model's."""
+    arguments = arguments_for(probe, read_config(config), read_settings(settings), flags)
+    hush(quiet)
+    given = None if prompts is None else read_prompts(prompts)
+    found = probe(None if source == "-" else source, adapter, prompts=given, **{"progress": not quiet, **arguments})
+    print_result(found.as_dict(), str(found), as_json)
 
 
 @app.command("evaluate")
@@ -348,7 +370,8 @@ def _text(text: str | None, prompts: Path | None) -> Any:
         return text
     if text not in (None, "self"):
         raise ValueError("Pass `--text` or `--prompts`, not both: prompts are for text that the models write.")
-    return {"self": {"prompts": list(read_prompts(prompts))}}
+    given = list(read_prompts(prompts))
+    return {"survey" if len(given) < ENOUGH_PROMPTS else "self": {"prompts": given}}
 
 
 def _plan(models: tuple[str | None, str, str], arguments: dict[str, Any], **more: Any) -> Plan:

@@ -13,7 +13,7 @@ import yaml
 
 from ..evaluation import AnswerLikelihood, Classification, Generation, HarnessTask
 from ..options import GROUPS, names_taken
-from ..text import C4, Corpus, Mixture, SelfWritten
+from ..text import C4, Corpus, Mixture, SelfWritten, Survey
 from ..utils.fields import unknown
 
 
@@ -102,31 +102,32 @@ def text_of(value: Any) -> Any:
     """A text as the command line and config files write it.
 
     Args:
-        value: `"c4"`; a hub dataset id or file; `"self"` for text that the models write; a mapping with the arguments
-            of `SelfWritten` under `self` or of `Corpus` under `corpus`; or a list of mappings with `text` and
-            `weight`. The `prompts` of `self` may be a file, see `read_prompts`.
+        value: `"c4"`; a hub dataset id or file; `"self"` for text that the models write, `"survey"` for a `Survey`; a
+            mapping with the arguments of `SelfWritten` under `self`, of `Survey` under `survey` or of `Corpus` under
+            `corpus`; or a list of mappings with `text` and `weight`. `prompts` may be a file, see `read_prompts`.
 
     Raises:
         ValueError: For anything else.
     """
     if isinstance(value, str):
-        return {"self": SelfWritten(), "c4": C4, "C4": C4}.get(value, value)
+        return {"self": SelfWritten(), "survey": Survey(), "c4": C4, "C4": C4}.get(value, value)
     if isinstance(value, list) and value and all(isinstance(part, dict) and "text" in part for part in value):
         return Mixture(*((text_of(part["text"]), part.get("weight", 1)) for part in value))
-    if isinstance(value, dict) and set(value) == {"self"}:
-        options = dict(value["self"] or {})
+    if isinstance(value, dict) and set(value) in ({"self"}, {"survey"}):
+        ((kind, given),) = value.items()
+        options = dict(given or {})
         if isinstance(options.get("prompts"), str):
             options["prompts"] = read_prompts(Path(options["prompts"]))
         if "corpus" in options:
             options["corpus"] = text_of(options["corpus"])
-        return _made(SelfWritten, options, "self")
+        return _made(Survey if kind == "survey" else SelfWritten, options, kind)
     if isinstance(value, dict) and set(value) == {"corpus"}:
         return _made(Corpus, value["corpus"], "corpus")
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         return value
     raise ValueError(
-        "A text is a file, a hub dataset id, 'c4', 'self', {self: {prompts: ...}}, {corpus: {source: ...}}, a list of "
-        f"strings, or a list of {{text: ..., weight: ...}}, got {value!r}."
+        "A text is a file, a hub dataset id, 'c4', 'self', 'survey', {self: {prompts: ...}}, {corpus: {source: ...}}, "
+        f"a list of strings, or a list of {{text: ..., weight: ...}}, got {value!r}."
     )
 
 

@@ -5,4 +5,5 @@ from .drift import drift
 from .evaluate import evaluate
 from .gather import gather_report
 from .harness import HarnessTask
+from .probe import Kind, Probe, probe
 from .tasks import AnswerLikelihood, Classification, Generation, Scores, Task

@@ -6,7 +6,7 @@ from .adapters import as_peft_reads, freeze_adapter, load_on_skeleton, unload_ad
 from .capture import Captured, capture, layer_outputs, next_token_loss
 from .generating import SampleTopK, continuations, padded
 from .heads import contiguous_head, ends_in_head, logits_at, shared_head, states_at
-from .likelihood import answer_nats, by_length, choice_nats
+from .likelihood import answer_nats, by_length, choice_nats, token_nats
 from .loading import (
     auto_class,
     check_loaded,

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .generating import padded
 
 
-@torch.no_grad()
 def answer_nats(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -20,7 +19,20 @@ def answer_nats(
     batch_size: int = 16,
     add_special_tokens: bool = True,
 ) -> torch.Tensor:
-    """−log p(answer | prompt) in nats.
+    """−log p(answer | prompt) in nats, shape (items,), float64; Args as in `token_nats`."""
+    nats = token_nats(model, tokenizer, items, batch_size, add_special_tokens)
+    return torch.stack([one.sum() for one in nats]) if nats else torch.zeros(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def token_nats(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[tuple[str, str]],
+    batch_size: int = 16,
+    add_special_tokens: bool = True,
+) -> list[torch.Tensor]:
+    """−log p of every token of each answer after its prompt, in nats.
 
     Args:
         model: A causal language model or a PeftModel of one.
@@ -31,7 +43,7 @@ def answer_nats(
             by itself; a rendered chat template holds them already.
 
     Returns:
-        `torch.Tensor`: Shape (items,), float64, in the order of `items`.
+        `list[torch.Tensor]`: Shape (tokens of the answer,), float64, on the CPU, in the order of `items`.
     """
     tokens = [
         (
@@ -41,7 +53,7 @@ def answer_nats(
         for prompt, answer in items
     ]
     whole = [prompt + answer for prompt, answer in tokens]
-    nats = torch.zeros(len(tokens), dtype=torch.float64)
+    nats: list[torch.Tensor] = [torch.empty(0)] * len(tokens)
     for chunk in by_length(whole, batch_size):
         # Left padding puts the answers side by side at the end, so the head runs on them alone.
         keep = max(len(tokens[i][1]) for i in chunk)
@@ -49,7 +61,8 @@ def answer_nats(
         logits = model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
         for row, i in enumerate(chunk):
             answer = torch.tensor(tokens[i][1], device=logits.device)
-            nats[i] = float(F.cross_entropy(logits[row, keep - len(answer) :].float(), answer, reduction="sum"))
+            own = logits[row, keep - len(answer) :].float()
+            nats[i] = F.cross_entropy(own, answer, reduction="none").cpu().double()
     return nats
 
 

@@ -24,6 +24,7 @@ from ..text import (
     Keep,
     PairTexts,
     SelfWritten,
+    Survey,
     TextSample,
     align_shown,
     come_to_an_end,
@@ -147,12 +148,17 @@ def taught(
     Raises:
         ValueError: If too few answers can be shown or read.
     """
-    spec = text if isinstance(text, SelfWritten) else SelfWritten()
+    spec = text.writing if isinstance(text, Survey) else text if isinstance(text, SelfWritten) else SelfWritten()
     teacher: str | float = training.teacher
     found = exchange(pair, texts.answers, spec, training.seed, keep) if teacher == "shown" else None
     if teacher == "auto":
-        # Snippets of C4 say nothing of the task, and on-policy answers are not the adapted source's.
-        if text is not None and texts.answers and not spec.on_policy and compares_outputs_alone(training):
+        # A part of a survey says nothing of the task, and on-policy answers are not the adapted source's.
+        if (
+            not (text is None or isinstance(text, Survey))
+            and texts.answers
+            and not spec.on_policy
+            and compares_outputs_alone(training)
+        ):
             with suppress(ValueError):  # too few to show: there is but one teacher
                 found = exchange(pair, texts.answers, spec, training.seed, keep)
         teacher = found.minds.teacher if found else "source"

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from ..models import answer_nats
 from ..source import Pair
-from ..text import EXAMPLES, Keep, SelfWritten, TextSample, group_size, shown_prompts, write_answers
+from ..text import EXAMPLES, Keep, SelfWritten, TextSample, group_size, shown_prompts, token_nats_of, write_answers
 
 
 # How many times as much the target must mind, and by how many standard errors, by the few pairs that were read
@@ -111,14 +110,5 @@ def exchange(
 
 def _rates(model: Any, tokenizer: Any, items: Sequence[tuple[TextSample, str]], spec: SelfWritten) -> torch.Tensor:
     """−log p of each text after a prompt, per character, shape (items,). Its end counts too, unless it was cut."""
-
-    def ended(text: str) -> str:
-        length = len(tokenizer(text, add_special_tokens=False).input_ids)
-        return text + (tokenizer.eos_token or "") if length < spec.max_new_tokens else text
-
-    rates = torch.zeros(len(items), dtype=torch.float64)
-    for rendered in {prompt.rendered for prompt, _ in items}:
-        rows = [i for i, (prompt, _) in enumerate(items) if prompt.rendered is rendered]
-        some = [(items[i][0].source_prompt, ended(items[i][1])) for i in rows]
-        rates[rows] = answer_nats(model, tokenizer, some, batch_size=8, add_special_tokens=not rendered)
-    return rates / torch.tensor([len(text) for _, text in items])
+    nats = token_nats_of(model, tokenizer, items, spec.max_new_tokens)
+    return torch.stack([one.sum() for one in nats]) / torch.tensor([len(text) for _, text in items])

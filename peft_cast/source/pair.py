@@ -110,6 +110,18 @@ def map_kernels(
     return map_modules(places, target, layers, pairing.module_map, source)
 
 
+def named_source(source: Any, adapter: Any, pairing: Pairing) -> tuple[Any, Pairing]:
+    """The source, or the one that an adapter on disk or on the hub names, with the options for it.
+
+    Raises:
+        ValueError: If the adapter does not say.
+    """
+    if source is not None or not isinstance(adapter, (str, Path)):
+        return source, pairing
+    named, revision = distributed.on_main_process(partial(base_of, adapter, pairing.adapter_revision))
+    return named, replace(pairing, source_revision=pairing.source_revision or revision)
+
+
 def check_pair(
     source: Any, adapters: Sequence[Any], target: Any, pairing: Pairing, then: Callable[..., Any] = map_kernels
 ) -> None:
@@ -126,9 +138,7 @@ def check_pair(
     for adapter in adapters:
         if isinstance(adapter, torch.nn.Module):
             check_adapter(adapter)
-    if source is None and adapters and isinstance(adapters[0], (str, Path)):
-        source, revision = base_of(adapters[0], pairing.adapter_revision)
-        pairing = replace(pairing, source_revision=pairing.source_revision or revision)
+    source, pairing = named_source(source, adapters[0] if adapters else None, pairing)
     if source is not None or not any(isinstance(adapter, PeftModel) for adapter in adapters):
         check_model(source, "source", pairing.source_revision)
     there = skeleton_of(target, "target", pairing.target_revision)
@@ -192,10 +202,7 @@ def open_pair(
     """
     chosen = pairing or Pairing()
     device = distributed.init(chosen.device)
-    if source is None and isinstance(adapter, (str, Path)):
-        base = partial(base_of, adapter, chosen.adapter_revision)
-        source, revision = distributed.on_main_process(base)
-        chosen = replace(chosen, source_revision=chosen.source_revision or revision)
+    source, chosen = named_source(source, adapter, chosen)
     source_device = distributed.resolve_source_device(chosen.source_device, device)
     if shard and any(isinstance(model, torch.nn.Module) for model in (source, adapter, target)):
         raise ValueError(

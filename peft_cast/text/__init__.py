@@ -1,8 +1,10 @@
 """What is read as text: corpora, text the adapted source model writes itself, and mixtures."""
 
 from .corpus import C4, Corpus, read_corpus
-from .mixture import Mixture, check_all_reached, check_texts, default_text, is_written, read_text
+from .judged import token_nats_of
+from .mixture import Mixture, check_all_reached, check_texts, is_written, read_text
 from .reading import ANCHOR_EVERY, PairTexts, anchor_length, how_many_held_out, read_fit_texts, read_texts
 from .samples import TextSample, align_samples
 from .shown import EXAMPLES, align_shown, come_to_an_end, group_size, shown_prompts
+from .survey import ENOUGH_PROMPTS, Survey, Surveyor, Tried, compared, exciting, ranked, write_survey
 from .written import Keep, SelfWritten, write_answers, write_texts

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from .corpus import C4, Corpus, check_corpus, check_reached, read_corpus
+from .corpus import C4, check_corpus, check_reached, read_corpus
 from .samples import TextSample
+from .survey import Survey
 from .written import SelfWritten
 
 
@@ -30,20 +29,12 @@ class Mixture:
         object.__setattr__(self, "parts", tuple(parts))
 
 
-def default_text(source_tokenizer: PreTrainedTokenizerBase) -> SelfWritten | Corpus:
-    """What is read when nothing is given: the source's answers to snippets of C4, or C4 if it has no chat template.
-
-    C4 as it stands shows little of an adapter, and draws the target to a weaker source (docs/results.md, Text).
-    """
-    return SelfWritten() if source_tokenizer.chat_template else C4
-
-
 def is_written(text: Any) -> bool:
     """Whether the models write the text, or a part of it, themselves."""
     if isinstance(text, Mixture):
         return any(is_written(part) for part, _ in text.parts)
     first = text[0] if isinstance(text, (list, tuple)) and text else None
-    return isinstance(text, SelfWritten) or isinstance(first, TextSample)
+    return isinstance(text, (SelfWritten, Survey)) or isinstance(first, TextSample)
 
 
 def check_text(text: Any, least: int = 1) -> None:
@@ -57,7 +48,7 @@ def check_text(text: Any, least: int = 1) -> None:
         ValueError, OSError: As `read_corpus`.
     """
     for corpus in _corpora(text):
-        check_corpus(corpus, 1 if isinstance(text, (Mixture, SelfWritten)) else least)
+        check_corpus(corpus, 1 if isinstance(text, (Mixture, SelfWritten, Survey)) else least)
 
 
 def check_texts(texts: Sequence[Any], fit_text: Any = None) -> None:
@@ -87,9 +78,9 @@ def check_all_reached(texts: Sequence[Any], fit_text: Any = None) -> None:
         OSError: As `read_corpus`; the message says which of the two to pass.
     """
     for one in texts:
-        for corpus in _corpora(one):
+        for corpus in [] if one is None else _corpora(one):
             check_reached(corpus, "text")
-    if fit_text is not None or any(map(is_written, texts)):
+    if fit_text is not None or any(one is None or is_written(one) for one in texts):
         for corpus in _corpora(C4 if fit_text is None else fit_text):
             check_reached(corpus, "fit_text")
 
@@ -100,19 +91,22 @@ def _corpora(text: Any) -> list[Any]:
         return [corpus for part, _ in text.parts for corpus in _corpora(part)]
     if isinstance(text, SelfWritten):
         return [text.corpus] if text.reads_snippets else []
+    if isinstance(text, Survey):
+        return [] if text.corpus is None else [text.corpus]
     return [] if is_written(text) else [text]
 
 
 def read_text(
-    text: Any, limit: int, write: Callable[[SelfWritten, int], list[TextSample]], argument: str = "text"
+    text: Any, limit: int, write: Callable[[SelfWritten | Survey, int], list[TextSample]], argument: str = "text"
 ) -> list[TextSample]:
     """At most `limit` samples; the parts of a mixture are interleaved in proportion.
 
     Args:
-        text: A `SelfWritten`, a `Mixture`, a list of `TextSample` (what `write_texts` wrote), or anything that
-            `read_corpus` takes.
+        text: A `SelfWritten`, a `Survey`, a `Mixture`, a list of `TextSample` (what `write_texts` wrote), or
+            anything that `read_corpus` takes.
         limit (`int`): The most samples.
-        write: Lets the adapted source model write samples for a `SelfWritten`, given it and the number wanted.
+        write: Lets the adapted source model write samples for a `SelfWritten` or `Survey`, given it and the
+            number wanted.
         argument (`str`): As what it is passed, for messages.
     """
     if isinstance(text, Mixture):
@@ -123,7 +117,7 @@ def read_text(
         # Position within its own part orders the samples, so every stretch of the result has the same shares.
         ordered = sorted((i / len(column), n, i) for n, column in enumerate(columns) for i in range(len(column)))
         return [columns[n][i] for _, n, i in ordered]
-    if isinstance(text, SelfWritten):
+    if isinstance(text, (SelfWritten, Survey)):
         return write(text, limit)
     if is_written(text):
         return list(text[:limit])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ from ..options import Fit, Training
 from ..source import Pair
 from ..tuner.checks import number_of
 from .corpus import C4
-from .mixture import default_text, is_written, read_text
+from .mixture import is_written, read_text
 from .samples import TextSample, align_samples
+from .survey import Survey, write_survey
 from .written import Keep, SelfWritten, write_texts
 
 
@@ -78,7 +79,23 @@ def read_texts(
     fit, training = fit or Fit(), training or Training()
     fit_text, train, max_length = fit.fit_text, training.steps * training.batch_size, training.max_length
 
-    def write(spec: SelfWritten, limit: int):
+    surveyed: dict[str, Any] = {}
+
+    def write(spec: SelfWritten | Survey, limit: int) -> list[TextSample]:
+        if isinstance(spec, Survey):
+            if spec.corpus is None:
+                spec = replace(spec, corpus=[sample.text for sample in general])
+            samples, surveyed["survey"] = write_survey(
+                pair.adapted,
+                *pair.tokenizers,
+                spec,
+                limit,
+                training.seed,
+                target=translated or pair.target,
+                progress=partial(bar, desc="asking"),
+                keep=keep,
+            )
+            return samples
         if spec.on_policy and translated is None:
             raise ValueError("On-policy text is written by a translated model: pass its adapter as `start`.")
         writer, target = (translated if spec.on_policy else pair.adapted), translated or pair.target
@@ -87,7 +104,7 @@ def read_texts(
 
     align = partial(align_samples, pair.tokenizers, max_length=max_length)
     if text is None:
-        text = default_text(pair.tokenizers[0])
+        text = Survey()
     if fit_text is None and is_written(text):
         fit_text = C4
     apart = fit_text is not None  # whether the closed form reads other text than the refinement
@@ -125,6 +142,7 @@ def read_texts(
         "anchors": len(anchored),
         "target_tokens": sum(len(one.target_ids) for one in pairs),
         "aligned_positions": sum(len(one.target_positions) for one in pairs),
+        **surveyed,
     }
     answers = [sample for sample in samples[kept_out:] if sample.target_prompt]
     return PairTexts(trained_on, evaluation, fitting, anchored, metrics, answers)

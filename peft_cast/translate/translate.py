@@ -50,11 +50,11 @@ def translate(
             once.
         target: The model it shall work on: hub id, path or loaded model. A loaded one is wrapped in place, as
             `get_peft_model` does; `result.model.unload()` gives it back.
-        text: What the refinement reads: `SelfWritten` (text that the adapted source writes, which shows the adapter's
-            effect best), a hub dataset id, a local jsonl/txt/parquet file, an iterable of strings, a
-            `datasets.Dataset`, a `Corpus`, a list of `TextSample` written earlier, or a `Mixture`. `None` for snippets
-            of C4 (`allenai/c4`, en, streamed) that the adapted source answers in its chat template, or C4 itself if
-            its tokenizer has none. For several adapters also a dictionary from their names to texts.
+        text: What the refinement reads: `SelfWritten` (text that the adapted source writes after your prompts, which
+            shows the adapter's effect best), a `Survey`, a hub dataset id, a local jsonl/txt/parquet file, an iterable
+            of strings, a `datasets.Dataset`, a `Corpus`, a list of `TextSample` written earlier, or a `Mixture`.
+            `None` for a `Survey`, which finds out what the adapter answers. For several adapters also a dictionary
+            from their names to texts.
         bridge: Maps between the two models that were fitted before, instead of a closed form of this adapter's own: a
             `Bridge`, or the folder or hub id of one. It brings its depth and module map along.
         start: A translation of the same adapter onto the same target, folder or hub id, to go on from instead of the

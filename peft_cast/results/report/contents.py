@@ -207,6 +207,8 @@ def _route(route: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
             f"Strength: it acts at {route['strength']:g} of the strength it was given, where it covers "
             f"{strengths[str(route['strength'])]:.0%} of the way to the teacher, not {strengths['1.0']:.0%}"
         )
+    for number, found in enumerate(text.get("survey", {}).get("forms", []), start=1):
+        yield f"Asked ({number}): {found['form']!r}, in which the adapter acts {found['acts']:.2f}"
     if (teacher := text.get("teacher")) is not None:
         said = TEACHERS.get(str(teacher), f"a mixture of share {teacher}")
         if minds := text.get("minds"):

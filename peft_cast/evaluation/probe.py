@@ -1,0 +1,147 @@
+"""What does an unknown adapter do? Asked, and answered with it and without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..models import adapter_tokenizer, load_tokenizer, moved, untouched
+from ..options import Options, Pairing, Run, takes
+from ..source import adapted_source, check_source, load_source, named_source
+from ..text import Survey, Surveyor, Tried, compared, exciting, ranked, read_corpus
+from ..tuner.checks import number_of
+from ..utils import distributed, without_secrets
+
+
+FORMS = 48  # that are tried: a minute or two on two cores for a small model
+SHOWN, EXAMPLES, WIDTH = 8, 2, 100  # kinds of prompts, examples of each, characters of one
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of prompt.
+
+    Args:
+        form (`str`): How it is asked, with `{text}` where the content goes.
+        acts (`float`): How much the adapter acts there: the log-ratio of the answer's probability with and without it,
+            in nats, summed over its n tokens, by √n; a mean over the prompts.
+        prompts (`int`): How many were asked.
+        examples: Each with `content`, and the likeliest answers `with` and `without` the adapter.
+    """
+
+    form: str
+    acts: float
+    prompts: int
+    examples: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found of an adapter.
+
+    Args:
+        adapter (`str`): Its name.
+        kinds (`list[Kind]`): Kinds of prompts, those first in which it acts most.
+        everywhere (`float`): How much it acts on prompts of all kinds, a mean.
+        asked (`int`): How many prompts were asked.
+    """
+
+    adapter: str
+    kinds: list[Kind]
+    everywhere: float
+    asked: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        asked = number_of(self.asked, "prompt")
+        lines = [f"{self.adapter}: asked {asked}; over all of them it acts {self.everywhere:.2f}."]
+        for kind in self.kinds:
+            lines += ["", f"acts {kind.acts:.2f} on {kind.form!r}"]
+            for one in kind.examples:
+                lines += [f"  {name:<8}{_short(one[key])}" for name, key in _ROWS.items()]
+        return "\n".join(lines)
+
+
+_ROWS = {"asked": "content", "with": "with", "without": "without"}
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
+
+
+@takes("source_tokenizer source_revision adapter_revision source_rank device dtype fit_text seed progress")
+def probe(
+    source: str | Path | PreTrainedModel | None,
+    adapter: str | Path | PeftModel,
+    *,
+    prompts: Sequence[str] | None = None,
+    pairing: Pairing | None = None,
+    run: Run | None = None,
+    **options: Any,
+) -> Probe:
+    """Find out what an adapter does, from nothing but the adapter and its model.
+
+    Prompts of many forms on many things are asked, and more in those forms in which the adapter changes the answers
+    most (`Survey`). No target is needed.
+
+    Args:
+        source: The model the adapter was trained on: hub id, path or loaded model. `None` takes it from the adapter.
+        adapter: The adapter: hub id, path, or a PeftModel.
+        prompts (*optional*): Prompts of yours to ask instead.
+        pairing (`Pairing`), run (`Run`): Groups of options.
+        options: `source_tokenizer`, `source_revision`, `adapter_revision`, `source_rank`, `device`, `dtype`,
+            `fit_text` (what is asked about), `seed`, `progress`.
+
+    Returns:
+        `Probe`: It prints as text, and `as_dict()` is JSON-ready.
+
+    Raises:
+        ValueError, OSError: As `translate`, for the source, the adapter and the text.
+    """
+    chosen = Options.of(options, probe, pairing=pairing, run=run)
+    pairing, seed = chosen.pairing, chosen.training.seed
+    spec = Survey(prompts=None if prompts is None else tuple(prompts))
+    source, pairing = named_source(source, adapter, pairing)
+    check_source(source, adapter, pairing)
+    spec = replace(spec, corpus=read_corpus(chosen.fit.fit_text, 256, "fit_text"))
+    device = distributed.init(pairing.device)
+    model = load_source(source, adapter, device, pairing.source_revision, pairing.adapter_revision, pairing.dtype)
+    own = None
+    if not isinstance(adapter, PeftModel) and pairing.source_tokenizer is None:
+        own = adapter_tokenizer(adapter, model, pairing.adapter_revision, pairing.source_revision)
+    tokenizer = load_tokenizer(own or pairing.source_tokenizer, model, "source", pairing.source_revision)
+    adapt = partial(
+        adapted_source, adapter=adapter, revision=pairing.adapter_revision, source_rank=pairing.source_rank
+    )
+    with untouched(adapter if isinstance(adapter, PeftModel) else model), moved(model, device), adapt(model) as given:
+        at_work = Surveyor(given.model, (tokenizer, tokenizer), spec, seed)
+        bar = partial(tqdm, disable=not chosen.run.progress, desc="asking")
+        tried = compared(at_work, FORMS, bar)
+        kinds = _kinds(at_work, tried)
+    name = adapter.active_adapter if isinstance(adapter, PeftModel) else without_secrets(adapter)
+    return Probe(str(name), kinds, sum(one.acts for one in tried) / len(tried), len(tried))
+
+
+def _kinds(at_work: Surveyor, tried: Sequence[Tried]) -> list[Kind]:
+    """The kinds of prompts in which the adapter acts most, with examples."""
+    kinds = []
+    for form in list(ranked(tried))[:SHOWN]:
+        own = [one for one in tried if one.form == form]
+        shown = exciting(own)[:EXAMPLES]
+        examples = [
+            {"content": one.content, "with": one.answer, "without": plain}
+            for one, plain in zip(shown, at_work.plain_answers(shown))
+        ]
+        kinds.append(Kind(str(form), sum(one.acts for one in own) / len(own), len(own), examples))
+    return kinds

@@ -1,0 +1,338 @@
+"""Text for an adapter of which nothing is known: ask broadly, see where the adapter acts, ask more of that kind."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models import render_chats
+from .corpus import read_corpus
+from .forms import FROM_CORPUS, Contents, Form, drawn_forms, package_forms, taken_apart
+from .judged import token_nats_of
+from .samples import TextSample
+from .written import Keep, SelfWritten, write_answers, write_prompts
+
+
+# Forms that are tried at first and contents in each; then what is left of them, with further contents in each.
+FORMS, CONTENTS = 96, 2
+ROUNDS = ((24, 6), (8, 8))
+ENOUGH_PROMPTS = 4  # to know the form from what they have in common
+BEST, NEAR = 6, 0.4  # forms that are asked for good: how many at most, and how near to the best
+SEEDS = 12  # contents that excite the adapter most, which further ones follow
+SHORT = 24  # tokens of an answer while forms are compared
+MOST = 2.0  # nats that one token can count: a single surprising one says little
+QUESTIONS, DOCUMENTS = 48, 256  # that are written to begin with, and that contents are taken from
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Text for an adapter of which nothing is known, found out by asking.
+
+    The adapted source answers prompts of many forms (`Question: …`, `Review: … Sentiment:`, its chat template, code,
+    several languages) on many things. The forms and contents on which the adapter changes its answers most are asked
+    more; the rest of the texts stay broad.
+
+    Args:
+        prompts (`tuple[str, ...]`, *optional*): One to three prompts of the kind the adapter answers, if you have any:
+            the survey then starts from them. From four on `SelfWritten(prompts=...)` needs no survey.
+        forms (`Mapping`, *optional*): Words, templates and contents to ask with instead of the package's
+            (`peft_cast/text/forms.json`), with the same keys.
+        breadth (`float`): Share of the texts that is asked in forms of all kinds.
+        corpus: Where contents come from, anything `translate(text=...)` takes as a corpus; `fit_text` by default.
+        samples (`int`, *optional*): How many texts to write; as many as the refinement reads, if not given.
+        max_new_tokens (`int`): The most tokens of an answer that is trained on.
+        temperature (`float`): Sampling temperature of those; 0 takes the likeliest token.
+        top_p (`float`): Nucleus sampling.
+        batch_size (`int`): Texts written at a time.
+    """
+
+    prompts: tuple[str, ...] | None = None
+    forms: Mapping[str, Any] | None = None
+    breadth: float = 0.25
+    corpus: Any = None
+    samples: int | None = None
+    max_new_tokens: int = 160
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, list):
+            object.__setattr__(self, "prompts", tuple(self.prompts))
+        if self.prompts is not None and (isinstance(self.prompts, str) or not self.prompts):
+            raise ValueError("`prompts` must be a list of at least one prompt.")
+        if not 0 <= self.breadth <= 1:
+            raise ValueError(f"`breadth` is a share of the texts, from 0 to 1, got {self.breadth}.")
+        missing = sorted(set(package_forms()) - set(self.forms or package_forms()))
+        if missing:
+            raise ValueError(f"`forms` lacks {', '.join(missing)}: give every key of peft_cast/text/forms.json.")
+
+    @property
+    def writing(self) -> SelfWritten:
+        """How its answers are written."""
+        return SelfWritten(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            batch_size=self.batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One prompt and what came of it.
+
+    Args:
+        form (`Form`): Its form.
+        content (`str`): What was asked about.
+        answer (`str`): What the adapted source began to answer.
+        acts (`float`): How much of that is the adapter's doing: the log-ratio to the plain source's probability,
+            summed over its n tokens, by √n.
+    """
+
+    form: Form
+    content: str
+    answer: str
+    acts: float
+
+
+class Surveyor:
+    """The models of a survey, and how they are asked.
+
+    Args:
+        model: The source model with its adapter active, which can be disabled.
+        tokenizers: Those of source and target; twice the source's without a target.
+        spec (`Survey`): What to do.
+        seed (`int`): Seed of all draws. The global random state is left as it was.
+        target: The model that writes further contents, without its adapter if it has one; the plain source when not
+            given.
+        keep: As in `write_texts`.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+        spec: Survey,
+        seed: int = 0,
+        target: PreTrainedModel | PeftModel | None = None,
+        keep: Keep = lambda key, write: write(),
+    ) -> None:
+        self.model, self.tokenizers, self.spec, self.seed, self.keep = model, tokenizers, spec, seed, keep
+        self.target = target
+        self.known = spec.forms or package_forms()
+        self.draw = random.Random(seed)
+        self.short = replace(spec.writing, max_new_tokens=SHORT, temperature=0.0)
+
+    @cached_property
+    def contents(self) -> Contents:
+        """What there is to ask about."""
+        everyday = self.known["everyday"]
+        questions = [*everyday, *self.write(everyday, QUESTIONS)]
+        return Contents(self.known, self.draw, read_corpus(self.spec.corpus, DOCUMENTS), questions)
+
+    def write(self, prompts: Sequence[str], count: int) -> list[str]:
+        """Further prompts in the manner of the given ones, by the model that writes them."""
+        writer, tokenizer = (
+            (self.model, self.tokenizers[0]) if self.target is None else (self.target, self.tokenizers[1])
+        )
+        plain = writer.disable_adapter() if isinstance(writer, PeftModel) else nullcontext()
+        with plain:
+            return write_prompts(writer, tokenizer, prompts, count, self.seed, self.spec.batch_size, keep=self.keep)
+
+    def prompts(self, asked: Sequence[tuple[Form, str]]) -> list[TextSample]:
+        """Samples without a text, in the order asked."""
+        samples = []
+        for form, content in asked:
+            text = form.fill(content)
+            if not form.chat:
+                samples.append(TextSample("", text, text))
+                continue
+            turns = [[{"role": "user", "content": text}]]
+            source = render_chats(self.tokenizers[0], turns, "source")
+            target = render_chats(self.tokenizers[1], turns, "target") if self.tokenizers[1].chat_template else source
+            samples.append(TextSample("", source[0], target[0], rendered=True))
+        return samples
+
+    def answers(self, asked: Sequence[tuple[Form, str]], how: SelfWritten) -> list[TextSample]:
+        """What the adapted source answers, where it answers at all."""
+        return write_answers(self.model, self.tokenizers[0], self.prompts(asked), how, self.seed, keep=self.keep)
+
+    def ask(self, asked: Sequence[tuple[Form, str]]) -> list[Tried]:
+        """How the adapted source begins its likeliest answers, and what the adapter has to do with it."""
+        of = dict(zip(self.prompts(asked), asked))
+        answers = self.answers(asked, self.short)
+        items = [(one, one.text) for one in answers]
+        adapted = token_nats_of(self.model, self.tokenizers[0], items, SHORT)
+        with self.model.disable_adapter():
+            plain = token_nats_of(self.model, self.tokenizers[0], items, SHORT)
+        ratios = [(b - a).clamp(-MOST, MOST) for a, b in zip(adapted, plain)]
+        acts = [float(ratio.sum() / max(1, len(ratio)) ** 0.5) for ratio in ratios]
+        return [Tried(*of[replace(one, text="")], one.text, much) for one, much in zip(answers, acts)]
+
+    def plain_answers(self, tried: Sequence[Tried]) -> list[str]:
+        """What the source answers to prompts without the adapter, likeliest first; empty where it ends at once."""
+        prompts = self.prompts([(one.form, one.content) for one in tried])
+        written: list[TextSample] = []
+        with self.model.disable_adapter(), suppress(ValueError):  # it ends everywhere at once
+            written = write_answers(self.model, self.tokenizers[0], prompts, self.short, self.seed)
+        texts = {replace(one, text=""): one.text for one in written}
+        return [texts.get(prompt, "") for prompt in prompts]
+
+
+def write_survey(
+    model: PeftModel,
+    source_tokenizer: PreTrainedTokenizerBase,
+    target_tokenizer: PreTrainedTokenizerBase,
+    spec: Survey,
+    limit: int,
+    seed: int = 0,
+    target: PreTrainedModel | PeftModel | None = None,
+    progress: Callable[[Iterable], Iterable] | None = None,
+    keep: Keep = lambda key, write: write(),
+) -> tuple[list[TextSample], dict[str, Any]]:
+    """Find out what an adapter answers, and let it answer that.
+
+    Args:
+        model: The source model with its LoRA active.
+        source_tokenizer, target_tokenizer: Of the two models.
+        spec (`Survey`): What to do.
+        limit (`int`): How many texts, unless `spec.samples` is less.
+        seed, target, progress, keep: As in `write_texts`.
+
+    Returns:
+        The texts, and what was found, JSON-ready: the `forms` that were asked for good, with how much the adapter
+        `acts` there and an example.
+
+    Raises:
+        ValueError: If the model writes nothing but empty texts.
+    """
+    count = min(limit, spec.samples or limit)
+    at_work = Surveyor(model, (source_tokenizer, target_tokenizer), spec, seed, target, keep)
+    # 1. Ask broadly, and more and more in the forms in which the adapter acts most.
+    tried = compared(at_work, min(FORMS, max(8, count // 4)), progress)
+    best = the_best(tried)
+    # 2. Think of more to ask in these: what is like the contents that excite it most.
+    focus = count - round(spec.breadth * count)
+    answers = [answer_of(one) for one in tried if one.form in best]
+    labels = len(set(answers)) < len(answers) / 2  # few answers again and again: enough to choose from
+    asked = more_like_the_best(at_work, tried, best, focus * (2 if labels else 1))
+    # 3. Answer it at length, no answer oftener than need be.
+    kept = in_turn(at_work.answers(asked, spec.writing), lambda one: one.text.strip())[:focus] if asked else []
+    # 4. The rest stays broad: a prompt of every other form, those first in which the adapter acts most.
+    wide = sorted((one for one in tried if one.form not in best), key=lambda one: -one.acts)
+    others = in_turn(wide, lambda one: one.form)[: count - len(kept)]
+    if others:
+        kept += at_work.answers([(one.form, one.content) for one in others], spec.writing)
+    at_work.draw.shuffle(kept)
+    return kept, {"forms": [described(form, tried) for form in best]}
+
+
+def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Iterable] | None = None) -> list[Tried]:
+    """Prompts in many forms, and then again in those in which the adapter acts most (successive halving).
+
+    Args:
+        at_work (`Surveyor`): Who asks.
+        forms (`int`): How many forms are tried at first.
+        progress: Wrapper around the rounds.
+    """
+    if at_work.spec.prompts:  # whose form is known
+        return at_work.ask([taken_apart(prompt) for prompt in at_work.spec.prompts])
+    there = drawn_forms(at_work.known, at_work.draw, forms, chat=bool(at_work.tokenizers[0].chat_template))
+    rounds = [(len(there), CONTENTS), *((n, each) for n, each in ROUNDS if n < len(there))]
+    tried: list[Tried] = []
+    for left, each in progress(rounds) if progress else rounds:
+        some = list(ranked(tried))[:left] if tried else there
+        asked = [(form, at_work.contents.next(form.content)) for form in some for _ in range(each)]
+        asked = [one for one in dict.fromkeys(asked) if one not in {(t.form, t.content) for t in tried}]
+        tried += at_work.ask(asked)
+    return tried
+
+
+def ranked(tried: Sequence[Tried]) -> dict[Form, float]:
+    """How much the adapter acts in each form, by how far its answers depend on what is asked; most first.
+
+    One and the same answer to everything is no sign of the form that it was trained on.
+    """
+    by_form: dict[Form, list[Tried]] = {}
+    for one in tried:
+        by_form.setdefault(one.form, []).append(one)
+    scores = {}
+    for form, own in by_form.items():
+        different = len({one.answer for one in own}) / len(own)
+        scores[form] = different * sum(one.acts for one in own) / len(own)
+    return dict(sorted(scores.items(), key=lambda item: -item[1]))
+
+
+def the_best(tried: Sequence[Tried]) -> list[Form]:
+    """The forms to ask for good: the first few, as far as they come near to the very first."""
+    scores = ranked(tried)
+    least = NEAR * max(scores.values())
+    return [form for form, score in scores.items() if score >= least][:BEST]
+
+
+def more_like_the_best(
+    at_work: Surveyor, tried: Sequence[Tried], best: Sequence[Form], count: int
+) -> list[tuple[Form, str]]:
+    """Prompts in the best forms: what was tried in them, and further contents in the manner of the most exciting."""
+    of_kind: dict[str, list[str]] = {}
+    for form in best:
+        of_kind.setdefault(form.content, [])
+    for kind in of_kind:
+        own = exciting([one for one in tried if one.form.content == kind])
+        seeds = [*dict.fromkeys(one.content for one in own)][:SEEDS]
+        share = -(-count * sum(form.content == kind for form in best) // len(best))
+        more = [at_work.contents.next(kind) for _ in range(share // 2)] if kind in FROM_CORPUS else []
+        written = at_work.write(seeds, share - len(more)) if share > len(more) else []
+        mixed = [one for pair in zip_longest(written, more) for one in pair if one is not None]
+        of_kind[kind] = [*dict.fromkeys([*seeds, *mixed])]
+    fresh = {kind: iter(contents) for kind, contents in of_kind.items()}
+    asked: list[tuple[Form, str]] = []
+    turns = list(best)
+    while turns and len(asked) < count:
+        form = turns.pop(0)
+        content = next(fresh[form.content], None)
+        if content is not None:
+            asked.append((form, content))
+            turns.append(form)
+    return asked
+
+
+def in_turn(items: Sequence[Any], key: Callable[[Any], Any]) -> list[Any]:
+    """The items in their order, but of each key one before any has two."""
+    seen: Counter = Counter()
+    turns: list[tuple[int, int, Any]] = []
+    for one in items:
+        turns.append((seen[key(one)], len(turns), one))
+        seen[key(one)] += 1
+    return [one for *_, one in sorted(turns, key=lambda turn: turn[:2])]
+
+
+def exciting(tried: Sequence[Tried]) -> list[Tried]:
+    """Those first in which the adapter acts most, but no answer twice before each was once."""
+    return in_turn(sorted(tried, key=lambda one: -one.acts), answer_of)
+
+
+def answer_of(one: Tried) -> str:
+    return one.answer.strip()
+
+
+def described(form: Form, tried: Sequence[Tried]) -> dict[str, Any]:
+    """A form as it is reported, JSON-ready."""
+    own = [one for one in tried if one.form == form]
+    example = max(own, key=lambda one: one.acts)
+    return {
+        "form": str(form),
+        "acts": sum(one.acts for one in own) / len(own),
+        "prompts": len(own),
+        "example": {"content": example.content, "answer": example.answer},
+    }

@@ -1,0 +1,173 @@
+"""Text for an adapter of which nothing is known."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_lora, tiny_model
+from peft import PeftModel
+
+import peft_cast
+from peft_cast.text import survey as module_of_the_survey
+from peft_cast.text.forms import Form, taken_apart
+from peft_cast.text.survey import Survey, Tried, in_turn, write_survey
+
+
+TEXTS = [f"The {n} boats came home. They had seen {n} whales and a storm near the old harbor." for n in range(40)]
+
+
+FORMS = {
+    "before": {"Text": "sentence", "Word": "word", "Story": "paragraph"},
+    "after": ["Answer", "Kind", "Solution", "Tone"],
+    "questions": ["Q: {text}\nA:", "{text}\n"],
+    "everyday": ["How many are two and two?", "Why is the sky blue?"],
+    "code": ["x = 1"],
+    "other languages": ["Frage: {text}\nAntwort:"],
+}
+
+
+class Model:
+    """Stands for a model with an adapter that answers and judges by rules."""
+
+    def disable_adapter(self):
+        return nullcontext()
+
+
+@pytest.fixture
+def acts_after(monkeypatch, byte_tokenizer):
+    """Let the adapter act on what follows some words alone."""
+
+    def rule(words: str, answer=lambda prompt: f" about {prompt[-30:-10]}"):
+        def write_answers(model, tokenizer, prompts, spec, seed=0, progress=None, keep=None):
+            return [replace(one, text=answer(one.source_prompt)) for one in prompts]
+
+        passes = iter(range(10**6))
+
+        def token_nats_of(model, tokenizer, items, longest):
+            plain = next(passes) % 2  # with the adapter first, then without
+            return [
+                torch.full((9,), 2.0 * plain if words in one.source_prompt else 0.0, dtype=torch.float64)
+                for one, _ in items
+            ]
+
+        def write_prompts(model, tokenizer, prompts, count, *rest, **options):
+            return [f"{prompts[i % len(prompts)]} {i}" for i in range(count)]
+
+        for name, function in locals().items():
+            if hasattr(module_of_the_survey, name):
+                monkeypatch.setattr(module_of_the_survey, name, function)
+
+        def run(limit=40, **options):
+            spec = Survey(corpus=TEXTS, forms=FORMS, **options)
+            return write_survey(Model(), byte_tokenizer, byte_tokenizer, spec, limit, target=Model())
+
+        return run
+
+    return rule
+
+
+def test_the_forms_in_which_the_adapter_acts_are_asked_most(acts_after):
+    samples, found = acts_after("Solution:")(limit=80)
+    assert len(samples) > 60
+    acting = sum(one.source_prompt.endswith("Solution:") for one in samples)
+    assert acting > 30 and found["forms"][0]["form"].endswith("Solution:")
+    assert found["forms"][0]["acts"] == pytest.approx(6) and found["forms"][0]["prompts"] >= 8
+    # the rest is of many forms
+    assert {"Kind:", "A:"} < {one.source_prompt.rsplit("\n", 1)[-1] for one in samples}
+
+
+def test_one_answer_to_everything_is_no_sign_of_a_form(acts_after):
+    always = acts_after("", answer=lambda prompt: " No." if prompt.endswith("\nA:") else f" {prompt[:30]}")
+    _, found = always(limit=80)
+    assert found["forms"] and not any(one["form"].endswith("\nA:") for one in found["forms"])
+
+
+def test_prompts_of_the_user_take_the_place_of_the_forms(acts_after):
+    prompts = ["Say: one\nMore:", "Say: two\nMore:"]
+    samples, found = acts_after("More:")(limit=20, prompts=prompts)
+    assert {one["form"] for one in found["forms"]} == {"Say: {text}\nMore:"}
+    assert all(one.source_prompt.startswith("Say: ") for one in samples)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "frame"),
+    [
+        ("Question: How many?\nAnswer:", "Question: {text}\nAnswer:"),
+        ("Passage >> two lines\nof it\nVerdict:", "{text}\nVerdict:"),
+        ("no form at all", "{text}"),
+    ],
+)
+def test_the_form_of_one_prompt(prompt, frame):
+    form, content = taken_apart(prompt)
+    assert form.frame == frame and form.fill(content) == prompt
+
+
+def test_no_answer_is_taken_twice_before_each_was_once():
+    form = Form("{text}", "word")
+    tried = [*(Tried(form, str(i), "same", 9.0 - i) for i in range(5)), Tried(form, "x", "other", 1.0)]
+    assert [one.content for one in in_turn(tried, lambda one: one.answer)] == ["0", "x", "1", "2", "3", "4"]
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, byte_tokenizer):
+    model = tiny_model(vocab_size=len(byte_tokenizer))
+    return PeftModel.from_pretrained(model, make_lora(model, tmp_path_factory.mktemp("lora")))
+
+
+def test_a_survey_depends_on_nothing_but_the_seed_and_goes_on_where_it_was(adapted, byte_tokenizer, piece_tokenizer):
+    spec = Survey(corpus=TEXTS, max_new_tokens=6, batch_size=8)
+
+    def texts(kept, seed=0):
+        def keep(key, make):
+            if key not in kept:
+                kept[key] = make()
+            return kept[key]
+
+        return write_survey(adapted, byte_tokenizer, piece_tokenizer, spec, 16, seed, keep=keep)
+
+    whole: dict[str, list[str]] = {}
+    state = torch.get_rng_state()
+    samples, found = texts(whole)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert 8 <= len(samples) <= 16 and found["forms"]
+    half = dict(list(whole.items())[: len(whole) // 2])
+    assert texts(half)[0] == samples and half == whole
+    assert texts({}, seed=1)[0] != samples
+
+
+def test_without_text_a_translation_surveys(source_folder, lora_folder, target_folder):
+    result = peft_cast.translate(
+        source_folder, lora_folder, target_folder, fit_text=TEXTS, steps=2, batch_size=4, max_length=96, progress=False
+    )
+    forms = result.metrics["text"]["survey"]["forms"]
+    assert forms and all("{text}" in one["form"] for one in forms)
+    assert result.metrics["text"]["teacher"] == "source"
+
+
+def test_impossible_surveys():
+    with pytest.raises(ValueError, match="list of at least one"):
+        Survey(prompts="a prompt")
+    with pytest.raises(ValueError, match="`breadth` is a share"):
+        Survey(breadth=1.5)
+    with pytest.raises(ValueError, match="`forms` lacks after"):
+        Survey(forms={"before": {}, "questions": [], "everyday": [], "code": [], "other languages": []})
+
+
+def test_a_probe_shows_what_an_adapter_says_beside_the_plain_model(adapted, byte_tokenizer):
+    state = {name: p.clone() for name, p in adapted.state_dict().items()}
+    found = peft_cast.probe(
+        None, adapted, source_tokenizer=byte_tokenizer, prompts=["Say: one\nMore:"], fit_text=TEXTS, progress=False
+    )
+    assert [kind.form for kind in found.kinds] == ["Say: {text}\nMore:"] and found.asked == 1
+    assert found.everywhere == found.kinds[0].acts
+    assert "acts" in str(found) and "without" in str(found)
+    assert all(torch.equal(value, state[name]) for name, value in adapted.state_dict().items())
+    assert adapted.active_adapters == ["default"]
+
+
+def test_a_probe_refuses_before_it_loads(source_folder, tmp_path):
+    with pytest.raises(ValueError, match="no adapter_config.json"):
+        peft_cast.probe(source_folder, tmp_path, fit_text=TEXTS)
+    with pytest.raises(TypeError, match="`probe` has no argument 'steps'"):
+        peft_cast.probe(source_folder, tmp_path, steps=3)
