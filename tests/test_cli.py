@@ -78,8 +78,8 @@ def test_a_dry_run_writes_nothing(source_folder, lora_folder, target_folder, tmp
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [
-        ([], "as `text`: a .jsonl, .txt or .parquet file (`--text FILE`"),
-        (["--prompts", "prompts.txt"], "as `fit_text`: a .jsonl, .txt or .parquet file (`--fit-text FILE`"),
+        (["--text", "user/some-corpus"], "as `text`: a .jsonl, .txt or .parquet file (`--text FILE`"),
+        (["--prompts", "prompts.txt", "--fit-text", "c4"], "as `fit_text`: a .jsonl, .txt or .parquet file (`--fit-t"),
     ],
 )
 def test_text_that_is_not_at_hand_offline_is_asked_for_before_models_are_loaded(

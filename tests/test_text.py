@@ -59,10 +59,16 @@ def test_column_and_minimum_length(files):
         read_corpus(rows, 1)
 
 
-@pytest.mark.parametrize("corpus", [None, "allenai/c4", "user/some-dataset", Corpus("user/other", name="en")])
+@pytest.mark.parametrize("corpus", ["allenai/c4", "user/some-dataset", Corpus("user/other", name="en")])
 def test_offline_hub_dataset_is_one_clear_error(corpus):
     with pytest.raises(OSError, match=r"could not be reached.*pass text that is at hand as `text`: a .jsonl"):
         read_corpus(corpus, 1)
+
+
+def test_offline_general_text_that_nobody_named_comes_with_the_package():
+    with pytest.warns(UserWarning, match="the 20 of its documents that come with peft_cast are read as `fit_text`"):
+        texts = read_corpus(None, 20, "fit_text")
+    assert len(set(texts)) == 20 and min(map(len, texts)) >= 200
 
 
 @pytest.mark.parametrize(

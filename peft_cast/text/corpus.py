@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -51,13 +52,16 @@ class Corpus:
 
 
 C4 = Corpus("allenai/c4", name="en", min_chars=200)
+# The first documents of examples/data/c4_en_400.jsonl (ODC-BY 1.0, subject to Common Crawl's terms of use).
+PACKAGED = Corpus(Path(__file__).with_name("general.jsonl"), min_chars=200)
 
 
 def read_corpus(corpus: Any, limit: int, argument: str = "text") -> list[str]:
     """The first `limit` texts of a corpus that are long enough; of several processes one reads, and all have them.
 
     Args:
-        corpus: A `Corpus` or anything that its `source` may be; `None` is C4 (`allenai/c4`, en), streamed.
+        corpus: A `Corpus` or anything that its `source` may be; `None` is C4 (`allenai/c4`, en), streamed, or where
+            that is out of reach the few documents of it that come with the package, which is said in a warning.
         limit (`int`): The most texts to read. Streams are read no further.
         argument (`str`): As what it is passed, for messages.
 
@@ -75,6 +79,16 @@ def _as_corpus(corpus: Any) -> Corpus:
 
 
 def _read(corpus: Any, limit: int, argument: str = "text") -> list[str]:
+    if corpus is None:
+        try:
+            return _read(C4, limit, argument)
+        except OSError:
+            found = _read(PACKAGED, limit)
+            warnings.warn(
+                f"C4 could not be reached on the hub: the {len(found)} of its documents that come with peft_cast are "
+                f"read as `{argument}` instead. Pass `{argument}` for more general text, or other."
+            )
+            return found
     corpus = _as_corpus(corpus)
     texts = list(islice((t for t in _texts(corpus, argument) if len(t.strip()) >= corpus.min_chars), limit))
     if not texts:
@@ -142,11 +156,13 @@ def check_corpus(corpus: Any, least: int = 1) -> None:
 
 
 def check_reached(corpus: Any, argument: str) -> None:
-    """Refuse a corpus on the Hub that is not at hand where the Hub is switched off (HF_HUB_OFFLINE).
+    """Refuse a corpus on the Hub that is asked for and not at hand where the Hub is switched off (HF_HUB_OFFLINE).
 
     Raises:
         OSError: As `read_corpus`.
     """
+    if corpus is None:  # what comes with the package will do
+        return
     corpus = _as_corpus(corpus)
     if datasets.config.HF_HUB_OFFLINE and isinstance(corpus.source, (str, Path)) and not _looks_local(corpus.source):
         _hub(corpus, argument)

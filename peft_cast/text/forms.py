@@ -14,7 +14,7 @@ from typing import Any
 
 
 FROM_CORPUS = ("word", "sentence", "paragraph")  # kinds of content that a corpus has
-WORD, SENTENCE, PARAGRAPH = 4, (30, 200), 300  # characters: of a word at least, of a sentence, of a paragraph at most
+WORD, SENTENCE, PARAGRAPH = 4, (30, 160), 200  # characters: of a word at least, of a sentence, of a paragraph at most
 
 
 @dataclass(frozen=True)

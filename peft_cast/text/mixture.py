@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .corpus import C4, check_corpus, check_reached, read_corpus
+from .corpus import check_corpus, check_reached, read_corpus
 from .samples import TextSample
 from .survey import Survey
 from .written import SelfWritten
@@ -69,7 +69,7 @@ def check_texts(texts: Sequence[Any], fit_text: Any = None) -> None:
 
 
 def check_all_reached(texts: Sequence[Any], fit_text: Any = None) -> None:
-    """Refuse, where the Hub is switched off, what would be read from there, C4 too where nothing is given.
+    """Refuse, where the Hub is switched off, what is to be read from there.
 
     Args:
         texts, fit_text: As in `check_texts`.
@@ -78,11 +78,10 @@ def check_all_reached(texts: Sequence[Any], fit_text: Any = None) -> None:
         OSError: As `read_corpus`; the message says which of the two to pass.
     """
     for one in texts:
-        for corpus in [] if one is None else _corpora(one):
+        for corpus in _corpora(one):
             check_reached(corpus, "text")
-    if fit_text is not None or any(one is None or is_written(one) for one in texts):
-        for corpus in _corpora(C4 if fit_text is None else fit_text):
-            check_reached(corpus, "fit_text")
+    for corpus in _corpora(fit_text):
+        check_reached(corpus, "fit_text")
 
 
 def _corpora(text: Any) -> list[Any]:

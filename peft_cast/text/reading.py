@@ -13,7 +13,6 @@ from ..align import AlignedPair
 from ..options import Fit, Training
 from ..source import Pair
 from ..tuner.checks import number_of
-from .corpus import C4
 from .mixture import is_written, read_text
 from .samples import TextSample, align_samples
 from .survey import Survey, write_survey
@@ -105,9 +104,7 @@ def read_texts(
     align = partial(align_samples, pair.tokenizers, max_length=max_length)
     if text is None:
         text = Survey()
-    if fit_text is None and is_written(text):
-        fit_text = C4
-    apart = fit_text is not None  # whether the closed form reads other text than the refinement
+    apart = fit_text is not None or is_written(text)  # whether the closed form reads other text than the refinement
     wanted = train if apart else max(train, fit.fit_samples)
     anchors = min(512, max(1, train // ANCHOR_EVERY)) if training.gamma > 0 else 0
     # First: whether it can be reached is known before minutes of writing.
@@ -152,7 +149,7 @@ def read_fit_texts(pair: Pair, text: Any, fit: Fit, training: Training) -> PairT
     """General text alone, for the closed form of several adapters; Args as in `read_texts`."""
     general, argument = (fit.fit_text, "fit_text") if fit.fit_text is not None else (text, "text")
     if is_written(general):
-        general, argument = C4, "fit_text"
+        general, argument = None, "fit_text"
     samples = read_text(general, fit.fit_samples, lambda *_: [], argument)
     texts = align_samples(pair.tokenizers, samples, training.max_length)
     return PairTexts([], [], texts, [], {"closed_form": len(texts)})

@@ -23,12 +23,12 @@ from .written import Keep, SelfWritten, write_answers, write_prompts
 
 
 # Forms that are tried at first and contents in each; then what is left of them, with further contents in each.
-FORMS, CONTENTS = 96, 2
-ROUNDS = ((24, 6), (8, 8))
+FORMS, CONTENTS = 64, 2
+ROUNDS = ((16, 6), (6, 8))
 ENOUGH_PROMPTS = 4  # to know the form from what they have in common
 BEST, NEAR = 6, 0.4  # forms that are asked for good: how many at most, and how near to the best
 SEEDS = 12  # contents that excite the adapter most, which further ones follow
-SHORT = 24  # tokens of an answer while forms are compared
+SHORT = 16  # tokens of an answer while forms are compared
 MOST = 2.0  # nats that one token can count: a single surprising one says little
 QUESTIONS, DOCUMENTS = 48, 256  # that are written to begin with, and that contents are taken from
 
@@ -276,8 +276,8 @@ def ranked(tried: Sequence[Tried]) -> dict[Form, float]:
 def the_best(tried: Sequence[Tried]) -> list[Form]:
     """The forms to ask for good: the first few, as far as they come near to the very first."""
     scores = ranked(tried)
-    least = NEAR * max(scores.values())
-    return [form for form, score in scores.items() if score >= least][:BEST]
+    first, *others = scores
+    return [first, *(form for form in others if scores[form] >= NEAR * scores[first])][:BEST]
 
 
 def more_like_the_best(
