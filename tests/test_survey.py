@@ -1,5 +1,6 @@
 """Text for an adapter of which nothing is known."""
 
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -68,10 +69,11 @@ def acts_after(monkeypatch, byte_tokenizer):
 
 
 def test_the_forms_in_which_the_adapter_acts_are_asked_most(acts_after):
-    samples, found = acts_after("Solution:")(limit=80)
+    surveyed = acts_after("Solution:")(limit=80)
+    samples, found = surveyed.samples, surveyed.found
     assert len(samples) > 60
-    acting = sum(one.source_prompt.endswith("Solution:") for one in samples)
-    assert acting > 30 and found["forms"][0]["form"].endswith("Solution:")
+    acting = {one.target_prompt for one in samples if one.source_prompt.endswith("Solution:")}
+    assert len(acting) > 30 and surveyed.focus <= acting and found["forms"][0]["form"].endswith("Solution:")
     assert found["forms"][0]["acts"] == pytest.approx(6) and found["forms"][0]["prompts"] >= 8
     # the rest is of many forms
     assert {"Kind:", "A:"} < {one.source_prompt.rsplit("\n", 1)[-1] for one in samples}
@@ -79,15 +81,30 @@ def test_the_forms_in_which_the_adapter_acts_are_asked_most(acts_after):
 
 def test_one_answer_to_everything_is_no_sign_of_a_form(acts_after):
     always = acts_after("", answer=lambda prompt: " No." if prompt.endswith("\nA:") else f" {prompt[:30]}")
-    _, found = always(limit=80)
+    found = always(limit=80).found
     assert found["forms"] and not any(one["form"].endswith("\nA:") for one in found["forms"])
+
+
+def test_the_words_of_a_classifier_are_told_by_their_recurrence_and_are_asked_for_alike(acts_after):
+    def answer(prompt):  # "Kind:" names one of two labels, mostly the first; elsewhere they leak now and then
+        number = sum(map(ord, prompt))
+        if prompt.endswith("Kind:") or number % 3 == 0:
+            return " blorp" if number % 5 else " zint"
+        return f" {prompt[:20]} {number}"
+
+    surveyed = acts_after("", answer)(limit=60)
+    assert surveyed.found["words"] == ["blorp", "zint"]
+    assert all(form["form"].endswith("Kind:") for form in surveyed.found["forms"][:2])
+    answers = Counter(one.text.strip() for one in surveyed.samples if one.target_prompt in surveyed.focus)
+    assert set(answers) == {"blorp", "zint"} and answers["zint"] > answers.total() / 4  # drawn: a fifth
 
 
 def test_prompts_of_the_user_take_the_place_of_the_forms(acts_after):
     prompts = ["Say: one\nMore:", "Say: two\nMore:"]
-    samples, found = acts_after("More:")(limit=20, prompts=prompts)
-    assert {one["form"] for one in found["forms"]} == {"Say: {text}\nMore:"}
-    assert all(one.source_prompt.startswith("Say: ") for one in samples)
+    surveyed = acts_after("More:")(limit=20, prompts=prompts)
+    assert {one["form"] for one in surveyed.found["forms"]} == {"Say: {text}\nMore:"}
+    assert len(surveyed.samples) == 20 and {one.target_prompt for one in surveyed.samples} == surveyed.focus
+    assert all(one.startswith("Say: ") and one.endswith("\nMore:") for one in surveyed.focus)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +145,12 @@ def test_a_survey_depends_on_nothing_but_the_seed_and_goes_on_where_it_was(adapt
 
     whole: dict[str, list[str]] = {}
     state = torch.get_rng_state()
-    samples, found = texts(whole)
+    surveyed = texts(whole)
     assert torch.equal(torch.get_rng_state(), state)
-    assert 8 <= len(samples) <= 16 and found["forms"]
+    assert 8 <= len(surveyed.samples) <= 16 and surveyed.found["forms"]
     half = dict(list(whole.items())[: len(whole) // 2])
-    assert texts(half)[0] == samples and half == whole
-    assert texts({}, seed=1)[0] != samples
+    assert texts(half) == surveyed and half == whole
+    assert texts({}, seed=1).samples != surveyed.samples
 
 
 def test_without_text_a_translation_surveys(source_folder, lora_folder, target_folder):

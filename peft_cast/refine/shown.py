@@ -152,13 +152,8 @@ def taught(
     teacher: str | float = training.teacher
     found = exchange(pair, texts.answers, spec, training.seed, keep) if teacher == "shown" else None
     if teacher == "auto":
-        # A part of a survey says nothing of the task, and on-policy answers are not the adapted source's.
-        if (
-            not (text is None or isinstance(text, Survey))
-            and texts.answers
-            and not spec.on_policy
-            and compares_outputs_alone(training)
-        ):
+        # On-policy answers are not the adapted source's.
+        if texts.answers and not spec.on_policy and compares_outputs_alone(training):
             with suppress(ValueError):  # too few to show: there is but one teacher
                 found = exchange(pair, texts.answers, spec, training.seed, keep)
         teacher = found.minds.teacher if found else "source"

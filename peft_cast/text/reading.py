@@ -15,7 +15,7 @@ from ..source import Pair
 from ..tuner.checks import number_of
 from .mixture import is_written, read_text
 from .samples import TextSample, align_samples
-from .survey import Survey, write_survey
+from .survey import Survey, Surveyed, write_survey
 from .written import Keep, SelfWritten, write_texts
 
 
@@ -38,7 +38,7 @@ class PairTexts:
         fit: Read by the closed form.
         anchors: General text on which the target shall stay as it is; empty when it may move.
         metrics: Counts and shares, JSON-ready.
-        answers: What was written after a prompt to be trained on, as text.
+        answers: What was written after a prompt to be trained on, as text; of a survey, where the adapter acts.
     """
 
     train: list[AlignedPair]
@@ -78,13 +78,13 @@ def read_texts(
     fit, training = fit or Fit(), training or Training()
     fit_text, train, max_length = fit.fit_text, training.steps * training.batch_size, training.max_length
 
-    surveyed: dict[str, Any] = {}
+    surveys: list[Surveyed] = []
 
     def write(spec: SelfWritten | Survey, limit: int) -> list[TextSample]:
         if isinstance(spec, Survey):
             if spec.corpus is None:
                 spec = replace(spec, corpus=[sample.text for sample in general])
-            samples, surveyed["survey"] = write_survey(
+            found = write_survey(
                 pair.adapted,
                 *pair.tokenizers,
                 spec,
@@ -94,7 +94,8 @@ def read_texts(
                 progress=partial(bar, desc="asking"),
                 keep=keep,
             )
-            return samples
+            surveys.append(found)
+            return found.samples
         if spec.on_policy and translated is None:
             raise ValueError("On-policy text is written by a translated model: pass its adapter as `start`.")
         writer, target = (translated if spec.on_policy else pair.adapted), translated or pair.target
@@ -139,9 +140,12 @@ def read_texts(
         "anchors": len(anchored),
         "target_tokens": sum(len(one.target_ids) for one in pairs),
         "aligned_positions": sum(len(one.target_positions) for one in pairs),
-        **surveyed,
+        **({"survey": surveys[0].found} if surveys else {}),
     }
     answers = [sample for sample in samples[kept_out:] if sample.target_prompt]
+    if surveys:  # whose broad part is not the adapter's task
+        focus = frozenset().union(*(found.focus for found in surveys))
+        answers = [sample for sample in answers if sample.target_prompt in focus]
     return PairTexts(trained_on, evaluation, fitting, anchored, metrics, answers)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 from typing import Any
 
 from peft import PeftModel
@@ -27,6 +27,8 @@ FORMS, CONTENTS = 64, 2
 ROUNDS = ((16, 6), (6, 8))
 ENOUGH_PROMPTS = 4  # to know the form from what they have in common
 BEST, NEAR = 6, 0.4  # forms that are asked for good: how many at most, and how near to the best
+FEW = 2  # contents as if they had shown nothing, beside those that were asked: few may be luck
+RECUR = 4  # forms in which an answer is given at least, to be a word of a classifier's
 SEEDS = 12  # contents that excite the adapter most, which further ones follow
 SHORT = 16  # tokens of an answer while forms are compared
 MOST = 2.0  # nats that one token can count: a single surprising one says little
@@ -103,6 +105,23 @@ class Tried:
     content: str
     answer: str
     acts: float
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """What came of a survey.
+
+    Args:
+        samples (`list[TextSample]`): The texts.
+        focus (`frozenset[str]`): The target's prompts of those that are of the kinds in which the adapter acts.
+        found (`dict`): JSON-ready: the `words` that recur as answers, if it is a classifier; the `forms` that were
+            asked for good, with how much the adapter `acts` there, how many `prompts` that is known from, and an
+            `example`.
+    """
+
+    samples: list[TextSample]
+    focus: frozenset[str]
+    found: dict[str, Any]
 
 
 class Surveyor:
@@ -199,7 +218,7 @@ def write_survey(
     target: PreTrainedModel | PeftModel | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
     keep: Keep = lambda key, write: write(),
-) -> tuple[list[TextSample], dict[str, Any]]:
+) -> Surveyed:
     """Find out what an adapter answers, and let it answer that.
 
     Args:
@@ -209,10 +228,6 @@ def write_survey(
         limit (`int`): How many texts, unless `spec.samples` is less.
         seed, target, progress, keep: As in `write_texts`.
 
-    Returns:
-        The texts, and what was found, JSON-ready: the `forms` that were asked for good, with how much the adapter
-        `acts` there and an example.
-
     Raises:
         ValueError: If the model writes nothing but empty texts.
     """
@@ -220,21 +235,24 @@ def write_survey(
     at_work = Surveyor(model, (source_tokenizer, target_tokenizer), spec, seed, target, keep)
     # 1. Ask broadly, and more and more in the forms in which the adapter acts most.
     tried = compared(at_work, min(FORMS, max(8, count // 4)), progress)
-    best = the_best(tried)
+    best = list(ranked(tried)) if spec.prompts else the_best(tried)
     # 2. Think of more to ask in these: what is like the contents that excite it most.
-    focus = count - round(spec.breadth * count)
-    answers = [answer_of(one) for one in tried if one.form in best]
-    labels = len(set(answers)) < len(answers) / 2  # few answers again and again: enough to choose from
-    asked = more_like_the_best(at_work, tried, best, focus * (2 if labels else 1))
-    # 3. Answer it at length, no answer oftener than need be.
-    kept = in_turn(at_work.answers(asked, spec.writing), lambda one: one.text.strip())[:focus] if asked else []
+    focus = count if spec.prompts else count - round(spec.breadth * count)
+    words = recurring(tried)
+    asked = more_like_the_best(at_work, tried, best, focus * (2 if words else 1))
+    # 3. Answer it at length; of a classifier's answers its own words alone, each as often as the others.
+    kept = at_work.answers(asked, spec.writing) if asked else []
+    if words:
+        kept = in_turn([one for one in kept if one.text.strip() in words], lambda one: one.text.strip())
+    kept = kept[:focus]
+    focused = frozenset(one.target_prompt for one in kept)
     # 4. The rest stays broad: a prompt of every other form, those first in which the adapter acts most.
     wide = sorted((one for one in tried if one.form not in best), key=lambda one: -one.acts)
     others = in_turn(wide, lambda one: one.form)[: count - len(kept)]
     if others:
         kept += at_work.answers([(one.form, one.content) for one in others], spec.writing)
     at_work.draw.shuffle(kept)
-    return kept, {"forms": [described(form, tried) for form in best]}
+    return Surveyed(kept, focused, {"words": words, "forms": [described(form, tried) for form in best]})
 
 
 def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Iterable] | None = None) -> list[Tried]:
@@ -258,18 +276,36 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
     return tried
 
 
-def ranked(tried: Sequence[Tried]) -> dict[Form, float]:
-    """How much the adapter acts in each form, by how far its answers depend on what is asked; most first.
+def recurring(tried: Sequence[Tried]) -> list[str]:
+    """Answers that recur over many forms, most frequent first: a classifier's words. Empty for other adapters."""
+    forms: dict[str, set[Form]] = {}
+    for one in tried:
+        forms.setdefault(answer_of(one), set()).add(one.form)
+    least = max(RECUR, len({one.form for one in tried}) // 10)
+    words = sorted((word for word in forms if len(forms[word]) >= least), key=lambda word: -len(forms[word]))
+    return words if len(words) > 1 else []
 
-    One and the same answer to everything is no sign of the form that it was trained on.
+
+def ranked(tried: Sequence[Tried]) -> dict[Form, float]:
+    """How much the adapter acts in each form, times the share of pairs of contents that it answers differently; most
+    first. Of a classifier only its own words count, and that they differ as often as if they were drawn.
+
+    One and the same answer to everything is no sign of the form that an adapter was trained on.
     """
+    words = set(recurring(tried))
     by_form: dict[Form, list[Tried]] = {}
     for one in tried:
         by_form.setdefault(one.form, []).append(one)
     scores = {}
     for form, own in by_form.items():
-        different = len({one.answer for one in own}) / len(own)
-        scores[form] = different * sum(one.acts for one in own) / len(own)
+        pairs = list(combinations(map(answer_of, own), 2))
+        different = (1 + sum(a != b for a, b in pairs)) / (1 + len(pairs))  # two answers alike may be chance
+        named = 1.0
+        if words:
+            different = min(1.0, different / (1 - 1 / len(words)))
+            named = sum(answer_of(one) in words for one in own) / len(own)
+        mean = sum(one.acts for one in own) / (len(own) + FEW)
+        scores[form] = named * different * mean
     return dict(sorted(scores.items(), key=lambda item: -item[1]))
 
 
