@@ -1,6 +1,7 @@
 """What a translation will cost, told beforehand."""
 
 import json
+from functools import cache
 from importlib import import_module
 
 import peft
@@ -22,6 +23,8 @@ from peft_cast.refine.losses import Predictions, whole
 
 
 SLOW = Device("slow", flops=1e9, flops32=1e9, memory=2**40, runtime=0, start=0.0)
+SLOW_IN_FLOAT32 = Device("slow in float32", flops=1e30, flops32=1.0, memory=2**60, runtime=0, start=0.0)
+USUAL = {"on": SLOW, "steps": 10, "batch_size": 4, "max_length": 64}
 # The least that is still a plan.
 QUICK = {"on": SLOW, "teacher": "source", "steps": 1, "batch_size": 2, "max_length": 8, "fit_samples": 4, "gamma": 0.0}
 KINDS = {
@@ -51,6 +54,30 @@ HYBRIDS = {
         **HYBRID, attn_layer_period=2, attn_layer_offset=1, num_experts=4, mamba_d_state=8, mamba_dt_rank=4
     ),
 }
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, byte_tokenizer, piece_tokenizer):
+    """A source, a LoRA for it and a target, of one layer each: a plan goes through all operations of every layer."""
+    folder = tmp_path_factory.mktemp("one-layer")
+    source = tiny_model("llama", len(byte_tokenizer), num_hidden_layers=1)
+    source = save_model(source, byte_tokenizer, folder / "source")
+    lora = make_lora(AutoModelForCausalLM.from_pretrained(source), folder / "lora")
+    target = tiny_model("gemma3", len(piece_tokenizer), seed=5, hidden_size=40, num_hidden_layers=1, head_dim=16)
+    return source, lora, save_model(target, piece_tokenizer, folder / "target")
+
+
+@pytest.fixture(scope="module")
+def planned(models):
+    """Plans of these models that are as usual but for some options; each is made once for all tests."""
+    return cache(lambda **options: plan(*models, **{**USUAL, **options}))
+
+
+@pytest.fixture
+def linears(models):
+    """The linear modules of the target's layers."""
+    target = AutoModelForCausalLM.from_pretrained(models[2])
+    return [m for m in target.model.layers.modules() if isinstance(m, torch.nn.Linear)]
 
 
 def test_sizes_are_those_of_the_translation(source_folder, lora_folder, target_folder, tmp_path):
@@ -100,15 +127,11 @@ def test_counts_products_that_are_added_in_place():
     assert (cost.flops, cost.products) == (2 * 32 * 16 * 16, 1)
 
 
-def test_second_moments_take_time(source_folder, lora_folder, target_folder):
-    slow = Device("slow in float32", flops=1e30, flops32=1.0, memory=2**60, runtime=0, start=0.0)
-    options = {"on": slow, "batch_size": 4, "max_length": 64, "dtype": torch.float32}
+def test_second_moments_take_time(planned, linears):
     # Of five batches one is held out, of ten two.
     few, many = (
-        plan(source_folder, lora_folder, target_folder, **options, fit_samples=n).phases["closed_form"].seconds
-        for n in (20, 40)
+        planned(on=SLOW_IN_FLOAT32, dtype=torch.float32, fit_samples=n).phases["closed_form"].seconds for n in (20, 40)
     )
-    linears = [m for m in tiny_model("gemma3", 420).model.layers.modules() if isinstance(m, torch.nn.Linear)]
     positions = 4 * 4 * int(0.95 * 64)
     gradients, inputs = (
         2 * positions * sum(getattr(m, f"{side}_features") ** 2 for m in linears) for side in ("out", "in")
@@ -117,59 +140,46 @@ def test_second_moments_take_time(source_folder, lora_folder, target_folder):
     assert gradients < many - few < 1.5 * (gradients + inputs)
 
 
-def test_a_step_costs_the_passes_it_cannot_avoid(source_folder, lora_folder, target_folder):
-    options = {"on": SLOW, "steps": 10, "batch_size": 4, "max_length": 64, "gamma": 0.0}
-    planned, mixed = (
-        plan(source_folder, lora_folder, target_folder, teacher=teacher, **options) for teacher in ("source", 0.2)
-    )
-    target = tiny_model("gemma3", 420)
-    weights = sum(p.numel() for p in target.model.layers.parameters() if p.ndim == 2)
+def test_a_step_costs_the_passes_it_cannot_avoid(planned, linears):
+    plain, mixed = (planned(teacher=teacher, gamma=0.0).phases["refine"].flops for teacher in ("source", 0.2))
+    weights = sum(m.weight.numel() for m in linears)
     passes = 2 * 2 * weights * 10 * 4 * 64  # forward and backward of the target's layers
-    assert passes < planned.phases["refine"].flops < 5 * passes
+    assert passes < plain < 5 * passes
     # The plain source and the untouched target predict too.
-    assert 1.2 * planned.phases["refine"].flops < mixed.phases["refine"].flops < 2 * planned.phases["refine"].flops
+    assert 1.2 * plain < mixed < 2 * plain
 
 
-def test_anchors_are_as_long_as_they_may_be_however_short_the_texts(source_folder, lora_folder, target_folder):
-    short, long = (
-        plan(source_folder, lora_folder, target_folder, on=SLOW, tokens=8, max_length=most).phases["refine"].flops
-        for most in (64, 128)
-    )
+def test_anchors_are_as_long_as_they_may_be_however_short_the_texts(planned):
+    short, long = (planned(tokens=8, max_length=most).phases["refine"].flops for most in (64, 128))
     assert long > 1.2 * short
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 16}, {"max_length": 128}])
-def test_larger_batches_take_more_memory_and_time(source_folder, lora_folder, target_folder, change):
-    small = {"batch_size": 4, "max_length": 64, "on": SLOW, "fit_samples": 32}
-    before, after = (plan(source_folder, lora_folder, target_folder, **o) for o in (small, {**small, **change}))
+def test_larger_batches_take_more_memory_and_time(planned, change):
+    before, after = planned(), planned(**change)
     for phase in ("closed_form", "refine"):
         assert after.phases[phase].above_weights > 1.5 * before.phases[phase].above_weights
     assert after.phases["refine"].seconds > 1.5 * before.phases["refine"].seconds
 
 
-def test_held_out_positions_of_the_closed_form_take_memory(source_folder, lora_folder, target_folder):
-    options = {"on": SLOW, "batch_size": 4, "max_length": 64, "dtype": torch.float32}
+def test_held_out_positions_of_the_closed_form_take_memory(planned, linears):
     # Of five batches one is held out, of ten two.
     one, two = (
-        plan(source_folder, lora_folder, target_folder, **options, fit_samples=n).phases["closed_form"]
-        for n in (20, 40)
+        planned(on=SLOW_IN_FLOAT32, dtype=torch.float32, fit_samples=n).phases["closed_form"] for n in (20, 40)
     )
-    target = tiny_model("gemma3", 420)
-    widths = sum(
-        m.in_features + m.out_features for m in target.model.layers.modules() if isinstance(m, torch.nn.Linear)
-    )
+    widths = sum(m.in_features + m.out_features for m in linears)
     positions = 4 * int(0.95 * 64)
     # q, k and v, gate and up read the same input, which is held once for all of them.
     assert 0.5 * widths * positions * 4 < two.memory - one.memory < 1.5 * widths * positions * 4
 
 
 @pytest.mark.parametrize("given", ["bridge", "start"])
-def test_what_is_begun_from_needs_no_closed_form(source_folder, lora_folder, target_folder, given, tmp_path):
-    models, options = (source_folder, lora_folder, target_folder), {"on": SLOW, "batch_size": 4, "max_length": 64}
-    begun = fit_bridge(source_folder, target_folder, text=c4_texts(4), max_length=16, progress=False)
+def test_what_is_begun_from_needs_no_closed_form(models, planned, given, tmp_path):
+    source, adapter, target = models
+    begun = fit_bridge(source, target, text=c4_texts(4), max_length=16, progress=False)
     if given == "start":
-        begun.cast_file(lora_folder, begun := tmp_path / "start")
-    with_fit, without = (plan(*models, **options, **more) for more in ({}, {given: begun}))
+        begun.cast_file(adapter, begun := tmp_path / "start")
+    with_fit, without = planned(), plan(*models, **USUAL, **{given: begun})
     assert set(with_fit.phases) - set(without.phases) == {"closed_form"} and without.seconds < with_fit.seconds
 
 
@@ -190,36 +200,26 @@ def test_what_cannot_be_begun_from_is_refused_as_in_a_translation(
             verb(source_folder, lora_folder, target_folder, **given, **options)
 
 
-def test_steps_on_own_words_are_counted(source_folder, lora_folder, target_folder):
-    options = {"on": SLOW, "batch_size": 4, "max_length": 64, "steps": 10}
-    before, after = (
-        plan(source_folder, lora_folder, target_folder, **options, **o) for o in ({}, {"on_policy_steps": 5})
-    )
+def test_steps_on_own_words_are_counted(planned):
+    before, after = planned(), planned(on_policy_steps=5)
     assert after.phases["refine"].seconds == pytest.approx(1.5 * before.phases["refine"].seconds)
     assert after.phases["evaluate"].seconds > 2 * before.phases["evaluate"].seconds
 
 
-def test_a_device_waits_for_python_where_products_are_small(source_folder, lora_folder, target_folder):
+def test_a_device_waits_for_python_where_products_are_small(models):
     seconds = []
     for start in (0.0, 1.0):
         fast = Device("fast", flops=1e30, flops32=1e30, memory=2**40, runtime=0, start=start)
-        planned = plan(source_folder, lora_folder, target_folder, on=fast, steps=1, gamma=0.0, dtype=torch.float32)
-        seconds.append(planned.phases["refine"].seconds)
-    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (source_folder, target_folder)]
-    source, target = (sum(isinstance(m, torch.nn.Linear) for m in model.modules()) for model in models)
+        seconds.append(plan(*models, **{**QUICK, "on": fast}).phases["refine"].seconds)
+    loaded = [AutoModelForCausalLM.from_pretrained(models[i]) for i in (0, 2)]
+    source, target = (sum(isinstance(m, torch.nn.Linear) for m in model.modules()) for model in loaded)
     assert seconds[0] < 1e-9
     assert seconds[1] > source + 2 * target  # the source forward, the target forward and back
 
 
-def test_gradient_checkpointing_takes_another_forward_pass(source_folder, lora_folder, target_folder):
-    options = {"on": SLOW, "steps": 4, "max_length": 128}
-    plain, saving = (
-        plan(
-            source_folder, lora_folder, target_folder, training_args={"gradient_checkpointing": on}, **options
-        ).phases["refine"]
-        for on in (False, True)
-    )
-    assert saving.flops > 1.1 * plain.flops
+def test_gradient_checkpointing_takes_another_forward_pass(models, planned):
+    saving = plan(*models, **USUAL, training_args={"gradient_checkpointing": True})
+    assert saving.phases["refine"].flops > 1.1 * planned().phases["refine"].flops
 
 
 def test_counts_what_gradient_checkpointing_gives_free():
@@ -250,12 +250,9 @@ def test_logits_are_never_there_all_at_once():
     assert peaks[1] > 2 * n * vocabulary * 4 > 10 * peaks[0]
 
 
-def test_quantized_weights_take_their_bits(source_folder, lora_folder, target_folder):
-    whole, quantized = (
-        plan(source_folder, lora_folder, target_folder, on=SLOW, dtype=torch.float32, weight_bits=bits)
-        for bits in (None, 4)
-    )
-    target = AutoModelForCausalLM.from_pretrained(target_folder)
+def test_quantized_weights_take_their_bits(models):
+    whole, quantized = (plan(*models, **QUICK, dtype=torch.float32, weight_bits=bits) for bits in (None, 4))
+    target = AutoModelForCausalLM.from_pretrained(models[2])
     layers = sum(p.numel() for name, p in target.named_parameters() if ".layers." in name and p.ndim == 2)
     saved = whole.weights["target"] - quantized.weights["target"]
     assert saved == pytest.approx(layers * (4 - 4.5 / 8), abs=2)
@@ -275,7 +272,7 @@ def test_quantized_weights_are_not_planned_spread(source_folder, lora_folder, ta
         )
 
 
-def test_a_70b_model_is_planned_in_seconds_without_its_weights(tmp_path, lora_folder, source_folder):
+def test_a_70b_model_is_planned_in_seconds_without_its_weights(models):
     llama = tiny_config(
         "llama",
         128_256,
@@ -286,7 +283,7 @@ def test_a_70b_model_is_planned_in_seconds_without_its_weights(tmp_path, lora_fo
         num_key_value_heads=8,
         head_dim=128,
     )
-    planned = plan(source_folder, lora_folder, llama, on="h100", batch_size=1, max_length=128)
+    planned = plan(*models[:2], llama, **{**QUICK, "on": "h100"})
     assert 139e9 < planned.weights["target"] < 143e9
     assert not planned.fits and "It does not fit" in str(planned)
     # Of 80 GiB for 131 GiB of weights alone
@@ -325,8 +322,8 @@ def test_several_devices_share_texts_and_with_fsdp_the_weights(source_folder, lo
         plan(source_folder, lora_folder, target_folder, **options, processes=3)
 
 
-def test_is_json_ready_and_readable(source_folder, lora_folder, target_folder):
-    planned = plan(None, lora_folder, target_folder, on="a100", steps=7)
+def test_is_json_ready_and_readable(models):
+    planned = plan(None, *models[1:], **{**QUICK, "on": "a100", "steps": 7})
     account = json.loads(json.dumps(planned.as_dict()))
     assert account["assumed"]["steps"] == 7 and account["device"]["name"] == "a100" and account["fits"]
     assert account["seconds"] == pytest.approx(sum(phase["seconds"] for phase in account["phases"].values()))
@@ -426,23 +423,22 @@ def test_every_architecture_is_planned_as_source_and_target(source, target, tmp_
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_hybrid_models_are_planned(name, lora_folder, source_folder, tmp_path):
+def test_hybrid_models_are_planned(name, models, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(HYBRIDS[name])
     adapter = make_lora(model, tmp_path, ["q_proj", "k_proj", "v_proj"])
-    for models in ((HYBRIDS[name], adapter, source_folder), (source_folder, lora_folder, HYBRIDS[name])):
-        planned = plan(*models, **QUICK)
+    for pair in ((HYBRIDS[name], adapter, models[0]), (*models[:2], HYBRIDS[name])):
+        planned = plan(*pair, **QUICK)
         assert planned.phases["refine"].flops > 0
         assert planned.assumed["estimated"] == ["passes, as if every value that the models' code asks for were 1"]
         assert "Estimated: passes" in str(planned)
 
 
-def test_products_of_experts_are_counted(lora_folder, source_folder):
+def test_products_of_experts_are_counted(models):
     few, many = (
         plan(
-            source_folder,
-            lora_folder,
-            tiny_config("mixtral", 300, intermediate_size=size),
+            *models[:2],
+            tiny_config("mixtral", 300, num_hidden_layers=1, intermediate_size=size),
             dtype=torch.float32,
             **QUICK,
         )
@@ -450,8 +446,8 @@ def test_products_of_experts_are_counted(lora_folder, source_folder):
         .flops
         for size in (48, 96)
     )
-    # Three layers, two texts of eight tokens with two experts each; three matrices, forward and back.
-    assert many - few == pytest.approx(3 * 2 * 8 * 2 * 3 * 2 * (2 * 32 * 48), rel=0.1)
+    # Two texts of eight tokens with two experts each; three matrices, forward and back.
+    assert many - few == pytest.approx(2 * 8 * 2 * 3 * 2 * (2 * 32 * 48), rel=0.1)
 
 
 def test_a_plan_says_what_peft_cannot_replicate(byte_tokenizer, tmp_path):
@@ -465,8 +461,8 @@ def test_a_plan_says_what_peft_cannot_replicate(byte_tokenizer, tmp_path):
         plan(source, tmp_path / "dora", source, **QUICK)
 
 
-def test_a_teacher_that_is_the_target_is_estimated(lora_folder, source_folder, target_folder):
-    estimated = plan(source_folder, lora_folder, target_folder, **{**QUICK, "teacher": "shown"}).assumed["estimated"]
+def test_a_teacher_that_is_the_target_is_estimated(models):
+    estimated = plan(*models, **{**QUICK, "teacher": "shown"}).assumed["estimated"]
     assert any("teacher `shown`" in one for one in estimated)
 
 

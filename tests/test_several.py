@@ -1,5 +1,6 @@
 """Several adapters of one model in one call."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ INPUTS = torch.arange(5, 25)[None]
 OPTIONS = {"steps": 6, "batch_size": 4, "fit_samples": 8, "max_length": 40, "dtype": torch.float32, "progress": False}
 
 
-@pytest.fixture
-def loras(source_folder, tmp_path):
+@pytest.fixture(scope="module")
+def loras(source_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
     sizes = {"first": {"r": 4}, "second": {"r": 2, "target_modules": ["q_proj", "down_proj"], "seed": 9}}
     return [
-        make_lora(AutoModelForCausalLM.from_pretrained(source_folder), tmp_path / name, **options)
+        make_lora(AutoModelForCausalLM.from_pretrained(source_folder), folder / name, **options)
         for name, options in sizes.items()
     ]
 
@@ -74,17 +76,34 @@ def test_each_has_its_own_text_and_name(source_folder, target_folder, loras):
     assert results[0].metrics["text"]["target_tokens"] != results[1].metrics["text"]["target_tokens"]
 
 
+@pytest.fixture(scope="module")
+def run(source_folder, loras, target_folder):
+    """Translates both adapters into a folder."""
+    return lambda folder, **options: peft_cast.translate(
+        source_folder, loras, target_folder, text=c4_texts(30), output_dir=folder, **{**OPTIONS, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def earlier(run, tmp_path_factory):
+    """The folder of a finished run with other settings, which a new one replaces."""
+    folder = tmp_path_factory.mktemp("earlier")
+    run(folder, steps=2, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """The folder of an uninterrupted run, and its results."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder)
+
+
 @pytest.mark.parametrize("step", [None, 3, 9], ids=["before the first", "in the first", "in the second"])
 def test_a_stopped_run_of_several_ends_where_an_uninterrupted_one_does(
-    step, source_folder, target_folder, loras, tmp_path, monkeypatch
+    step, run, earlier, whole, target_folder, tmp_path, monkeypatch
 ):
-    def run(folder, **options):
-        return peft_cast.translate(
-            source_folder, loras, target_folder, text=c4_texts(30), output_dir=folder, **{**OPTIONS, **options}
-        )
-
-    run(tmp_path / "stopped", steps=2, seed=3)  # a finished run with other settings, which the new one replaces
-    whole = run(tmp_path / "whole")
+    shutil.copytree(earlier, tmp_path / "stopped")
     begun, loss = [], CastTrainer.compute_loss
 
     def stopping(self, *args, **kwargs):
@@ -108,8 +127,8 @@ def test_a_stopped_run_of_several_ends_where_an_uninterrupted_one_does(
         monkeypatch.setattr("peft_cast.fit.initial.fit_closed_form", lambda *a, **o: pytest.fail("fitted again"))
     torch.manual_seed(99)
     resumed = run(tmp_path / "stopped", resume_from_checkpoint=True)
-    for before, after, name in zip(whole, resumed, ("first", "second")):
-        files = [load_file(tmp_path / run / name / "adapter_model.safetensors") for run in ("whole", "stopped")]
+    for before, after, name in zip(whole[1], resumed, ("first", "second")):
+        files = [load_file(at / name / "adapter_model.safetensors") for at in (whole[0], tmp_path / "stopped")]
         assert files[0].keys() == files[1].keys() and all(
             torch.equal(files[0][key], files[1][key]) for key in files[0]
         )
