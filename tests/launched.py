@@ -8,6 +8,7 @@ Process r writes FOLDER/NAME.r.json and FOLDER/NAME.r.safetensors. A job may hav
 """
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -100,6 +101,7 @@ def run(folder: Path, job: dict) -> dict:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
+    gc.freeze()  # a training ends with a search for garbage, of which what is imported is none
     peft_cast.fit.moments.HELD_OUT = HELD_OUT
     warnings.simplefilter("ignore")
     for job in json.loads((folder / "jobs.json").read_text()):

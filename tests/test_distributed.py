@@ -37,7 +37,8 @@ OPTIONS = {
     "fit_samples": 21,
     "eval_samples": 5,
     "max_length": 48,
-    "report_samples": 1,
+    "report_samples": 0,
+    "report_similarity": False,
     "training_args": {"save_steps": 2},
 }
 # What `accelerate launch --use_fsdp` tells its processes.
@@ -147,7 +148,7 @@ def together(models, other, killed, tmp_path_factory):
     base = {**models, **OPTIONS}
     jobs = [
         {"name": "ZeRO-3", "environment": ZERO_3},  # before accelerate's state is made: it would take up DeepSpeed
-        {"name": "plain", "output_dir": str(folder / "plain")},
+        {"name": "plain", "output_dir": str(folder / "plain"), "report_samples": 1, "report_similarity": True},
         {"name": "spread", "environment": FSDP},
         {"name": "resumed", "output_dir": str(folder / "resumed"), "resume_from_checkpoint": True},
         {"name": "nan", "fail_at": [1, 4, "nan"]},
