@@ -8,6 +8,7 @@ every writing of tensors, stopped with half of the file on the disk. One line of
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -126,6 +127,7 @@ def make_models(folder: Path) -> dict:
         "adapter_name": "carried",
         "dtype": torch.float32,
         "progress": False,
+        "report_samples": 0,
         "training_args": {"gradient_accumulation_steps": 2, "save_steps": 3},
     }
 
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # a training ends with a search for garbage, of which what is imported is none
     draw = random.Random(options.seed)
     arguments = make_models(options.folder)
     whole = options.folder / "whole"

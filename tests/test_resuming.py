@@ -42,6 +42,7 @@ OPTIONS = {
     "max_length": 40,
     "dtype": torch.float32,
     "progress": False,
+    "report_samples": 0,
     "training_args": {"save_steps": 3},
 }
 FULL = OSError(errno.ENOSPC, "No space left on device")
