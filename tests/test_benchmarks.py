@@ -82,6 +82,7 @@ def tiny_benchmark(monkeypatch, tmp_path, source_folder, target_folder, lora_fol
     task = peft_cast.AnswerLikelihood("tiny", rows, "{question}", "{answer}")
     monkeypatch.setattr(setting, "tasks", lambda name: [task])
     monkeypatch.setitem(table.REFINEMENT, "gsm8k", {"steps": 4, "batch_size": 4, "max_length": 64})
+    monkeypatch.setitem(setting.NEW_TOKENS, "gsm8k", 12)
     monkeypatch.setattr(sys, "argv", ["table.py", "--pair", "tiny", "--seeds", "0", "1"])
     return tmp_path
 
