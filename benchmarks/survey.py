@@ -1,11 +1,13 @@
 """The three-argument call: translations for which nothing is given but the adapter, from SmolLM2 to Gemma.
 
     .venv/bin/python benchmarks/survey.py agnews gsm8k --rows survey        # some; all without arguments
+    .venv/bin/python benchmarks/survey.py gsm8k --demo                      # as small as `make demo`
 
 Rows: `survey` (nothing given), `one prompt` and `three prompts` (the first of our sixteen, as a survey's seed),
-`breadth` (a survey that asks broadly alone), and a LoRA trained on the target with the task's data. No survey knows
-the task's own template: its words are taken off the lists. Writes docs/figures/survey_<task>.json after each
-measurement, with what each survey found, and goes on where it stopped.
+`sixteen prompts`, `breadth` (a survey that asks broadly alone), and a LoRA trained on the target with the task's data.
+No survey knows the task's own template: its words are taken off the lists. Writes docs/figures/survey_<task>.json
+(with `--demo` survey_<task>_demo.json) after each measurement, run_survey_*.json with what each survey found, and goes
+on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import setting
 from table import REFINEMENT
@@ -24,6 +27,23 @@ import peft_cast
 from peft_cast.text.forms import package_forms
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How much text, of which length, is read how often."""
+
+    samples: int
+    new_tokens: int
+    refinement: dict
+    suffix: str = ""
+
+    @property
+    def written(self) -> dict:
+        return {"samples": self.samples, "max_new_tokens": self.new_tokens, "batch_size": setting.TOGETHER}
+
+
+DEMO = Scale(
+    160, 112, {"steps": 32, "batch_size": 6, "max_length": 192, "fit_samples": 30, "eval_samples": 8}, "_demo"
+)
 SOURCE, TARGET = setting.SMOLLM2, setting.GEMMA3
 NAMES = {"gsm8k": ("Question", "Answer"), "agnews": ("Article", "Topic"), "kinds": ("Definition", "Kind")}
 NAMES["definitions"] = ("Word", "Definition")
@@ -34,9 +54,11 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=["agnews", "gsm8k"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--demo", action="store_true", help="at the scale of the demo")
     args = parser.parse_args()
     for task in args.tasks:
-        adapters = {row: [made(row, task, seed) for seed in args.seeds] for row in args.rows}
+        scale = DEMO if args.demo else Scale(setting.SAMPLES[task], setting.NEW_TOKENS[task], REFINEMENT[task])
+        adapters = {row: [made(row, task, seed, scale) for seed in args.seeds] for row in args.rows}
         evaluation = peft_cast.evaluate(
             TARGET.folder(),
             {**adapters, "retrained": TARGET.adapter(task)},
@@ -44,14 +66,14 @@ def main() -> None:
             retrained="retrained",
             drift_text=setting.c4_documents()[1],
             drift_samples=setting.DRIFT_DOCUMENTS,
-            output=setting.FIGURES / f"survey_{task}.json",
+            output=setting.FIGURES / f"survey_{task}{scale.suffix}.json",
         )
         print(evaluation, flush=True)
 
 
-def made(row: str, task: str, seed: int) -> Path:
+def made(row: str, task: str, seed: int, scale: Scale) -> Path:
     """The folder of a row's adapter, made unless it is there already."""
-    folder = setting.OUTPUT / "survey" / f"{task}_{row.replace(' ', '-')}_seed{seed}"
+    folder = setting.OUTPUT / "survey" / f"{task}{scale.suffix}_{row.replace(' ', '-')}_seed{seed}"
     if (folder / "adapter_config.json").exists():
         return folder
     print(f"{task}: {row}, seed {seed}", flush=True)
@@ -59,17 +81,16 @@ def made(row: str, task: str, seed: int) -> Path:
         SOURCE.folder(),
         SOURCE.adapter(task),
         TARGET.folder(),
-        text=ROWS[row](task),
+        text=ROWS[row](task, scale),
         fit_text=setting.c4_documents()[0],
         seed=seed,
         cache_dir=setting.OUTPUT / "cache",
         output_dir=folder.with_name(folder.name + ".run"),
         resume_from_checkpoint=True,
         report_similarity=False,
-        **REFINEMENT[task],
+        **scale.refinement,
     )
     print(result, flush=True)
-    print(json.dumps(result.metrics["text"], indent=1, ensure_ascii=False), flush=True)
     result.save_pretrained(folder)
     setting.note_run(result, f"survey_{folder.name}")
     del result
@@ -77,14 +98,12 @@ def made(row: str, task: str, seed: int) -> Path:
     return folder
 
 
-def surveyed(task: str, **options) -> peft_cast.Survey:
-    return peft_cast.Survey(
-        forms=others(task),
-        samples=setting.SAMPLES[task],
-        max_new_tokens=setting.NEW_TOKENS[task],
-        batch_size=setting.TOGETHER,
-        **options,
-    )
+def surveyed(task: str, scale: Scale, **options) -> peft_cast.Survey:
+    return peft_cast.Survey(forms=others(task), **scale.written, **options)
+
+
+def sixteen(task: str, scale: Scale) -> peft_cast.SelfWritten:
+    return peft_cast.SelfWritten(prompts=setting.prompts(task), **scale.written)
 
 
 def others(task: str) -> dict:
@@ -97,15 +116,16 @@ def others(task: str) -> dict:
     return known
 
 
-def prompted(count: int) -> Callable[[str], peft_cast.Survey]:
-    return lambda task: surveyed(task, prompts=setting.prompts(task)[:count])
+def prompted(count: int) -> Callable[[str, Scale], peft_cast.Survey]:
+    return lambda task, scale: surveyed(task, scale, prompts=setting.prompts(task)[:count])
 
 
-ROWS: dict[str, Callable[[str], peft_cast.Survey]] = {
+ROWS: dict[str, Callable[[str, Scale], Any]] = {
     "survey": surveyed,
     "one prompt": prompted(1),
     "three prompts": prompted(3),
-    "breadth": lambda task: surveyed(task, breadth=1.0),
+    "sixteen prompts": sixteen,
+    "breadth": lambda task, scale: surveyed(task, scale, breadth=1.0),
 }
 
 

@@ -10,9 +10,10 @@ from conftest import make_lora, tiny_model
 from peft import PeftModel
 
 import peft_cast
+from peft_cast.source import asked_on_card
 from peft_cast.text import survey as module_of_the_survey
 from peft_cast.text.forms import Form, taken_apart
-from peft_cast.text.survey import Survey, Tried, in_turn, write_survey
+from peft_cast.text.survey import Survey, Surveyor, Tried, compared, in_turn, write_survey
 
 
 TEXTS = [f"The {n} boats came home. They had seen {n} whales and a storm near the old harbor." for n in range(40)]
@@ -160,6 +161,35 @@ def test_without_text_a_translation_surveys(source_folder, lora_folder, target_f
     forms = result.metrics["text"]["survey"]["forms"]
     assert forms and all("{text}" in one["form"] for one in forms)
     assert result.metrics["text"]["teacher"] == "source"
+
+
+WIDGET = """---
+widget:
+- text: "Verdict on: a long day"
+- messages:
+  - {role: system, content: Be brief.}
+  - {role: user, content: "Where is the harbor?"}
+- text: 7
+---
+A card.
+"""
+
+
+def test_what_the_card_shows_is_asked_first(adapted, byte_tokenizer, tmp_path):
+    assert asked_on_card(tmp_path) == ()
+    (tmp_path / "README.md").write_text(WIDGET)
+    asked = asked_on_card(tmp_path)
+    assert asked == (("Verdict on: a long day", False), ("Where is the harbor?", True))
+    spec = Survey(corpus=TEXTS, max_new_tokens=6, batch_size=8)
+    for card in (True, False):
+        at_work = Surveyor(adapted, (byte_tokenizer,) * 2, replace(spec, card=card), examples=asked)
+        tried = {one.form.fill(one.content) for one in compared(at_work, 8)}
+        assert (
+            "Verdict on: a long day" in tried
+        ) is card and "Where is the harbor?" not in tried  # it has no template
+    for broken in ("---\nwidget: [\n---\n", "---\nwidget: {text: x}\n---\n", "---\n- x\n---\n"):
+        (tmp_path / "README.md").write_text(broken)
+        assert asked_on_card(tmp_path) == ()
 
 
 def test_impossible_surveys():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..models import adapter_tokenizer, load_tokenizer, moved, untouched
 from ..options import Options, Pairing, Run, takes
-from ..source import adapted_source, check_source, load_source, named_source
+from ..source import adapted_source, asked_on_card, check_source, load_source, named_source
 from ..text import Survey, Surveyor, Tried, compared, exciting, ranked, read_corpus
 from ..tuner.checks import number_of
 from ..utils import distributed, without_secrets
@@ -125,7 +125,8 @@ def probe(
         adapted_source, adapter=adapter, revision=pairing.adapter_revision, source_rank=pairing.source_rank
     )
     with untouched(adapter if isinstance(adapter, PeftModel) else model), moved(model, device), adapt(model) as given:
-        at_work = Surveyor(given.model, (tokenizer, tokenizer), spec, seed)
+        asked = asked_on_card(adapter, pairing.adapter_revision) if isinstance(adapter, (str, Path)) else ()
+        at_work = Surveyor(given.model, (tokenizer, tokenizer), spec, seed, examples=asked)
         bar = partial(tqdm, disable=not chosen.run.progress, desc="asking")
         tried = compared(at_work, FORMS, bar)
         kinds = _kinds(at_work, tried)

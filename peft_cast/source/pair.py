@@ -38,6 +38,7 @@ from ..models import (
 )
 from ..options import Pairing
 from ..utils import distributed, read_adapter_config
+from .card import asked_on_card
 from .kernels import LoraKernel, SourceAdapter
 from .loading import adapted_source, base_of, check_adapter, check_on, load_source
 from .planned import planned_source
@@ -56,6 +57,7 @@ class Pair:
         vocabulary: Tokens that both tokenizers have.
         device: Where training happens.
         source_revision (`str`, *optional*): Hub revision of the source, given or named by the adapter.
+        asked: What the adapter's card shows it being asked, see `asked_on_card`.
     """
 
     source: PreTrainedModel
@@ -66,6 +68,7 @@ class Pair:
     vocabulary: SharedVocabulary
     device: torch.device
     source_revision: str | None = None
+    asked: tuple[tuple[str, bool], ...] = ()
 
     @property
     def given(self) -> SourceAdapter:
@@ -246,7 +249,8 @@ def open_pair(
         stack.enter_context(moved(target, device))
         modules = map_kernels(on_source.kernels if on_source else linear_layers(source), source, target, chosen)
         vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
-        yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision)
+        asked = asked_on_card(adapter, chosen.adapter_revision) if isinstance(adapter, (str, Path)) else ()
+        yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision, asked)
 
 
 def _open_tokenizers(

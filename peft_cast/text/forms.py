@@ -73,10 +73,16 @@ class Contents:
         draw: Shuffles it.
         texts: Of a corpus.
         questions: What is asked as questions.
+        given: What examples of the user's, or of the adapter's card, are about.
     """
 
     def __init__(
-        self, known: Mapping[str, Any], draw: random.Random, texts: Sequence[str], questions: Sequence[str]
+        self,
+        known: Mapping[str, Any],
+        draw: random.Random,
+        texts: Sequence[str],
+        questions: Sequence[str],
+        given: Sequence[str] = (),
     ) -> None:
         texts = [" ".join(text.split()) for text in texts]
         sentences = [one for text in texts for one in re.split(r"(?<=[.!?])\s", text)]
@@ -87,6 +93,7 @@ class Contents:
             "paragraph": [text[:PARAGRAPH] for text in texts],
             "question": list(questions),
             "code": list(known["code"]),
+            "given": list(given),
         }
         for some in everything.values():
             draw.shuffle(some)

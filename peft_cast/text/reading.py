@@ -93,6 +93,7 @@ def read_texts(
                 target=translated or pair.target,
                 progress=partial(bar, desc="asking"),
                 keep=keep,
+                examples=pair.asked,
             )
             surveys.append(found)
             return found.samples

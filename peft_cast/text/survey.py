@@ -48,6 +48,7 @@ class Survey:
             the survey then starts from them. From four on `SelfWritten(prompts=...)` needs no survey.
         forms (`Mapping`, *optional*): Words, templates and contents to ask with instead of the package's
             (`peft_cast/text/forms.json`), with the same keys.
+        card (`bool`): Whether the examples on the adapter's card (`widget`) are asked too.
         breadth (`float`): Share of the texts that is asked in forms of all kinds.
         corpus: Where contents come from, anything `translate(text=...)` takes as a corpus; `fit_text` by default.
         samples (`int`, *optional*): How many texts to write; as many as the refinement reads, if not given.
@@ -59,6 +60,7 @@ class Survey:
 
     prompts: tuple[str, ...] | None = None
     forms: Mapping[str, Any] | None = None
+    card: bool = True
     breadth: float = 0.25
     corpus: Any = None
     samples: int | None = None
@@ -114,9 +116,9 @@ class Surveyed:
     Args:
         samples (`list[TextSample]`): The texts.
         focus (`frozenset[str]`): The target's prompts of those that are of the kinds in which the adapter acts.
-        found (`dict`): JSON-ready: the `words` that recur as answers, if it is a classifier; the `forms` that were
-            asked for good, with how much the adapter `acts` there, how many `prompts` that is known from, and an
-            `example`.
+        found (`dict`): JSON-ready: how many `examples` of its card were asked; the `words` that recur as answers, if
+            it is a classifier; the `forms` that were asked for good, with how much the adapter `acts` there, how many
+            `prompts` that is known from, and an `example`.
     """
 
     samples: list[TextSample]
@@ -135,6 +137,7 @@ class Surveyor:
         target: The model that writes further contents, without its adapter if it has one; the plain source when not
             given.
         keep: As in `write_texts`.
+        examples: What the adapter's card shows it being asked, see `asked_on_card`.
     """
 
     def __init__(
@@ -145,11 +148,18 @@ class Surveyor:
         seed: int = 0,
         target: PreTrainedModel | PeftModel | None = None,
         keep: Keep = lambda key, write: write(),
+        examples: Sequence[tuple[str, bool]] = (),
     ) -> None:
         self.model, self.tokenizers, self.spec, self.seed, self.keep = model, tokenizers, spec, seed, keep
         self.target = target
         self.known = spec.forms or package_forms()
         self.draw = random.Random(seed)
+        chat = bool(tokenizers[0].chat_template)
+        self.examples = [
+            (Form("{text}", "given", chat=True), text) if is_chat else taken_apart(text)
+            for text, is_chat in (examples if spec.card else ())
+            if chat or not is_chat
+        ]
         self.short = replace(spec.writing, max_new_tokens=SHORT, temperature=0.0)
 
     @cached_property
@@ -157,7 +167,8 @@ class Surveyor:
         """What there is to ask about."""
         everyday = self.known["everyday"]
         questions = [*everyday, *self.write(everyday, QUESTIONS)]
-        return Contents(self.known, self.draw, read_corpus(self.spec.corpus, DOCUMENTS), questions)
+        given = [content for _, content in self.examples]
+        return Contents(self.known, self.draw, read_corpus(self.spec.corpus, DOCUMENTS), questions, given)
 
     def write(self, prompts: Sequence[str], count: int) -> list[str]:
         """Further prompts in the manner of the given ones, by the model that writes them."""
@@ -218,6 +229,7 @@ def write_survey(
     target: PreTrainedModel | PeftModel | None = None,
     progress: Callable[[Iterable], Iterable] | None = None,
     keep: Keep = lambda key, write: write(),
+    examples: Sequence[tuple[str, bool]] = (),
 ) -> Surveyed:
     """Find out what an adapter answers, and let it answer that.
 
@@ -227,12 +239,13 @@ def write_survey(
         spec (`Survey`): What to do.
         limit (`int`): How many texts, unless `spec.samples` is less.
         seed, target, progress, keep: As in `write_texts`.
+        examples: As in `Surveyor`.
 
     Raises:
         ValueError: If the model writes nothing but empty texts.
     """
     count = min(limit, spec.samples or limit)
-    at_work = Surveyor(model, (source_tokenizer, target_tokenizer), spec, seed, target, keep)
+    at_work = Surveyor(model, (source_tokenizer, target_tokenizer), spec, seed, target, keep, examples)
     # 1. Ask broadly, and more and more in the forms in which the adapter acts most.
     tried = compared(at_work, min(FORMS, max(8, count // 4)), progress)
     best = list(ranked(tried)) if spec.prompts else the_best(tried)
@@ -252,7 +265,8 @@ def write_survey(
     if others:
         kept += at_work.answers([(one.form, one.content) for one in others], spec.writing)
     at_work.draw.shuffle(kept)
-    return Surveyed(kept, focused, {"words": words, "forms": [described(form, tried) for form in best]})
+    known = {"examples": len(at_work.examples), "words": words}
+    return Surveyed(kept, focused, {**known, "forms": [described(form, tried) for form in best]})
 
 
 def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Iterable] | None = None) -> list[Tried]:
@@ -271,6 +285,7 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
     for left, each in progress(rounds) if progress else rounds:
         some = list(ranked(tried))[:left] if tried else there
         asked = [(form, at_work.contents.next(form.content)) for form in some for _ in range(each)]
+        asked += [] if tried else at_work.examples
         asked = [one for one in dict.fromkeys(asked) if one not in {(t.form, t.content) for t in tried}]
         tried += at_work.ask(asked)
     return tried
