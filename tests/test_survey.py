@@ -1,5 +1,6 @@
 """Text for an adapter of which nothing is known."""
 
+import copy
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -199,6 +200,21 @@ def test_impossible_surveys():
         Survey(breadth=1.5)
     with pytest.raises(ValueError, match="`forms` lacks after"):
         Survey(forms={"before": {}, "questions": [], "everyday": [], "code": [], "other languages": []})
+
+
+@pytest.mark.parametrize("target_has_template", [False, True])
+def test_a_chat_is_asked_in_the_templates_of_both(adapted, byte_tokenizer, piece_tokenizer, target_has_template):
+    template = "{% for m in messages %}[%s] {{ m['content'] }} {% endfor %}"
+    source, target = copy.deepcopy(byte_tokenizer), copy.deepcopy(piece_tokenizer)
+    source.chat_template = template.replace("%s", "source")
+    target.chat_template = template.replace("%s", "target") if target_has_template else None
+    at_work = Surveyor(adapted, (source, target), Survey(corpus=TEXTS))
+    chat, plain = at_work.prompts(
+        [(Form("{text}", "question", chat=True), "Why?"), (Form("So: {text}", "word"), "no")]
+    )
+    assert chat.rendered and chat.source_prompt == "[source] Why? "
+    assert chat.target_prompt == ("[target] Why? " if target_has_template else chat.source_prompt)
+    assert not plain.rendered and plain.source_prompt == plain.target_prompt == "So: no"
 
 
 def test_a_probe_shows_what_an_adapter_says_beside_the_plain_model(adapted, byte_tokenizer):

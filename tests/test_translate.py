@@ -401,28 +401,11 @@ def test_bad_arguments_are_one_clear_error(options, message, source_folder, lora
     refused(message, source_folder, lora_folder, target_folder, **options)
 
 
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}User: {{ m['content'] }}\nBot:{% endfor %}"])
-def test_without_text_a_chat_model_answers_snippets_of_c4(
-    template, source_folder, lora_folder, target_folder, monkeypatch
-):
-    c4 = peft_cast.text.Corpus(TEXTS)
-    for module in ("text.corpus", "text.mixture", "text.reading"):
-        monkeypatch.setattr(f"peft_cast.{module}.C4", c4)
-    with open_pair(source_folder, lora_folder, target_folder) as pair:
-        pair.tokenizers[0].chat_template = template
-        texts = read_texts(pair, None, Fit(fit_samples=8), Training(steps=1, batch_size=4, eval_samples=2))
-        read = [pair.tokenizers[0].decode(text.source_ids) for text in texts.train]
-    assert len(texts.fit) == 8
-    if template is None:
-        assert not texts.anchors and all(TEXTS[2 + i][:50] in text for i, text in enumerate(read))
-    else:
-        assert texts.anchors and all("User: " in text and "\nBot:" in text for text in read)
-
-
-def test_no_text_and_no_network_says_what_to_pass(source_folder, lora_folder, target_folder):
+def test_text_on_the_hub_and_no_network_says_what_to_pass(source_folder, lora_folder, target_folder):
+    written = {"text": peft_cast.SelfWritten(prompts=("Who?",)), "fit_text": "user/corpus"}
     with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
-        for text in (None, peft_cast.SelfWritten(prompts=("Who?",)), "user/corpus"):
-            refused("pass text that is at hand", source_folder, lora_folder, target_folder, OSError, text=text)
+        for texts in ({"text": "user/corpus"}, {"text": None, "fit_text": "user/corpus"}, written):
+            refused("pass text that is at hand", source_folder, lora_folder, target_folder, OSError, **texts)
     assert loads.call_count == 0
 
 
