@@ -35,14 +35,16 @@ class Scale:
     new_tokens: int
     refinement: dict
     suffix: str = ""
+    together: int = setting.TOGETHER
+    more_prompts: int | None = None
 
     @property
     def written(self) -> dict:
-        return {"samples": self.samples, "max_new_tokens": self.new_tokens, "batch_size": setting.TOGETHER}
+        return {"samples": self.samples, "max_new_tokens": self.new_tokens, "batch_size": self.together}
 
 
 DEMO = Scale(
-    160, 112, {"steps": 32, "batch_size": 6, "max_length": 192, "fit_samples": 30, "eval_samples": 8}, "_demo"
+    160, 112, {"steps": 32, "batch_size": 6, "max_length": 192, "fit_samples": 30, "eval_samples": 8}, "_demo", 80, 48
 )
 SOURCE, TARGET = setting.SMOLLM2, setting.GEMMA3
 NAMES = {"gsm8k": ("Question", "Answer"), "agnews": ("Article", "Topic"), "kinds": ("Definition", "Kind")}
@@ -103,7 +105,7 @@ def surveyed(task: str, scale: Scale, **options) -> peft_cast.Survey:
 
 
 def sixteen(task: str, scale: Scale) -> peft_cast.SelfWritten:
-    return peft_cast.SelfWritten(prompts=setting.prompts(task), **scale.written)
+    return peft_cast.SelfWritten(prompts=setting.prompts(task), more_prompts=scale.more_prompts, **scale.written)
 
 
 def others(task: str) -> dict:
