@@ -204,7 +204,7 @@ def plan(
         pairing = replace(pairing, source_revision=pairing.source_revision or revision)
     source_model = _model(_config(source, "source", pairing.source_revision), "source", dtype)
     target_model = _model(_config(target, "target", pairing.target_revision), "target", dtype)
-    check_maps(bridge, start, source_model, adapter, target_model, pairing)
+    check_maps(bridge, start, source_model, adapter, target_model, replace(given, pairing=pairing))
     length = min(tokens or max_length, max_length)
     weights = {"source": _weights(source_model, weight_bits), "target": _weights(target_model, weight_bits)}
     here = sum(weights.values())
