@@ -365,7 +365,7 @@ def fit_bridge(
     source, target = as_path(source), as_path(target)
     if pairing.depth_map == "similarity":
         raise ValueError("A bridge needs its depth map beforehand: pass 'proportional' or a mapping of layer numbers.")
-    check_pair(source, [], target, pairing)
+    check_pair(source, [], target, pairing, max_length=training.max_length)
     distributed.init(pairing.device)
     corpus = read_corpus(text, samples or fit.fit_samples)  # before models are loaded: it may be out of reach
     if len(corpus) < 2:
