@@ -32,7 +32,7 @@ def _depth_map(value: Any) -> str | None:
 
 
 def _dtype(value: Any) -> str | None:
-    fits = isinstance(value, torch.dtype) and value.is_floating_point
+    fits = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1  # float8 stores
     return None if fits else "be torch.float32, torch.bfloat16 or torch.float16"
 
 

@@ -217,16 +217,26 @@ def test_what_does_not_fit_a_bridge_is_refused_before_a_model_is_loaded(same, tm
     own = make_lora(copy.deepcopy(model), tmp_path / "own", modules_to_save=["norm"])
     file = tmp_path / "own" / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.model.norm.weight": torch.full((32,), torch.nan)}, file)
+    dora = get_peft_model(copy.deepcopy(model), LoraConfig(use_dora=True, target_modules=["q_proj"]))
+    dora.active_peft_config.base_model_name_or_path = "org/chat"
+    dora.save_pretrained(tmp_path / "dora")
     with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
         for given, source, message in (
             (lora, None, "does not fit the bridge's source model"),
             (lora, folder, "does not fit the source model"),
             (lora, other, "The bridge was made for another source, .* whose `hidden_size` is 32 and not 64"),
             (own, None, "holds NaN or infinite numbers"),
+            (tmp_path / "dora", None, "was made for 'org/chat', and the bridge leads from .*: if that is no copy"),
         ):
             with pytest.raises(ValueError, match=message):
                 bridge.cast(given, source=source)
     assert loads.call_count == 0
+    (tmp_path / "twin").symlink_to(folder)  # a link is the same model
+    save_model(model, byte_tokenizer, tmp_path / "newer")
+    with pytest.warns(UserWarning, match="The bridge was fitted for .* the target model is called '.*newer'") as told:
+        for target in (folder, str(tmp_path / "twin"), str(tmp_path / "newer")):
+            bridge.target.check(target, "target")
+    assert len(told) == 1
     with pytest.raises(ValueError, match="the same object: load the model twice"):
         bridge.cast(make_lora(model, tmp_path / "again"), model, source=model)
 
@@ -287,6 +297,9 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
         ({"bridge": {}}, "`bridge` must be a `Bridge`"),
         ({"bridge": "./no/where"}, "there is no folder './no/where'"),
         ({}, "made for another target, .* whose `model_type` is 'llama' and not 'gemma3_text'"),
+        ({"depth_map": {0: 0}}, "A bridge brings its depth map, .*: leave `depth_map` out"),
+        ({"module_map": {"q": "q"}}, "leave `module_map` out"),
+        ({"ridge": 0.1}, "leave `ridge` out"),
         ({"adapter_name": ""}, "cannot be called ''"),
         ({"adapter_name": "a.b"}, "cannot be called 'a.b'"),
         ({"source_tokenizer": 5}, "`source_tokenizer` must be"),

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 import peft_cast
 from peft_cast.cli.inspect import describe, inspect
-from peft_cast.models import continuations, load_model
+from peft_cast.models import check_positions, continuations, load_model
 from peft_cast.source.files import check_is_read
 from peft_cast.source.pair import open_pair
 
@@ -739,6 +739,11 @@ def pickled(folder):
     (folder / "pytorch_model.bin").write_bytes(b"version https://git-lfs")
 
 
+def emptied_index(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+
+
 def without_vocabulary(folder):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
@@ -760,6 +765,9 @@ def more_tokens(folder):
         (written("config.json", "{"), ["could not be loaded", "not a valid JSON", "Correct it"]),
         (written("config.json", '{"model_type": "new"}'), ["does not know its `model_type`, 'new': update"]),
         (written("config.json", "{}"), ["its config.json has no `model_type`, so it is no model's: get it again"]),
+        (written("config.json", "[]"), ["its config.json is no model's: get it again"]),
+        (written("generation_config.json", "[1]"), ["its generation_config.json holds no object, get it again"]),
+        (emptied_index, ["its model.safetensors.index.json is broken, get it again"]),
         (settings(vocab_size="many"), ["could not be loaded", "field 'vocab_size'"]),
         (lambda folder: (folder / "model.safetensors").unlink(), ["no weights", "get the whole model"]),
         (in_shards, ["'two.safetensors'", "is missing"]),
@@ -786,6 +794,24 @@ def test_what_is_wrong_with_a_models_folder_is_told_before_a_model_is_loaded(
         refused(lambda: peft_cast.evaluate(target, {}, []), *words)
         refused(lambda: peft_cast.fit_bridge(source_folder, target, text=TEXTS), *words)
     assert loads.call_count == 0
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "opt"])
+def test_texts_longer_than_learned_positions_are_told_before_a_model_is_loaded(
+    architecture, source_folder, lora_folder, byte_tokenizer, tmp_path
+):
+    model = tiny_model(architecture, len(byte_tokenizer), max_position_embeddings=32)
+    short = save_model(model, byte_tokenizer, tmp_path / "short")
+    lora = make_lora(copy.deepcopy(model), tmp_path / "lora", target_modules="all-linear")
+    why = "has 32 positions, and `max_length` is 48: pass `max_length=32`"
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        for work in (peft_cast.translate, peft_cast.plan):
+            refused(lambda: work(short, lora, source_folder, max_length=48), "The source model", why)
+            refused(lambda: work(source_folder, lora_folder, short, max_length=48), "The target model", why)
+        refused(lambda: peft_cast.fit_bridge(source_folder, short, max_length=48), "The target model", why)
+    assert loads.call_count == 0
+    check_positions(model, "target", 32)
+    check_positions(tiny_model("llama", max_position_embeddings=32), "target", 48)  # rotary ones go on
 
 
 @pytest.mark.parametrize("which", ["source", "target"])

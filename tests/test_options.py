@@ -95,6 +95,7 @@ def test_options_come_in_groups_or_by_name_and_names_go_before():
         (Training, {"training_args": {"warmup": 1}}, "TrainingArguments has no 'warmup'"),
         (Pairing, {"depth_map": "nearest"}, "`depth_map` must be 'proportional', 'similarity' or a mapping"),
         (Pairing, {"dtype": torch.int8}, "`dtype` must be torch.float32"),
+        (Pairing, {"dtype": torch.float8_e4m3fn}, "`dtype` must be torch.float32"),
         (Pairing, {"source_rank": 1.5}, "`source_rank` must be a whole number from 1 or a share"),
         (Pairing, {"module_map": "up"}, "`module_map` must be a mapping"),
         (Projections, {"projection_type": "round"}, "`projection_type` must be"),

@@ -119,9 +119,7 @@ def test_what_cannot_be_gone_on_from_is_one_clear_error(models, first, tmp_path,
             peft_cast.translate(source, adapter, target, **{**OPTIONS, "steps": 1, **options})
 
     other = make_lora(AutoModelForCausalLM.from_pretrained(source), tmp_path / "other", seed=9)
-    refused("carries another LoRA", adapter=other, start=folder)
     refused("is no CAST adapter", start=make_lora(AutoModelForCausalLM.from_pretrained(target), tmp_path / "plain"))
-    refused("pass the depth and module map", start=folder, depth_map={0: 1, 1: 0, 2: 1})
     refused("goes with no `bridge`", start=folder, beta=0.1)
     refused("for one adapter at a time", adapter=[lora, other], start=folder)
     refused("pass its adapter as `start`", text=SelfWritten(prompts=PROMPTS, on_policy=True))
@@ -136,6 +134,11 @@ def test_what_cannot_be_gone_on_from_is_one_clear_error(models, first, tmp_path,
         )
         refused("The adapter to start from '.*wide' does not fit the target model", start=tmp_path / "wide")
         refused("is no CAST adapter", start=tmp_path / "plain")
+        refused("carries another LoRA", adapter=other, start=folder)
+        refused("pass the depth and module map", start=folder, depth_map={0: 1, 1: 0, 2: 1})
+        refused("brings its projections, of size 4: leave `projection_size` out", start=folder, projection_size=2)
+        for name in ("gain", "ridge"):
+            refused(f"brings its projections and their strength: leave `{name}` out", start=folder, **{name: 2.0})
     mlp = peft_cast.translate(*models, **OPTIONS, steps=0, projection_type="mlp")
     mlp.save_pretrained(tmp_path / "mlp")
     refused("nonlinear projections or a bias", start=tmp_path / "mlp")

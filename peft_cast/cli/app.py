@@ -295,7 +295,8 @@ def cast_command(
     check_place(output, bridge, adapter)
     over = Bridge.from_pretrained(bridge)
     models = f"{over.source.name} {adapter} {over.target.name}"
-    check_is_read(adapter, remedy=f"use `peft-cast translate {models} --bridge {bridge} --steps 0 -o {output}`")
+    remedy = f"use `peft-cast translate {models} --bridge {bridge} --steps 0 -o {output}`"
+    check_is_read(adapter, remedy=remedy, source=over.source.name)
     held = over.cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
     account = {"output": str(output), "not_carried": held.not_carried, "holdings": held.as_dict()}
     print_result(account, "\n".join([*held.lines(), f"CAST adapter saved in {output}"]), as_json, quiet)

@@ -136,7 +136,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         check_adapter_name(adapter_name)
         check_adapter(adapter, chosen.adapter_revision)
         if source is None and not isinstance(adapter, PeftModel):
-            check_is_read(adapter, chosen.adapter_revision, "pass `source`")
+            check_is_read(adapter, chosen.adapter_revision, "pass `source`", self.source.name)
         revision = hub_revision(target or self.target.name, self.target.revision)
         if target is not None:
             check_model(target, "target", revision)
@@ -184,7 +184,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         chosen, adapter = Options.of(options, Bridge.cast_file, pairing=pairing).pairing, as_path(adapter)
         check_option("gain", gain, Fit)
         check_place(folder, adapter)
-        check_is_read(adapter, chosen.adapter_revision)
+        check_is_read(adapter, chosen.adapter_revision, source=self.source.name)
         check_adapter(adapter, chosen.adapter_revision)
         on, load = self.source.skeleton(), self.target.skeleton
         model, held, metrics = self._cast(adapter, on, load, gain, "default", chosen)
@@ -365,7 +365,7 @@ def fit_bridge(
     source, target = as_path(source), as_path(target)
     if pairing.depth_map == "similarity":
         raise ValueError("A bridge needs its depth map beforehand: pass 'proportional' or a mapping of layer numbers.")
-    check_pair(source, [], target, pairing)
+    check_pair(source, [], target, pairing, max_length=training.max_length)
     distributed.init(pairing.device)
     corpus = read_corpus(text, samples or fit.fit_samples)  # before models are loaded: it may be out of reach
     if len(corpus) < 2:

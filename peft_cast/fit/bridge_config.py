@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..tuner.checks import check_fields, is_name, read_json, shown
 from ..utils import (
     WITH_REMEDY,
     check_model_config,
+    differ,
     files_of,
     hub_parts,
     one_line,
@@ -70,7 +72,8 @@ class Side:
     def check(self, model: str | Path | PreTrainedModel, which: str, revision: str | None = None) -> None:
         """
         Raises:
-            ValueError: If a model, which need not be loaded, is not of the sizes of this one.
+            ValueError: If a model, which need not be loaded, is not of the sizes of this one. Of one that is, and is
+                called otherwise, a warning tells: base, instruction-tuned and newer models have equal shapes.
             OSError: If its configuration cannot be read.
         """
         config = model.config if isinstance(model, PreTrainedModel) else read_model_config(model, which, revision)
@@ -81,6 +84,14 @@ class Side:
                     f"The bridge was made for another {which}, '{self.name}', whose `{size}` is {own.get(size)!r} and "
                     f"not {theirs.get(size)!r}: pass that as `{which}`, or fit a bridge for this one."
                 )
+        called = model.name_or_path if isinstance(model, PreTrainedModel) else model
+        if differ(self.name, called):
+            warnings.warn(
+                without_secrets(
+                    f"The bridge was fitted for '{self.name}' as its {which}, and the {which} model is called "
+                    f"'{called}': if that is no copy of it under another name, fit a bridge for this one."
+                )
+            )
 
 
 @dataclass

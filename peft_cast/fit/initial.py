@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -49,16 +49,27 @@ def check_bridge(bridge: Any, source: Any, adapter: Any, target: Any, pairing: P
     sides[1].check(target, "target", pairing.target_revision)
 
 
-def check_maps(bridge: Any, start: Any, source: Any, adapter: Any, target: Any, pairing: Pairing) -> None:
+def check_maps(bridge: Any, start: Any, source: Any, adapter: Any, target: Any, options: Options) -> None:
     """Refuse, before models are loaded, first maps that are not the closed form's and cannot be used.
 
     Raises:
-        ValueError, OSError: As `check_bridge` and `check_start`, for what is given of the two.
+        ValueError, OSError: As `check_bridge` and `check_start`, for what is given of the two; if an option goes
+            against it.
     """
+    pairing, fit = options.pairing, options.fit
     if bridge is not None:
+        given = {"depth_map": pairing.depth_map != Pairing.depth_map, "module_map": pairing.module_map is not None}
+        _leave_out("A bridge brings its depth map, module map and ridge", given | {"ridge": fit.ridge is not None})
         check_bridge(bridge, source, adapter, target, pairing)
     if start is not None:
-        check_start(start, target, pairing.target_revision)
+        given = {"gain": fit.gain is not None, "ridge": fit.ridge is not None}
+        _leave_out("`start` brings its projections and their strength", given)
+        check_start(start, source, adapter, target, options)
+
+
+def _leave_out(brought: str, given: Mapping[str, bool]) -> None:
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ValueError(f"{brought}: leave `{name}` out.")
 
 
 def initial_maps(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..align import ModuleMap, split_place
-from ..source import LoraKernel, check_on_target
+from ..models import skeleton_of
+from ..options import Options, Pairing
+from ..source import LoraKernel, check_on_target, map_kernels, named_source, planned_source, with_adapter
 from ..tuner import CastConfig
 from ..utils import read_adapter_config, without_secrets
 from .maps import ClosedForm, KernelFit
@@ -21,11 +24,16 @@ from .maps import ClosedForm, KernelFit
 _NOT_FOLDABLE = "has nonlinear projections or a bias, from which no other can go on"
 
 
-def check_start(start: Any, target: str | Path | PreTrainedModel, target_revision: str | None = None) -> None:
-    """Refuse, before the target is loaded, what no translation can go on from.
+def check_start(start: Any, source: Any, adapter: Any, target: str | Path | PreTrainedModel, options: Options) -> None:
+    """Refuse, before models are loaded, what no translation can go on from.
+
+    Args:
+        start: Folder or hub id of a CAST adapter.
+        source, adapter, target, options: As in `translate`; models may be skeletons.
 
     Raises:
-        ValueError, OSError: As `projections_of`, and if it does not fit the target.
+        ValueError, OSError: As `projections_of`; if it does not fit the target, or has larger projections than
+            `projection_size` has room for.
     """
     if not isinstance(start, (str, Path)):
         raise ValueError(
@@ -38,8 +46,36 @@ def check_start(start: Any, target: str | Path | PreTrainedModel, target_revisio
         raise ValueError(f"`start`, '{name}', is no CAST adapter: pass one that `translate` has made.")
     if config.projection_type == "mlp" or config.projection_bias:
         raise ValueError(f"`start`, '{name}', {_NOT_FOLDABLE}.")
+    held = min(config.projection_size or config.r, config.r)
+    if (options.projections.projection_size or held) < held:
+        raise ValueError(f"`start` brings its projections, of size {held}: leave `projection_size` out.")
     with _said_of_start():
-        check_on_target(target, start, target_revision=target_revision)
+        check_on_target(target, start, target_revision=options.pairing.target_revision)
+    if isinstance(adapter, (str, Path)) and options.pairing.depth_map != "similarity":  # which is found out later
+        _check_carried(start, source, adapter, target, options.pairing)
+
+
+def _check_carried(start: str | Path, source: Any, adapter: str | Path, target: Any, pairing: Pairing) -> None:
+    """Refuse, by the files of both, an adapter that is not the one that `start` carries, where it can be read so."""
+    source, pairing = named_source(source, adapter, pairing)
+    here = _skeleton(source, "source", pairing.source_revision)
+    there = _skeleton(target, "target", pairing.target_revision)
+    if here is None or there is None:
+        return
+    with warnings.catch_warnings(), suppress(NotImplementedError):  # SHiRA looks at weights: loading it tells more
+        warnings.simplefilter("ignore")  # both are loaded once more
+        read_here = planned_source(here, adapter, pairing.adapter_revision, pairing.source_rank)
+        with read_here as (read, _, estimated), with_adapter(there, start) as translated:
+            if estimated is None:
+                modules = map_kernels(read.kernels, here, there, pairing)
+                projections_of(translated, read.kernels, modules, without_secrets(start))
+
+
+def _skeleton(model: Any, which: str, revision: str | None) -> PreTrainedModel | None:
+    """A model without weights; `None` if it is loaded, or only loading it tells what it is."""
+    if isinstance(model, PreTrainedModel):
+        return model if model.device.type == "meta" else None
+    return skeleton_of(model, which, revision)
 
 
 @contextmanager

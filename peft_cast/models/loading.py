@@ -239,6 +239,9 @@ def _check_files(folder: Path, named: str) -> None:
     Raises:
         OSError: If weights of a model are not in its folder, or cut off.
     """
+    generation = folder / "generation_config.json"
+    if not isinstance(read_json_if_there(generation), (dict, type(None))):  # without one it is loaded
+        raise OSError(f"{named} could not be loaded: its {generation.name} holds no object, get it again.")
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)  # as transformers looks
     first = next((name for name in names if (folder / name).is_file()), None)
     if first is None:
@@ -246,7 +249,7 @@ def _check_files(folder: Path, named: str) -> None:
     shards = {first}
     if first.endswith(".json"):
         index = read_json_if_there(folder / first)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
             raise OSError(f"{named} could not be loaded: its {first} is broken, get it again.")
         shards = set(map(str, index["weight_map"].values()))
     for shard in sorted(shards):

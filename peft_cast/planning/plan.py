@@ -26,7 +26,7 @@ from ..fit import (
     moments_size,
     texts_per_pass,
 )
-from ..models import default_dtype, read_model_config, sharding, skeleton
+from ..models import check_positions, default_dtype, read_model_config, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
 from ..source import base_of, list_not_carried, map_kernels, planned_source
 from ..text import ANCHOR_EVERY, anchor_length
@@ -204,7 +204,9 @@ def plan(
         pairing = replace(pairing, source_revision=pairing.source_revision or revision)
     source_model = _model(_config(source, "source", pairing.source_revision), "source", dtype)
     target_model = _model(_config(target, "target", pairing.target_revision), "target", dtype)
-    check_maps(bridge, start, source_model, adapter, target_model, pairing)
+    for which, model in (("source", source_model), ("target", target_model)):
+        check_positions(model, which, max_length)
+    check_maps(bridge, start, source_model, adapter, target_model, replace(given, pairing=pairing))
     length = min(tokens or max_length, max_length)
     weights = {"source": _weights(source_model, weight_bits), "target": _weights(target_model, weight_bits)}
     here = sum(weights.values())

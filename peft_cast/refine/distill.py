@@ -66,7 +66,7 @@ def distill_lora(
     if given.run.output_dir is not None:
         distributed.on_main_process(partial(check_place, given.run.output_dir, source, adapter, target, kind="LORA"))
     check_texts([text], given.fit.fit_text)
-    check_pair(source, [adapter], target, given.pairing)
+    check_pair(source, [adapter], target, given.pairing, max_length=given.training.max_length)
     check_all_reached([text], given.fit.fit_text)
     training, progress, phases = given.training, given.run.progress, Phases()
     with ExitStack() as stack:

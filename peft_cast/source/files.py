@@ -15,7 +15,15 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..align import sees_or_hears, split_name
 from ..tuner import CastConfig
 from ..tuner.checks import TensorInfo, is_name, read_json, shown
-from ..utils import files_of, find_file, read_adapter_config, read_weights_header, why_no_weights, without_secrets
+from ..utils import (
+    differ,
+    files_of,
+    find_file,
+    read_adapter_config,
+    read_weights_header,
+    why_no_weights,
+    without_secrets,
+)
 from .holdings import Fate, Holdings, kernel_parts, left_parts, options_of
 from .idle import idle_file
 from .kinds import (
@@ -168,11 +176,13 @@ def check_is_read(
     adapter: str | Path,
     revision: str | None = None,
     remedy: str = "use `Bridge.cast` with `source`, or `translate` with `bridge` and `steps=0`",
+    source: str | None = None,
 ) -> None:
     """
     Args:
         adapter, revision: Folder or hub id, and hub revision.
         remedy: What to do with an adapter whose kernels cannot be read.
+        source (`str`, *optional*): What the bridge's source is called, if it is for one.
 
     Raises:
         ValueError: If the kernels of an adapter must be measured on the source model, which is not loaded.
@@ -182,6 +192,11 @@ def check_is_read(
     if not held.read and held.refused is None:
         if (why := of_another_file(config, read_weights_header(adapter, revision))) is not None:
             raise ValueError(f"{named} {why}.")
+        if differ(base := config.base_model_name_or_path, source):
+            raise ValueError(
+                f"{named} was made for '{without_secrets(base)}', and the bridge leads from '{source}': if that is no "
+                f"copy of it under another name, fit a bridge from the adapter's own model, else {remedy}."
+            )
         raise ValueError(
             f"{named} ({held.kind}) is no plain LoRA, so its effect must be measured on the "
             f"source model's weights, which are not loaded from file to file: {remedy}."

@@ -27,6 +27,7 @@ from ..align import (
 from ..models import (
     adapter_tokenizer,
     check_model,
+    check_positions,
     default_dtype,
     fingerprint,
     load_model,
@@ -126,7 +127,12 @@ def named_source(source: Any, adapter: Any, pairing: Pairing) -> tuple[Any, Pair
 
 
 def check_pair(
-    source: Any, adapters: Sequence[Any], target: Any, pairing: Pairing, then: Callable[..., Any] = map_kernels
+    source: Any,
+    adapters: Sequence[Any],
+    target: Any,
+    pairing: Pairing,
+    then: Callable[..., Any] = map_kernels,
+    max_length: int | None = None,
 ) -> None:
     """What the files of the models and adapters tell before one of them is loaded.
 
@@ -134,6 +140,7 @@ def check_pair(
         source, adapters, target, pairing: As in `open_pair`, with any number of adapters.
         then: Refuses what cannot be done with an adapter, as `map_kernels`, whose arguments it is given; models that
             are not loaded yet are skeletons.
+        max_length (`int`, *optional*): Most tokens of a text, where texts are read.
 
     Raises:
         ValueError, OSError: As `open_pair`.
@@ -148,8 +155,15 @@ def check_pair(
     for adapter in adapters:
         if not isinstance(adapter, torch.nn.Module):
             check_adapter(adapter, pairing.adapter_revision)
+
+    def check(places: list[str], here: PreTrainedModel) -> None:
+        check_positions(here, "source", max_length)
+        if there is not None:
+            check_positions(there, "target", max_length)
+            then(places, here, there, pairing)
+
     for adapter in adapters or [None]:
-        check_source(source, adapter, pairing, lambda places, here: there and then(places, here, there, pairing))
+        check_source(source, adapter, pairing, check)
     if len(adapters) > 1:  # whose models are loaded before pairs are opened
         for adapter in adapters:
             _open_tokenizers(source, adapter, target, pairing)

@@ -84,8 +84,8 @@ class Job:
         else:
             self._check_one(shard)
         # What lies on disk or on the hub comes last: it may have to be fetched.
-        check_pair(self.source, self.adapters, self.target, pairing, self._check_places)
-        check_maps(self.bridge, self.start, self.source, self.adapter, self.target, pairing)
+        check_pair(self.source, self.adapters, self.target, pairing, self._check_places, training.max_length)
+        check_maps(self.bridge, self.start, self.source, self.adapter, self.target, self.options)
         if not self.options.run.resume_from_checkpoint:  # which has its texts kept
             check_all_reached(self._texts, self.options.fit.fit_text)
 

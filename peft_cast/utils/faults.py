@@ -54,6 +54,8 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
     file, values = "its config.json", {}
     if not isinstance(error, OSError):  # it was read, and says what cannot be
         values, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+        if not isinstance(values, dict):
+            return f"{file} is no model's: get it again."
         if not is_name(kind := values.get("model_type")):
             return f"{file} has no `model_type`, so it is no model's: get it again."
         if kind not in CONFIG_MAPPING:
