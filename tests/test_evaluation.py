@@ -464,12 +464,26 @@ def test_evaluate_gives_models_back(source_folder, loras):
         ({}, [LIKELIHOOD], {"output": "."}, "`output`, '.', is a folder"),
         ({}, [LIKELIHOOD], {"output": __file__}, "is no JSON file of an evaluation"),
         ({}, [LIKELIHOOD], {"output": f"{__file__}/x"}, "cannot be written .*: write to another folder"),
+        ({}, [AnswerLikelihood], {}, "`tasks` must be a list of tasks"),
+        ({}, [AnswerLikelihood("x", [{"q": "?", "a": None}], "{q}", "{a}")], {}, "Row 0 of the task 'x' has no 'a'"),
+        ({}, [AnswerLikelihood("x", [{"a": {"b": None}}], "{a[b]}", "a")], {}, r"Row 0 .* has no 'a\[b\]'"),
+        ({}, [AnswerLikelihood("x", [*ROWS, {"answer": ""}], "a", "{answer}")], {}, "Row 14 .* has an empty answer"),
+        ({}, [AnswerLikelihood("x", ROWS, 5, "a")], {}, "template 5 is neither a string"),
+        ({}, [AnswerLikelihood("x", ROWS, "a", "a", base_prompts=["b"])], {}, "`base_prompts` must map names"),
     ],
 )
 def test_bad_evaluations_are_one_clear_error(adapters, tasks, options, message, source_folder, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises((ValueError, OSError), match=message):
         peft_cast.evaluate(source_folder, adapters, tasks, progress=False, **options)
+
+
+def test_a_file_that_is_no_evaluation_is_not_overwritten(source_folder):
+    config = Path(source_folder, "config.json")
+    before = config.read_bytes()
+    with pytest.raises(ValueError, match="is no JSON file of an evaluation: choose another"):
+        peft_cast.evaluate(source_folder, {}, [LIKELIHOOD], output=config, progress=False)
+    assert config.read_bytes() == before
 
 
 def test_a_harness_that_is_not_installed_is_told_before_the_model_is_loaded(monkeypatch):

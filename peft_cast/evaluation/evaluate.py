@@ -147,15 +147,17 @@ def _read_known(output: str | Path | None) -> dict[str | None, Scores]:
     if not Path(output).exists():
         return {}
     try:
-        known = json.loads(Path(output).read_text(encoding="utf-8")).get("known", {})
-        return {key: Scores(**scores) for key, scores in known.items()}
+        found = json.loads(Path(output).read_text(encoding="utf-8"))
+        if "measurements" not in found:  # such as a model's config.json, which would be overwritten
+            raise ValueError
+        return {key: Scores(**scores) for key, scores in found.get("known", {}).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"`output`, '{output}', is no JSON file of an evaluation: choose another.") from error
 
 
 def _tasks(tasks: Any) -> list[Task]:
     found = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, (str, Mapping)) else None
-    if found is None or not all(callable(getattr(task, "run", None)) for task in found):
+    if found is None or any(isinstance(task, type) or not callable(getattr(task, "run", None)) for task in found):
         raise ValueError(
             f"`tasks` must be a list of tasks, such as `[AnswerLikelihood(...)]`, got {repr(tasks)[:200]}."
         )

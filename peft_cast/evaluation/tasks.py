@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from string import Formatter
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
@@ -72,22 +73,27 @@ class _OnRecords:
     base_prompts: Mapping[str, Template] = field(default_factory=dict, kw_only=True)
 
     def check(self) -> None:
-        """Refuse, before a model is loaded, what the data tells: rows that cannot be read or lack a column.
+        """Refuse, before a model is loaded, what the data tells: rows that cannot be read or lack what is asked for.
 
         Raises:
             ValueError, OSError: As `run`.
         """
         for name, least in (("start", 0), ("limit", 1), ("batch_size", 1)):
             check_count(name, getattr(self, name), least)
+        if not isinstance(self.base_prompts, Mapping):
+            raise ValueError(f"`base_prompts` must map names to prompts, got {shown(self.base_prompts)}.")
         rows = _rows(self)
         for template in (self.prompt, getattr(self, "answer", ""), *self.base_prompts.values()):
-            if isinstance(template, str):  # functions are called once, by `run`
-                for row in rows:
-                    _fill(template, row)
+            if not callable(template):  # functions are called once, by `run`
+                self._filled(template, rows)
         self._check_rows(rows)
 
     def _check_rows(self, rows: Records) -> None:
         """Refuse what the columns of one kind of task alone tell."""
+
+    def _filled(self, template: Template, rows: Records) -> list[str]:
+        """A template with each of the rows in it."""
+        return [_fill(template, row, f"Row {i} of the task '{self.name}'") for i, row in enumerate(rows, self.start)]
 
     def for_base(self) -> dict[str, _OnRecords]:
         """The same task with each of the prompts that the untouched target alone is asked with, by their names."""
@@ -115,8 +121,22 @@ class AnswerLikelihood(_OnRecords):
     metric: ClassVar[str] = "nats_per_character"
     higher_is_better: ClassVar[bool] = False
 
+    def _check_rows(self, rows: Records) -> None:
+        if not callable(self.answer):
+            self._answers(rows)
+
+    def _answers(self, rows: Records) -> list[str]:
+        answers = self._filled(self.answer, rows)
+        if "" in answers:
+            raise ValueError(
+                f"Row {self.start + answers.index('')} of the task '{self.name}' has an empty answer, of which there "
+                "is no likelihood: leave the row out, or pass another `answer`."
+            )
+        return answers
+
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
-        items = [(_fill(self.prompt, row), _fill(self.answer, row)) for row in _rows(self)]
+        rows = _rows(self)
+        items = list(zip(self._filled(self.prompt, rows), self._answers(rows)))
         with contiguous_head(model):
             nats = answer_nats(model, tokenizer, items, self.batch_size)
         n, characters = len(items), torch.tensor([len(answer) for _, answer in items], dtype=torch.float64)
@@ -153,7 +173,7 @@ class Classification(_OnRecords):
         choices, right = self._choices(rows)
         gold = torch.tensor(right)
         with contiguous_head(model):
-            nats = choice_nats(model, tokenizer, [_fill(self.prompt, r) for r in rows], choices, self.batch_size)
+            nats = choice_nats(model, tokenizer, self._filled(self.prompt, rows), choices, self.batch_size)
         hits = (nats.argmin(1) == gold).double()
         accuracy = float(hits.mean())
         metrics = {self.metric: accuracy, "stderr": _stderr(accuracy, len(rows))}
@@ -170,7 +190,8 @@ class Classification(_OnRecords):
         own = [row[self.label] for row in rows]
         if unknown := {str(label) for label in own if label not in self.labels}:
             raise ValueError(f"The task '{self.name}' has rows with the labels {sorted(unknown)}, not in `labels`.")
-        return [_fill(self.continuation, {"label": label}) for label in self.labels], list(map(self.labels.index, own))
+        choices = [_fill(self.continuation, {"label": label}, "`labels`") for label in self.labels]
+        return choices, list(map(self.labels.index, own))
 
 
 @dataclass(frozen=True)
@@ -212,7 +233,7 @@ class Generation(_OnRecords):
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)
-        prompts, gold = ([_fill(template, row) for row in rows] for template in (self.prompt, self.answer))
+        prompts, gold = self._filled(self.prompt, rows), self._filled(self.answer, rows)
         written = generate(model, tokenizer, prompts, self.max_new_tokens, self.batch_size)
         wanted, found = ([self._extract(text) for text in texts] for texts in (gold, written))
         fair = [one if one is not None else self._last(text) for one, text in zip(found, written)]
@@ -297,11 +318,23 @@ def _rows(task: _OnRecords) -> Records:
     return rows
 
 
-def _fill(template: Template, row: Record) -> str:
+def _fill(template: Template, row: Record, where: str) -> str:
+    """
+    Raises:
+        ValueError: If the row, which messages call `where`, lacks a column or has nothing in it, or if the template is
+            none.
+    """
     if callable(template):
         return template(row)
+    if not isinstance(template, str):
+        raise ValueError(
+            f"The template {shown(template)} is neither a string with columns in braces nor a function of a record: "
+            "pass one of them."
+        )
     try:
-        return template.format_map(row)
+        text = template.format_map(row)
+        names = [name for _, name, _, _ in Formatter().parse(template) if name]
+        lacking = [name for name in names if Formatter().get_field(name, (), row)[0] is None]
     except KeyError as error:
         raise ValueError(
             f"The template {template!r} names {error}, but the data has the columns {sorted(map(str, row))}."
@@ -311,3 +344,6 @@ def _fill(template: Template, row: Record) -> str:
             f"The template {template!r} cannot be filled in ({error}): name columns in braces, and write every other "
             "brace twice."
         ) from error
+    if lacking:  # it would be read as the word None
+        raise ValueError(f"{where} has no '{lacking[0]}': give it one, or leave it out.")
+    return text
