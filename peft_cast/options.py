@@ -31,6 +31,15 @@ def _depth_map(value: Any) -> str | None:
     return None if numbers else "be 'proportional', 'similarity' or a mapping of layer numbers, as `{0: 0, 1: 2}`"
 
 
+def _module_map(value: Any) -> str | None:
+    names = isinstance(value, Mapping) and all(isinstance(name, str) for pair in value.items() for name in pair)
+    return None if names else "be a mapping of module names, as `{fc1: up_proj}`"
+
+
+def _seed(value: Any) -> str | None:
+    return None if is_a(value, Integral) and 0 <= value < 2**32 else "be a whole number from 0 to 2³² − 1"
+
+
 def _dtype(value: Any) -> str | None:
     fits = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1  # float8 stores
     return None if fits else "be torch.float32, torch.bfloat16 or torch.float16"
@@ -76,6 +85,7 @@ class Pairing(Group):
         "Source module to target module, such as `{fc1: up_proj}`, where the map that is found "
         "(`metrics['alignment']['routes']`) is not the one you want. Names are last parts, names within a layer, full "
         "names, roles (`q`, `up`, ...) or rows of a target module (`W_in[0:64]`). See docs/decoders.md.",
+        check=_module_map,
     )
     source_rank: int | float | None = option(
         None,
@@ -144,7 +154,7 @@ class Fit(Group):
         "anchors.",
         everyday=True,
     )
-    fit_samples: int = option(64, "Texts for the closed form.", everyday=True, least=1)
+    fit_samples: int = option(64, "Texts for the closed form.", everyday=True, least=2)
     ridge: float | None = option(
         None, "Ridge strength of the closed form's regressions; chosen on held-out text when not given.", above=0
     )
@@ -180,7 +190,7 @@ class Training(Group):
     max_length: int = option(
         256, "Most tokens per text, in either model. Longer texts are cut.", everyday=True, least=2
     )
-    seed: int = option(0, "Seed of the sampled text and of the training order.", everyday=True, least=0)
+    seed: int = option(0, "Seed of the sampled text and of the training order.", everyday=True, check=_seed)
     eval_samples: int = option(
         16, "Texts kept out of the refinement, to measure the distance to the teacher on.", least=1
     )
@@ -231,6 +241,10 @@ class Training(Group):
         if self.teacher == "shown" and self.beta:
             raise ValueError(
                 "The teacher `shown` has no hidden states of a source, which `beta` compares: pass `beta=0`."
+            )
+        if (self.steps or self.on_policy_steps) and not (self.alpha or self.beta or self.gamma):
+            raise ValueError(
+                "With `alpha`, `beta` and `gamma` 0 nothing is learned: leave one above 0, or `steps` at 0."
             )
         known = [one.name for one in fields(TrainingArguments) if one.init]
         for name in self.training_args or {}:

@@ -103,7 +103,10 @@ def test_options_come_in_groups_or_by_name_and_names_go_before():
         (Pairing, {"depth_map": {"0": 1}}, "a mapping of layer numbers, as `{0: 0, 1: 2}`, got {'0': 1}"),
         (Pairing, {"depth_map": {}}, "a mapping of layer numbers"),
         (Projections, {"projection_sharing": "layer"}, "`projection_size`"),
-        (Fit, {"fit_samples": 0}, "`fit_samples` must be at least 1"),
+        (Fit, {"fit_samples": 1}, "`fit_samples` must be at least 2"),
+        (Training, {"seed": 2**70}, "`seed` must be a whole number from 0 to"),
+        (Training, {"alpha": 0, "gamma": 0}, "nothing is learned"),
+        (Pairing, {"module_map": {"q_proj": None}}, "`module_map` must be a mapping of module names"),
         (Run, {"progress": "yes"}, "`progress` must be True or False"),
     ],
 )

@@ -78,6 +78,8 @@ def test_offline_general_text_that_nobody_named_comes_with_the_package():
         (["too short"], "holds no text of at least 50 characters"),
         ([1, 2], "must hold strings, got int"),
         (7, "must be a hub id, a path, an iterable"),
+        (b"bytes", "must be a hub id, a path, an iterable"),
+        ("The boats came home.\nLate.", "'The boats came home.…' is one string, .*pass a list of strings"),
         (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": TEXTS})), r"splits \['train'\]"),
     ],
 )
@@ -132,6 +134,9 @@ def test_mixture_keeps_shares_in_every_stretch():
     assert all(sum(kinds[i : i + 3]) in (1, 2, 3) for i in range(0, 9, 3))
     with pytest.raises(ValueError, match="positive weight"):
         Mixture((TEXTS, 0))
+    for part in (TEXTS, "ab", (TEXTS, "x")):
+        with pytest.raises(ValueError, match="positive weight"):
+            Mixture(part)
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +303,12 @@ def test_impossible_self_written_settings():
         SelfWritten(prompts=["a"], prefix="a")
     with pytest.raises(ValueError, match="list of at least one"):
         SelfWritten(prompts="a prompt")
+    for prompts in ([1, 2], [""]):
+        with pytest.raises(ValueError, match="`prompts` must hold texts that are not empty, got"):
+            SelfWritten(prompts=prompts)
+    for name, value in (("samples", 0), ("max_new_tokens", 0), ("temperature", -1), ("top_p", 0), ("batch_size", 1.5)):
+        with pytest.raises(ValueError, match=f"`{name}` must be"):
+            SelfWritten(prefix="a", **{name: value})
     with pytest.raises(ValueError, match="`more_prompts` needs `prompts`"):
         SelfWritten(prefix="a", more_prompts=3)
     with pytest.raises(ValueError, match="must contain '{text}'"):

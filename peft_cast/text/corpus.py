@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _texts(corpus: Corpus, argument: str) -> Iterator[str]:
         source = _local(source) if _looks_local(source) else _hub(corpus, argument)
     if isinstance(source, _SPLIT):
         raise ValueError(f"The text is a dataset with splits {sorted(source)}: pass one of them, e.g. text['train'].")
-    if not isinstance(source, Iterable) or isinstance(source, Mapping):
+    if not isinstance(source, Iterable) or isinstance(source, (Mapping, bytes)):
         raise ValueError(
             f"`text` must be a hub id, a path, an iterable of strings or a dataset, got {type(source).__name__}."
         )
@@ -146,7 +147,7 @@ def check_corpus(corpus: Any, least: int = 1) -> None:
         return
     if isinstance(source, (list, tuple)):
         wanted = len(source)
-    elif isinstance(source, Iterable) and not isinstance(source, (str, Path, Mapping, datasets.Dataset)):
+    elif isinstance(source, Iterable) and not isinstance(source, (str, bytes, Path, Mapping, datasets.Dataset)):
         return
     if (found := len(_read(corpus, wanted))) < least:
         raise ValueError(
@@ -169,6 +170,15 @@ def check_reached(corpus: Any, argument: str) -> None:
 
 
 def _looks_local(source: str | Path) -> bool:
+    """
+    Raises:
+        ValueError: If a string is neither a path nor the name of a dataset.
+    """
+    if isinstance(source, str) and len(source.split()) > 1 and not os.path.exists(source):
+        start = source.split("\n")[0][:40]
+        raise ValueError(
+            f"The text '{start}…' is one string, which is taken for a file or a dataset id: pass a list of strings."
+        )
     return Path(source).exists() or Path(source).suffix in _BUILDERS or looks_like_path(source)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+from ..utils.fields import is_a
 from .corpus import check_corpus, check_reached, read_corpus
 from .samples import TextSample
 from .survey import Survey
@@ -24,7 +26,8 @@ class Mixture:
     parts: tuple[tuple[Any, float], ...]
 
     def __init__(self, *parts: tuple[Any, float]) -> None:
-        if not parts or any(weight <= 0 for _, weight in parts):
+        pairs = all(isinstance(part, (list, tuple)) and len(part) == 2 for part in parts)
+        if not parts or not pairs or not all(is_a(weight, Real) and weight > 0 for _, weight in parts):
             raise ValueError("A Mixture needs at least one (text, weight) pair, each with a positive weight.")
         object.__setattr__(self, "parts", tuple(parts))
 

@@ -19,7 +19,7 @@ from .corpus import read_corpus
 from .forms import FROM_CORPUS, Contents, Form, drawn_forms, package_forms, taken_apart
 from .judged import token_nats_of
 from .samples import TextSample
-from .written import Keep, SelfWritten, write_answers, write_prompts
+from .written import Keep, SelfWritten, check_prompts_given, check_writing, write_answers, write_prompts
 
 
 # Forms that are tried at first and contents in each; then what is left of them, with further contents in each.
@@ -72,8 +72,8 @@ class Survey:
     def __post_init__(self) -> None:
         if isinstance(self.prompts, list):
             object.__setattr__(self, "prompts", tuple(self.prompts))
-        if self.prompts is not None and (isinstance(self.prompts, str) or not self.prompts):
-            raise ValueError("`prompts` must be a list of at least one prompt.")
+        check_prompts_given(self.prompts)
+        check_writing(self)
         if not 0 <= self.breadth <= 1:
             raise ValueError(f"`breadth` is a share of the texts, from 0 to 1, got {self.breadth}.")
         missing = sorted(set(package_forms()) - set(self.forms or package_forms()))

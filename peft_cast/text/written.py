@@ -15,7 +15,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import SampleTopK, continuations, render_chats, seeded
+from ..tuner.checks import shown
 from ..utils import distributed
+from ..utils.fields import check_count, check_number
 from .corpus import read_corpus
 from .samples import TextSample
 
@@ -78,8 +80,8 @@ class SelfWritten:
         for name in ("prefix", "prompts"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.prompts is not None and (isinstance(self.prompts, str) or not self.prompts):
-            raise ValueError("`prompts` must be a list of at least one prompt.")
+        check_prompts_given(self.prompts)
+        check_writing(self)
         if self.prompts is None and self.more_prompts:
             raise ValueError("`more_prompts` needs `prompts`, whose manner they follow.")
 
@@ -87,6 +89,31 @@ class SelfWritten:
     def reads_snippets(self) -> bool:
         """Whether the model answers snippets of `corpus`."""
         return self.prefix is None and self.prompts is None
+
+
+def check_prompts_given(prompts: Any) -> None:
+    """
+    Raises:
+        ValueError: If prompts are given, and are no sequence of texts.
+    """
+    if prompts is None:
+        return
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("`prompts` must be a list of at least one prompt.")
+    for prompt in prompts:
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f"`prompts` must hold texts that are not empty, got {shown(prompt)} among them.")
+
+
+def check_writing(spec: Any) -> None:
+    """
+    Raises:
+        ValueError: If a number that says how text is written cannot be used.
+    """
+    for name in ("samples", "max_new_tokens", "batch_size"):
+        check_count(name, getattr(spec, name), 1)
+    check_number("temperature", spec.temperature, least=0)
+    check_number("top_p", spec.top_p, above=0)
 
 
 def write_texts(
