@@ -232,5 +232,7 @@ def test_a_probe_shows_what_an_adapter_says_beside_the_plain_model(adapted, byte
 def test_a_probe_refuses_before_it_loads(source_folder, tmp_path):
     with pytest.raises(ValueError, match="no adapter_config.json"):
         peft_cast.probe(source_folder, tmp_path, fit_text=TEXTS)
+    with pytest.raises(ValueError, match="`prompts` must be a list"):
+        peft_cast.probe(source_folder, tmp_path, prompts="One?")
     with pytest.raises(TypeError, match="`probe` has no argument 'steps'"):
         peft_cast.probe(source_folder, tmp_path, steps=3)

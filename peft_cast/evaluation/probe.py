@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..models import adapter_tokenizer, load_tokenizer, moved, untouched
 from ..options import Options, Pairing, Run, takes
 from ..source import adapted_source, asked_on_card, check_source, load_source, named_source
-from ..text import Survey, Surveyor, Tried, compared, exciting, ranked, read_corpus
+from ..text import Survey, Surveyor, Tried, check_prompts_given, compared, exciting, ranked, read_corpus
 from ..tuner.checks import number_of
 from ..utils import distributed, without_secrets
 
@@ -111,6 +111,7 @@ def probe(
     """
     chosen = Options.of(options, probe, pairing=pairing, run=run)
     pairing, seed = chosen.pairing, chosen.training.seed
+    check_prompts_given(prompts)
     spec = Survey(prompts=None if prompts is None else tuple(prompts))
     source, pairing = named_source(source, adapter, pairing)
     check_source(source, adapter, pairing)

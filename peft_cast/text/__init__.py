@@ -7,4 +7,4 @@ from .reading import ANCHOR_EVERY, PairTexts, anchor_length, how_many_held_out, 
 from .samples import TextSample, align_samples
 from .shown import EXAMPLES, align_shown, come_to_an_end, group_size, shown_prompts
 from .survey import ENOUGH_PROMPTS, Survey, Surveyor, Tried, compared, exciting, ranked, write_survey
-from .written import Keep, SelfWritten, write_answers, write_texts
+from .written import Keep, SelfWritten, check_prompts_given, write_answers, write_texts
