@@ -152,8 +152,8 @@ def taught(
     teacher: str | float = training.teacher
     found = exchange(pair, texts.answers, spec, training.seed, keep) if teacher == "shown" else None
     if teacher == "auto":
-        # On-policy answers are not the adapted source's. Of what a survey asks the target may well know more, while the
-        # adapter is right about its own task.
+        # On-policy answers are not the adapted source's. Of what a survey asks the target may well know more, and the
+        # adapter still be right about its own task.
         surveyed = text is None or isinstance(text, Survey)
         if texts.answers and not surveyed and not spec.on_policy and compares_outputs_alone(training):
             with suppress(ValueError):  # too few to show: there is but one teacher
