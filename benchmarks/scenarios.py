@@ -89,23 +89,8 @@ def made(row: str, target: str, task: str, seed: int) -> Path:
 def translated(target: str, task: str, seed: int, folder: Path, **options) -> None:
     # Fewer texts than the tables': a larger target writes and reads more slowly.
     text = setting.written(target, task, "all", seed, samples=TEXTS, batch_size=64)
-    result = peft_cast.translate(
-        setting.SMOLLM2.folder(),
-        setting.SMOLLM2.adapter(task),
-        setting.UPGRADES[target].folder(),
-        text=text,
-        fit_text=setting.c4_documents()[0],
-        steps=STEPS,
-        seed=seed,
-        cache_dir=setting.OUTPUT / "cache",
-        output_dir=folder.with_name(folder.name + ".run"),
-        resume_from_checkpoint=True,
-        report_similarity=False,
-        **options,
-    )
-    print(result, flush=True)
-    result.save_pretrained(folder)
-    setting.note_run(result, f"scenario_{folder.name}")
+    models = (setting.SMOLLM2.folder(), setting.SMOLLM2.adapter(task), setting.UPGRADES[target].folder())
+    setting.translated(*models, folder, f"scenario_{folder.name}", text=text, steps=STEPS, seed=seed, **options)
 
 
 def taught_by_source(target: str, task: str, seed: int, folder: Path) -> None:

@@ -182,6 +182,24 @@ def written(
     return [TextSample(**sample) for sample in json.loads(file.read_text(encoding="utf-8"))]
 
 
+def translated(source: Path, adapter: Path, target: Path, folder: Path, name: str, **options: Any) -> None:
+    """A translation that goes on where it was stopped, kept in `folder` and noted as the run `name`."""
+    result = peft_cast.translate(
+        source,
+        adapter,
+        target,
+        fit_text=c4_documents()[0],
+        cache_dir=OUTPUT / "cache",
+        output_dir=folder.with_name(folder.name + ".run"),
+        resume_from_checkpoint=True,
+        report_similarity=False,
+        **options,
+    )
+    print(result, flush=True)
+    result.save_pretrained(folder)
+    note_run(result, name)
+
+
 def note_run(result: peft_cast.TranslationResult, name: str) -> None:
     """Write what a translation says of itself to `run_<name>.json`, without the report, which is a page of its own."""
     metrics = {key: part for key, part in result.metrics.items() if key != "report"}

@@ -79,23 +79,8 @@ def made(row: str, task: str, seed: int, scale: Scale) -> Path:
     if (folder / "adapter_config.json").exists():
         return folder
     print(f"{task}: {row}, seed {seed}", flush=True)
-    result = peft_cast.translate(
-        SOURCE.folder(),
-        SOURCE.adapter(task),
-        TARGET.folder(),
-        text=ROWS[row](task, scale),
-        fit_text=setting.c4_documents()[0],
-        seed=seed,
-        cache_dir=setting.OUTPUT / "cache",
-        output_dir=folder.with_name(folder.name + ".run"),
-        resume_from_checkpoint=True,
-        report_similarity=False,
-        **scale.refinement,
-    )
-    print(result, flush=True)
-    result.save_pretrained(folder)
-    setting.note_run(result, f"survey_{folder.name}")
-    del result
+    models, text = (SOURCE.folder(), SOURCE.adapter(task), TARGET.folder()), ROWS[row](task, scale)
+    setting.translated(*models, folder, f"survey_{folder.name}", text=text, seed=seed, **scale.refinement)
     gc.collect()
     return folder
 

@@ -239,6 +239,17 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def keep_in(kept: dict[str, list[str]]):
+    """A `Keep` that remembers in a dictionary what was written."""
+
+    def keep(key, make):
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
+
+    return keep
+
+
 @pytest.fixture(autouse=True, scope="session")
 def imported_is_no_garbage():
     # A training ends with a search for garbage, which took a fifth of a tiny translation's time to find none among the

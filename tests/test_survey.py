@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import make_lora, tiny_model
+from conftest import keep_in, make_lora, tiny_model
 from peft import PeftModel
 
 import peft_cast
@@ -63,7 +63,7 @@ def acts_after(monkeypatch, byte_tokenizer):
 
         def run(limit=40, **options):
             spec = Survey(corpus=TEXTS, forms=FORMS, **options)
-            return write_survey(Model(), byte_tokenizer, byte_tokenizer, spec, limit, target=Model())
+            return write_survey(Surveyor(Model(), (byte_tokenizer,) * 2, spec, target=Model()), limit)
 
         return run
 
@@ -138,12 +138,8 @@ def test_a_survey_depends_on_nothing_but_the_seed_and_goes_on_where_it_was(adapt
     spec = Survey(corpus=TEXTS, max_new_tokens=6, batch_size=8)
 
     def texts(kept, seed=0):
-        def keep(key, make):
-            if key not in kept:
-                kept[key] = make()
-            return kept[key]
-
-        return write_survey(adapted, byte_tokenizer, piece_tokenizer, spec, 16, seed, keep=keep)
+        tokenizers = (byte_tokenizer, piece_tokenizer)
+        return write_survey(Surveyor(adapted, tokenizers, spec, seed, keep=keep_in(kept)), 16)
 
     whole: dict[str, list[str]] = {}
     state = torch.get_rng_state()

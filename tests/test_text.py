@@ -7,7 +7,7 @@ from dataclasses import replace
 import datasets
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import keep_in, tiny_model
 
 from peft_cast.text import written
 from peft_cast.text.corpus import Corpus, read_corpus
@@ -280,12 +280,7 @@ def test_a_batch_of_written_text_depends_on_nothing_but_its_prompts_and_the_seed
     spec = SelfWritten(prefix="Say", max_new_tokens=8, batch_size=2)
 
     def texts(kept: dict[str, list[str]], seed: int = 0) -> list[TextSample]:
-        def keep(key, make):
-            if key not in kept:
-                kept[key] = make()
-            return kept[key]
-
-        return write_texts(writer, byte_tokenizer, piece_tokenizer, spec, 6, seed, keep=keep)
+        return write_texts(writer, byte_tokenizer, piece_tokenizer, spec, 6, seed, keep=keep_in(kept))
 
     whole: dict[str, list[str]] = {}
     samples = texts(whole)

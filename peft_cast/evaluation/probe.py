@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,22 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..models import adapter_tokenizer, load_tokenizer, moved, untouched
+from ..models import moved, untouched
 from ..options import Options, Pairing, Run, takes
-from ..source import adapted_source, asked_on_card, check_source, load_source, named_source
-from ..text import Survey, Surveyor, Tried, check_prompts_given, compared, exciting, ranked, read_corpus
+from ..source import adapted_source, asked_on_card, check_source, load_source, named_source, source_tokenizer
+from ..text import (
+    DOCUMENTS,
+    Survey,
+    Surveyor,
+    Tried,
+    by_form,
+    check_prompts_given,
+    compared,
+    exciting,
+    mean_acts,
+    ranked,
+    read_corpus,
+)
 from ..tuner.checks import number_of
 from ..utils import distributed, without_secrets
 
@@ -112,16 +124,15 @@ def probe(
     chosen = Options.of(options, probe, pairing=pairing, run=run)
     pairing, seed = chosen.pairing, chosen.training.seed
     check_prompts_given(prompts)
-    spec = Survey(prompts=None if prompts is None else tuple(prompts))
     source, pairing = named_source(source, adapter, pairing)
     check_source(source, adapter, pairing)
-    spec = replace(spec, corpus=read_corpus(chosen.fit.fit_text, 256, "fit_text"))
+    if prompts is None:  # before models are loaded: it may be out of reach
+        spec = Survey(corpus=read_corpus(chosen.fit.fit_text, DOCUMENTS, "fit_text"))
+    else:
+        spec = Survey(prompts=tuple(prompts))
     device = distributed.init(pairing.device)
     model = load_source(source, adapter, device, pairing.source_revision, pairing.adapter_revision, pairing.dtype)
-    own = None
-    if not isinstance(adapter, PeftModel) and pairing.source_tokenizer is None:
-        own = adapter_tokenizer(adapter, model, pairing.adapter_revision, pairing.source_revision)
-    tokenizer = load_tokenizer(own or pairing.source_tokenizer, model, "source", pairing.source_revision)
+    tokenizer = source_tokenizer(model, adapter, pairing)
     adapt = partial(
         adapted_source, adapter=adapter, revision=pairing.adapter_revision, source_rank=pairing.source_rank
     )
@@ -132,18 +143,19 @@ def probe(
         tried = compared(at_work, FORMS, bar)
         kinds = _kinds(at_work, tried)
     name = adapter.active_adapter if isinstance(adapter, PeftModel) else without_secrets(adapter)
-    return Probe(str(name), kinds, sum(one.acts for one in tried) / len(tried), len(tried))
+    return Probe(str(name), kinds, mean_acts(tried), len(tried))
 
 
 def _kinds(at_work: Surveyor, tried: Sequence[Tried]) -> list[Kind]:
     """The kinds of prompts in which the adapter acts most, with examples."""
     kinds = []
+    forms = by_form(tried)
     for form in list(ranked(tried))[:SHOWN]:
-        own = [one for one in tried if one.form == form]
+        own = forms[form]
         shown = exciting(own)[:EXAMPLES]
         examples = [
             {"content": one.content, "with": one.answer, "without": plain}
             for one, plain in zip(shown, at_work.plain_answers(shown))
         ]
-        kinds.append(Kind(str(form), sum(one.acts for one in own) / len(own), len(own), examples))
+        kinds.append(Kind(str(form), mean_acts(own), len(own), examples))
     return kinds

@@ -28,7 +28,7 @@ from ..fit import (
 )
 from ..models import check_positions, default_dtype, read_model_config, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
-from ..source import base_of, list_not_carried, map_kernels, planned_source
+from ..source import list_not_carried, map_kernels, named_source, planned_source
 from ..text import ANCHOR_EVERY, anchor_length
 from ..utils import FaultError, as_path, one_line, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
@@ -199,9 +199,7 @@ def plan(
         raise ValueError("FSDP shards no quantized models: plan with `fsdp` or with `weight_bits`, not with both.")
     own_rows = batch_size // processes
     dtype = pairing.dtype or (torch.bfloat16 if device.name in DEVICES else default_dtype(torch.device("cpu")))
-    if source is None:
-        source, revision = base_of(adapter, pairing.adapter_revision)
-        pairing = replace(pairing, source_revision=pairing.source_revision or revision)
+    source, pairing = named_source(source, adapter, pairing)
     source_model = _model(_config(source, "source", pairing.source_revision), "source", dtype)
     target_model = _model(_config(target, "target", pairing.target_revision), "target", dtype)
     for which, model in (("source", source_model), ("target", target_model)):

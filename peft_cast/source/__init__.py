@@ -8,5 +8,5 @@ from .kernels import LoraKernel, SourceAdapter, count_parameters, leading_triple
 from .kinds import SAVED, TOWER, refusal_to_run
 from .loading import adapted_source, base_of, check_adapter, check_on_target, load_source, with_adapter
 from .names import BRIDGED
-from .pair import Pair, check_pair, check_source, map_kernels, named_source, open_pair
+from .pair import Pair, check_pair, check_source, map_kernels, named_source, open_pair, source_tokenizer
 from .planned import planned_source

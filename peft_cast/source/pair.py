@@ -58,7 +58,7 @@ class Pair:
         vocabulary: Tokens that both tokenizers have.
         device: Where training happens.
         source_revision (`str`, *optional*): Hub revision of the source, given or named by the adapter.
-        asked: What the adapter's card shows it being asked, see `asked_on_card`.
+        card: Folder or hub id of the adapter, whose card tells what it is asked, and its hub revision.
     """
 
     source: PreTrainedModel
@@ -69,7 +69,7 @@ class Pair:
     vocabulary: SharedVocabulary
     device: torch.device
     source_revision: str | None = None
-    asked: tuple[tuple[str, bool], ...] = ()
+    card: tuple[str | Path, str | None] | None = None
 
     @property
     def given(self) -> SourceAdapter:
@@ -86,6 +86,10 @@ class Pair:
     def kernels(self) -> Mapping[str, LoraKernel]:
         """The kernel of each source place that can be carried over."""
         return self.given.kernels
+
+    def asked(self) -> tuple[tuple[str, bool], ...]:
+        """What the adapter's card shows it being asked, see `asked_on_card`; nothing of an adapter in memory."""
+        return distributed.on_main_process(partial(asked_on_card, *self.card)) if self.card else ()
 
     @property
     def identity(self) -> str:
@@ -263,21 +267,33 @@ def open_pair(
         stack.enter_context(moved(target, device))
         modules = map_kernels(on_source.kernels if on_source else linear_layers(source), source, target, chosen)
         vocabulary = shared_vocabulary(*tokenizers, *(_rows(model) for model in (source, target)))
-        asked = asked_on_card(adapter, chosen.adapter_revision) if isinstance(adapter, (str, Path)) else ()
-        yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision, asked)
+        card = (adapter, chosen.adapter_revision) if isinstance(adapter, (str, Path)) else None
+        yield Pair(source, on_source, target, tokenizers, modules, vocabulary, device, chosen.source_revision, card)
+
+
+def source_tokenizer(source: Any, adapter: Any, pairing: Pairing) -> PreTrainedTokenizerBase:
+    """The one given, or the adapter's own, or the source's.
+
+    Args:
+        source, adapter, pairing: As in `open_pair`; the source may be loaded later.
+
+    Raises:
+        ValueError, OSError: As `load_tokenizer`.
+    """
+    own = None
+    if isinstance(adapter, PeftModel):
+        source = adapter.get_base_model()
+    elif adapter is not None and pairing.source_tokenizer is None:
+        own = adapter_tokenizer(adapter, source, pairing.adapter_revision, pairing.source_revision)
+    return load_tokenizer(own or pairing.source_tokenizer, source, "source", pairing.source_revision)
 
 
 def _open_tokenizers(
     source: Any, adapter: Any, target: Any, pairing: Pairing
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """Those of source and target, held against the models, which may be loaded later."""
-    own = None
-    if isinstance(adapter, PeftModel):
-        source = adapter.get_base_model()
-    elif adapter is not None and pairing.source_tokenizer is None:
-        own = adapter_tokenizer(adapter, source, pairing.adapter_revision, pairing.source_revision)
     tokenizers = (
-        load_tokenizer(own or pairing.source_tokenizer, source, "source", pairing.source_revision),
+        source_tokenizer(source, adapter, pairing),
         load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision),
     )
     for tokenizer, which in zip(tokenizers, ("source", "target")):

@@ -15,7 +15,7 @@ from ..source import Pair
 from ..tuner.checks import number_of
 from .mixture import is_written, read_text
 from .samples import TextSample, align_samples
-from .survey import Survey, Surveyed, write_survey
+from .survey import Survey, Surveyed, Surveyor, write_survey
 from .written import Keep, SelfWritten, write_texts
 
 
@@ -84,19 +84,11 @@ def read_texts(
         if isinstance(spec, Survey):
             if spec.corpus is None:
                 spec = replace(spec, corpus=[sample.text for sample in general])
-            found = write_survey(
-                pair.adapted,
-                *pair.tokenizers,
-                spec,
-                limit,
-                training.seed,
-                target=translated or pair.target,
-                progress=partial(bar, desc="asking"),
-                keep=keep,
-                examples=pair.asked,
-            )
-            surveys.append(found)
-            return found.samples
+            asked = pair.asked() if spec.card else ()
+            writer = translated or pair.target
+            at_work = Surveyor(pair.adapted, pair.tokenizers, spec, training.seed, writer, keep, asked)
+            surveys.append(write_survey(at_work, limit, partial(bar, desc="asking")))
+            return surveys[-1].samples
         if spec.on_policy and translated is None:
             raise ValueError("On-policy text is written by a translated model: pass its adapter as `start`.")
         writer, target = (translated if spec.on_policy else pair.adapted), translated or pair.target

@@ -14,12 +14,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import render_chats
 from .corpus import read_corpus
 from .forms import FROM_CORPUS, Contents, Form, drawn_forms, package_forms, taken_apart
 from .judged import token_nats_of
 from .samples import TextSample
-from .written import Keep, SelfWritten, check_prompts_given, check_writing, write_answers, write_prompts
+from .written import Keep, SelfWritten, as_turns, check_prompts_given, check_writing, write_answers, write_prompts
 
 
 # Forms that are tried at first and contents in each; then what is left of them, with further contents in each.
@@ -181,16 +180,10 @@ class Surveyor:
 
     def prompts(self, asked: Sequence[tuple[Form, str]]) -> list[TextSample]:
         """Samples without a text, in the order asked."""
-        samples = []
+        samples: list[TextSample] = []
         for form, content in asked:
             text = form.fill(content)
-            if not form.chat:
-                samples.append(TextSample("", text, text))
-                continue
-            turns = [[{"role": "user", "content": text}]]
-            source = render_chats(self.tokenizers[0], turns, "source")
-            target = render_chats(self.tokenizers[1], turns, "target") if self.tokenizers[1].chat_template else source
-            samples.append(TextSample("", source[0], target[0], rendered=True))
+            samples += as_turns([text], *self.tokenizers) if form.chat else [TextSample("", text, text)]
         return samples
 
     def answers(self, asked: Sequence[tuple[Form, str]], how: SelfWritten) -> list[TextSample]:
@@ -219,33 +212,19 @@ class Surveyor:
         return [texts.get(prompt, "") for prompt in prompts]
 
 
-def write_survey(
-    model: PeftModel,
-    source_tokenizer: PreTrainedTokenizerBase,
-    target_tokenizer: PreTrainedTokenizerBase,
-    spec: Survey,
-    limit: int,
-    seed: int = 0,
-    target: PreTrainedModel | PeftModel | None = None,
-    progress: Callable[[Iterable], Iterable] | None = None,
-    keep: Keep = lambda key, write: write(),
-    examples: Sequence[tuple[str, bool]] = (),
-) -> Surveyed:
+def write_survey(at_work: Surveyor, limit: int, progress: Callable[[Iterable], Iterable] | None = None) -> Surveyed:
     """Find out what an adapter answers, and let it answer that.
 
     Args:
-        model: The source model with its LoRA active.
-        source_tokenizer, target_tokenizer: Of the two models.
-        spec (`Survey`): What to do.
-        limit (`int`): How many texts, unless `spec.samples` is less.
-        seed, target, progress, keep: As in `write_texts`.
-        examples: As in `Surveyor`.
+        at_work (`Surveyor`): Who asks.
+        limit (`int`): How many texts, unless `Survey.samples` is less.
+        progress: Wrapper around the rounds.
 
     Raises:
         ValueError: If the model writes nothing but empty texts.
     """
+    spec = at_work.spec
     count = min(limit, spec.samples or limit)
-    at_work = Surveyor(model, (source_tokenizer, target_tokenizer), spec, seed, target, keep, examples)
     # 1. Ask broadly, and more and more in the forms in which the adapter acts most.
     tried = compared(at_work, min(FORMS, max(8, count // 4)), progress)
     best = list(ranked(tried)) if spec.prompts else the_best(tried)
@@ -265,8 +244,9 @@ def write_survey(
     if others:
         kept += at_work.answers([(one.form, one.content) for one in others], spec.writing)
     at_work.draw.shuffle(kept)
+    own = by_form(tried)
     known = {"examples": len(at_work.examples), "words": words}
-    return Surveyed(kept, focused, {**known, "forms": [described(form, tried) for form in best]})
+    return Surveyed(kept, focused, {**known, "forms": [described(form, own[form]) for form in best]})
 
 
 def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Iterable] | None = None) -> list[Tried]:
@@ -286,8 +266,8 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
         some = list(ranked(tried))[:left] if tried else there
         asked = [(form, at_work.contents.next(form.content)) for form in some for _ in range(each)]
         asked += [] if tried else at_work.examples
-        asked = [one for one in dict.fromkeys(asked) if one not in {(t.form, t.content) for t in tried}]
-        tried += at_work.ask(asked)
+        before = {(one.form, one.content) for one in tried}
+        tried += at_work.ask([one for one in dict.fromkeys(asked) if one not in before])
     return tried
 
 
@@ -301,6 +281,19 @@ def recurring(tried: Sequence[Tried]) -> list[str]:
     return words if len(words) > 1 else []
 
 
+def by_form(tried: Sequence[Tried]) -> dict[Form, list[Tried]]:
+    """The prompts of each form."""
+    forms: dict[Form, list[Tried]] = {}
+    for one in tried:
+        forms.setdefault(one.form, []).append(one)
+    return forms
+
+
+def mean_acts(tried: Sequence[Tried]) -> float:
+    """How much the adapter acts on some prompts, a mean."""
+    return sum(one.acts for one in tried) / len(tried)
+
+
 def ranked(tried: Sequence[Tried]) -> dict[Form, float]:
     """How much the adapter acts in each form, times the share of pairs of contents that it answers differently; most
     first. Of a classifier only its own words count, and that they differ as often as if they were drawn.
@@ -308,11 +301,8 @@ def ranked(tried: Sequence[Tried]) -> dict[Form, float]:
     One and the same answer to everything is no sign of the form that an adapter was trained on.
     """
     words = set(recurring(tried))
-    by_form: dict[Form, list[Tried]] = {}
-    for one in tried:
-        by_form.setdefault(one.form, []).append(one)
     scores = {}
-    for form, own in by_form.items():
+    for form, own in by_form(tried).items():
         pairs = list(combinations(map(answer_of, own), 2))
         different = (1 + sum(a != b for a, b in pairs)) / (1 + len(pairs))  # two answers alike may be chance
         named = 1.0
@@ -377,13 +367,12 @@ def answer_of(one: Tried) -> str:
     return one.answer.strip()
 
 
-def described(form: Form, tried: Sequence[Tried]) -> dict[str, Any]:
-    """A form as it is reported, JSON-ready."""
-    own = [one for one in tried if one.form == form]
+def described(form: Form, own: Sequence[Tried]) -> dict[str, Any]:
+    """A form and its prompts as they are reported, JSON-ready."""
     example = max(own, key=lambda one: one.acts)
     return {
         "form": str(form),
-        "acts": sum(one.acts for one in own) / len(own),
+        "acts": mean_acts(own),
         "prompts": len(own),
         "example": {"content": example.content, "answer": example.answer},
     }

@@ -206,7 +206,19 @@ def _prompts(spec: SelfWritten, source_tokenizer, target_tokenizer, count: int) 
         return [TextSample("", text, text) for text in plain]
     if not has_template:
         raise ValueError("`chat=True`, but the source tokenizer has no chat template: pass `prompts` or `template`.")
-    turns = [[{"role": "user", "content": text}] for text in plain]
+    return as_turns(plain, source_tokenizer, target_tokenizer)
+
+
+def as_turns(
+    texts: Sequence[str], source_tokenizer: PreTrainedTokenizerBase, target_tokenizer: PreTrainedTokenizerBase
+) -> list[TextSample]:
+    """Samples without a text, prompted by each text as a user's turn in the chat templates.
+
+    Args:
+        texts: What the user says.
+        source_tokenizer, target_tokenizer: The source's has a template.
+    """
+    turns = [[{"role": "user", "content": text}] for text in texts]
     source = render_chats(source_tokenizer, turns, "source")
     # A target without a template will be prompted as the adapter was trained.
     target = render_chats(target_tokenizer, turns, "target") if target_tokenizer.chat_template else source
