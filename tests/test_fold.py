@@ -136,6 +136,8 @@ def test_bad_arguments(lora_folder, tmp_path):
     for wrong in (model.get_base_model(), 5, None):
         with pytest.raises(ValueError, match="`adapter` must be the folder or hub id of a CAST adapter, or the Peft"):
             to_lora(wrong)
+    with pytest.raises(ValueError, match="`adapter` is wrapped in OptimizedModule: pass the model in it"):
+        to_lora(torch.compile(model))
     with pytest.raises(ValueError, match="`dtype` must be torch.float32"):
         to_lora(model, dtype="float16")
     with pytest.raises(ValueError, match="there is no folder './no/where'"):

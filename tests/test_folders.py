@@ -753,6 +753,14 @@ def written(name: str, text: str):
     return lambda folder: (folder / name).write_text(text)
 
 
+def of_tokenizer(**values):
+    def change(folder):
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
 def more_tokens(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<new>"])
@@ -780,6 +788,9 @@ def more_tokens(folder):
             ["tokenizer", "pass `target_tokenizer=`"],
         ),
         (written("tokenizer.json", "{"), ["cannot be read", "its tokenizer.json is broken, get it again"]),
+        (written("tokenizer.json", "version https://git-lfs"), ["its tokenizer.json is a pointer of Git LFS"]),
+        (of_tokenizer(eos_token=5), ["correct `eos_token` (5) in its tokenizer_config.json"]),
+        (of_tokenizer(chat_template=5), ["correct `chat_template` (5) in its tokenizer_config.json"]),
         (without_vocabulary, ["no vocabulary but its special tokens", "`target_tokenizer"]),
         (more_tokens, ["tokens up to number 420 ('<new>')", "420 rows", "`target_tokenizer`"]),
     ],
@@ -794,6 +805,13 @@ def test_what_is_wrong_with_a_models_folder_is_told_before_a_model_is_loaded(
         refused(lambda: peft_cast.evaluate(target, {}, []), *words)
         refused(lambda: peft_cast.fit_bridge(source_folder, target, text=TEXTS), *words)
     assert loads.call_count == 0
+
+
+def test_why_too_few_texts_are_usable_is_said(source_folder, lora_folder, target_folder):
+    given = {**QUICK, "text": TEXTS[:1] * 9}
+    said = "1 usable sample, .*; of 9 texts 0 have too few tokens, and 8 begin as others do: pass more"
+    with pytest.raises(ValueError, match=said):
+        peft_cast.translate(source_folder, lora_folder, target_folder, **given)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt"])

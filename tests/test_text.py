@@ -11,8 +11,9 @@ from conftest import keep_in, tiny_model
 
 from peft_cast.text import written
 from peft_cast.text.corpus import Corpus, read_corpus
-from peft_cast.text.mixture import Mixture, check_text, read_text
+from peft_cast.text.mixture import Mixture, check_text, check_texts, read_text
 from peft_cast.text.samples import TextSample
+from peft_cast.text.survey import Survey
 from peft_cast.text.written import SelfWritten, common_affixes, write_texts
 
 
@@ -27,10 +28,15 @@ def files(tmp_path):
     data.to_csv(tmp_path / "texts.csv")
     data.save_to_disk(tmp_path / "saved")
     (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
+    for name in ("texts.jsonl", "texts.csv", "texts.txt"):  # as Windows saves them
+        (tmp_path / name.upper()).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["texts.jsonl", "texts.parquet", "texts.csv", "texts.txt", "saved"])
+FILES = ["texts.jsonl", "texts.parquet", "texts.csv", "texts.txt", "saved", "TEXTS.JSONL", "TEXTS.CSV", "TEXTS.TXT"]
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_local_files(files, name):
     assert read_corpus(str(files / name), 10) == TEXTS
     assert read_corpus(files / name, 2) == TEXTS[:2]
@@ -79,6 +85,12 @@ def test_offline_general_text_that_nobody_named_comes_with_the_package():
         ([1, 2], "must hold strings, got int"),
         (7, "must be a hub id, a path, an iterable"),
         (b"bytes", "must be a hub id, a path, an iterable"),
+        ("self", "`text`, 'self', is a word of the command line: pass `SelfWritten"),
+        ("https://huggingface.co/datasets/a/b", "is a web address: pass the id of a dataset"),
+        (
+            Corpus(TEXTS, name="en"),
+            "`name` is for datasets on the Hub, and the text corpus .list. is none: leave it out",
+        ),
         ("The boats came home.\nLate.", "'The boats came home.…' is one string, .*pass a list of strings"),
         (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": TEXTS})), r"splits \['train'\]"),
     ],
@@ -98,6 +110,14 @@ def test_missing_and_corrupt_files_are_one_clear_error(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name}' could not be read .*it must be UTF-8"):
             read_corpus(tmp_path / name, 1)
+    (tmp_path / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="pointer.txt' is a pointer of Git LFS"):
+        read_corpus(tmp_path / "pointer.txt", 1)
+    (tmp_path / "wide.txt").write_text(TEXTS[0], encoding="utf-16")
+    with pytest.raises(ValueError, match="wide.txt' is no UTF-8, .*: save it as UTF-8"):
+        read_corpus(tmp_path / "wide.txt", 1)
+    with pytest.raises(ValueError, match="`split` is for datasets on the Hub"):
+        read_corpus(Corpus(tmp_path / "wide.txt", split="test"), 1)
     for name, content in (("empty.jsonl", ""), ("blank.txt", "\n\n")):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=f"{name}' is empty"):
@@ -124,6 +144,17 @@ def test_a_file_that_is_not_there_is_told_before_anything_is_loaded(around, tmp_
     for name in (str(tmp_path / "no.jsonl"), "./no/such/corpus"):
         with pytest.raises(OSError, match="does not exist"):
             check_text(around(name))
+
+
+def test_a_text_that_cannot_be_used_is_told_by_its_argument():
+    for value in (5, "self", "c4"):
+        with pytest.raises(ValueError, match="`fit_text`"):
+            check_texts([TEXTS], value)
+        with pytest.raises(ValueError, match="`corpus`"):
+            check_texts([SelfWritten(corpus=value)])
+    for value in (Survey(), Mixture((Survey(), 1))):
+        with pytest.raises(ValueError, match="`fit_text` is general text"):
+            check_texts([TEXTS], value)
 
 
 def test_mixture_keeps_shares_in_every_stretch():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..tuner.checks import read_json, shown, why_no_text
 from ..utils import (
     as_path,
     find_file,
@@ -22,9 +26,11 @@ from ..utils import (
     why_no_name,
     without_secrets,
 )
+from ..utils.faults import at_fault
 from .loading import check_loaded, check_model, check_remote_code
 
 
+_CONFIG = "tokenizer_config.json"
 # What the names of a tokenizer's files begin with.
 _FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab")
 # English of every letter, in which a tokenizer of text knows more than the half.
@@ -68,8 +74,7 @@ def load_tokenizer(
         elif isinstance(error, OSError):
             why = f"No tokenizer was found for the {which} model ('{shown}'): {instead}"
         else:
-            broken = _broken_file(path)
-            again = "get its files again" if broken is None else f"its {broken} is broken, get it again"
+            again = _broken_file(path) or _wrong_setting(path, revision) or "get its files again"
             why = f"{named} cannot be read: {again}, or {instead}"
         raise ValueError(why) from error
     if (reason := _beyond(found, rows)) is not None:
@@ -94,11 +99,11 @@ def adapter_tokenizer(
         of_model (`str`, *optional*): Hub revision of the model.
     """
     named = f"The tokenizer in the folder of the adapter '{without_secrets(adapter)}'"
-    if not _holds(adapter, "tokenizer_config.json", revision):
+    if not _holds(adapter, _CONFIG, revision):
         parts = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
         if part := next((name for name in parts if _holds(adapter, name, revision)), None):
             warnings.warn(
-                f"The folder of the adapter '{without_secrets(adapter)}' holds {part} without tokenizer_config.json: "
+                f"The folder of the adapter '{without_secrets(adapter)}' holds {part} without {_CONFIG}: "
                 "the source model's own tokenizer is used. Pass `source_tokenizer` if it was trained with another."
             )
         return None
@@ -149,6 +154,8 @@ def _read(tokenizer: PreTrainedTokenizerBase | str | Path, revision: str | None)
     added = tokenizer.added_tokens_decoder
     if sum(number not in added for number in tokenizer.get_vocab().values()) < 2:
         raise ValueError("It has no vocabulary but its special tokens, so a file of it is missing.")
+    if not isinstance(tokenizer.chat_template, (str, Mapping, type(None))):  # which would fail when it is used
+        raise ValueError(f"Its `chat_template` is no text, but {shown(tokenizer.chat_template)}.")
     tokenizer(_PLAIN)  # one without a token for what it does not know may fail
     return tokenizer
 
@@ -172,9 +179,28 @@ def _load(name: str | Path, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 def _broken_file(folder: Any) -> str | None:
-    """The first of a tokenizer's files in a folder that cannot be read."""
-    files = sorted(file for name in _FILES for file in Path(str(folder)).glob(f"{name}*.json"))
-    return next((file.name for file in files if read_json_if_there(file) is None), None)
+    """Which of a tokenizer's files in a folder cannot be read, and what to do."""
+    for file in sorted(file for name in _FILES for file in Path(str(folder)).glob(f"{name}*.json")):
+        if not isinstance(read_json_if_there(file), dict):
+            return f"its {file.name} {why_no_text(file.read_bytes()) or 'is broken, get it again'}"
+    return None
+
+
+def _wrong_setting(name: Any, revision: str | None) -> str | None:
+    """Which setting keeps a tokenizer in a folder or on the hub from being loaded, and what to do."""
+    with suppress(Exception), TemporaryDirectory() as links:  # what was raised for the tokenizer itself says it
+        file = find_file(name, _CONFIG, revision)
+        for other in file.parent.iterdir():
+            if other.name != _CONFIG:
+                (Path(links) / other.name).symlink_to(other.resolve())
+
+        def build(values: Mapping[str, Any]) -> None:
+            (Path(links) / _CONFIG).write_text(json.dumps(values), encoding="utf-8")
+            _read(links, None)
+
+        found = at_fault(read_json(file), build)
+        return f"correct {found} in its {_CONFIG}" if found else None
+    return None
 
 
 def _holds(adapter: str | Path, name: str, revision: str | None) -> bool:

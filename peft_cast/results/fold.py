@@ -20,7 +20,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from transformers import AutoConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..models import load_on_skeleton, skeleton
+from ..models import check_unwrapped, load_on_skeleton, skeleton
 from ..options import Pairing
 from ..source import SAVED, list_not_carried, read_holdings
 from ..tuner import CastConfig, CastLayer
@@ -149,6 +149,7 @@ def to_lora(
     check_option("dtype", dtype, Pairing)
     dtype = dtype or torch.float32
     if not isinstance(adapter, (str, Path, PeftModel)):
+        check_unwrapped(adapter, "adapter")
         raise ValueError(
             "`adapter` must be the folder or hub id of a CAST adapter, or the PeftModel that has it "
             f"(`result.model`), got {type(adapter).__name__}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,13 +14,15 @@ from typing import Any
 
 import datasets
 
-from ..tuner.checks import number_of
+from ..tuner.checks import number_of, why_pointer
 from ..utils import distributed, looks_like_path, one_line, secrets_removed, without_secrets
 
 
 _SPLIT = (datasets.DatasetDict, datasets.IterableDatasetDict)
 # By a file's suffix the builder of `datasets` that reads it, and what the file must be.
 _BUILDERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".csv": "csv"}
+# What the command line and config files write for a text, by what to pass in Python.
+_WORDS = {"c4": "'allenai/c4'", "C4": "'allenai/c4'", "self": "`SelfWritten()`", "survey": "`Survey()`"}
 _FORMS = {
     "json": 'with an object like {"text": "..."} per line',
     "text": "with a blank line between texts",
@@ -36,8 +39,8 @@ class Corpus:
         source: Hub dataset id, path of a local jsonl/json/txt/parquet/csv file, iterable of strings, or a
             `datasets.Dataset` or `IterableDataset`. A txt file has one text per paragraph (blank lines between).
         column (`str`): The column that holds the text.
-        name (`str`, *optional*): Configuration of a hub dataset, e.g. `"en"`.
-        split (`str`): Split of a hub dataset.
+        name (`str`, *optional*): Configuration of a hub dataset, e.g. `"en"`; of others there is none.
+        split (`str`): Split of a hub dataset, likewise.
         min_chars (`int`): Shorter texts are left out.
     """
 
@@ -79,12 +82,12 @@ def _as_corpus(corpus: Any) -> Corpus:
     return C4 if corpus is None or corpus == C4.source else Corpus(corpus)
 
 
-def _read(corpus: Any, limit: int, argument: str = "text") -> list[str]:
+def _read(corpus: Any, limit: int, argument: str) -> list[str]:
     if corpus is None:
         try:
             return _read(C4, limit, argument)
         except OSError:
-            found = _read(PACKAGED, limit)
+            found = _read(PACKAGED, limit, argument)
             warnings.warn(
                 f"C4 could not be reached on the hub: the {len(found)} of its documents that come with peft_cast are "
                 f"read as `{argument}` instead. Pass `{argument}` for more general text, or other."
@@ -103,16 +106,22 @@ def _read(corpus: Any, limit: int, argument: str = "text") -> list[str]:
 def _texts(corpus: Corpus, argument: str) -> Iterator[str]:
     """All texts, empty where a column has none."""
     source, column = corpus.source, corpus.column
-    if isinstance(source, (str, Path)):
-        source = _local(source) if _looks_local(source) else _hub(corpus, argument)
+    if _on_hub(source, argument):
+        source = _hub(corpus, argument)
+    elif given := [name for name in ("name", "split") if getattr(corpus, name) != getattr(Corpus, name)]:
+        raise ValueError(
+            f"`{given[0]}` is for datasets on the Hub, and the text corpus {corpus} is none: leave it out."
+        )
+    elif isinstance(source, (str, Path)):
+        source = _local(source)
     if isinstance(source, _SPLIT):
         raise ValueError(f"The text is a dataset with splits {sorted(source)}: pass one of them, e.g. text['train'].")
     if not isinstance(source, Iterable) or isinstance(source, (Mapping, bytes)):
         raise ValueError(
-            f"`text` must be a hub id, a path, an iterable of strings or a dataset, got {type(source).__name__}."
+            f"`{argument}` must be a hub id, a path, an iterable of strings or a dataset, got {type(source).__name__}."
         )
     if not isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
-        yield from (_checked(text, "`text`") for text in source)
+        yield from (_checked(text, f"`{argument}`") for text in source)
         return
     for row in source:
         if column not in row:
@@ -130,26 +139,27 @@ def _checked(text: Any, what: str) -> str:
     return text
 
 
-def check_corpus(corpus: Any, least: int = 1) -> None:
+def check_corpus(corpus: Any, least: int = 1, argument: str = "text") -> None:
     """Refuse what can be refused before models are loaded: what lies on disk or in memory and cannot be used. What
     may be read but once, as an iterator, is left alone.
 
     Args:
         corpus: Anything that `read_corpus` takes.
         least (`int`): How many texts it must hold.
+        argument (`str`): As what it is passed, for messages.
 
     Raises:
         ValueError, OSError: As `read_corpus`, and if it holds fewer texts.
     """
     corpus = _as_corpus(corpus)
     source, wanted = corpus.source, least
-    if isinstance(source, (str, Path)) and not _looks_local(source):
+    if _on_hub(source, argument):
         return
     if isinstance(source, (list, tuple)):
         wanted = len(source)
     elif isinstance(source, Iterable) and not isinstance(source, (str, bytes, Path, Mapping, datasets.Dataset)):
         return
-    if (found := len(_read(corpus, wanted))) < least:
+    if (found := len(_read(corpus, wanted, argument))) < least:
         raise ValueError(
             f"The text corpus {corpus} gives {number_of(found, 'usable sample')}, at least {least} are needed: pass "
             "more or longer text."
@@ -165,43 +175,63 @@ def check_reached(corpus: Any, argument: str) -> None:
     if corpus is None:  # what comes with the package will do
         return
     corpus = _as_corpus(corpus)
-    if datasets.config.HF_HUB_OFFLINE and isinstance(corpus.source, (str, Path)) and not _looks_local(corpus.source):
+    if datasets.config.HF_HUB_OFFLINE and _on_hub(corpus.source, argument):
         _hub(corpus, argument)
 
 
-def _looks_local(source: str | Path) -> bool:
-    """
+def _on_hub(source: Any, argument: str) -> bool:
+    """Whether a source is the name of a dataset on the Hub.
+
     Raises:
-        ValueError: If a string is neither a path nor the name of a dataset.
+        ValueError: If a string is neither a path nor such a name.
     """
-    if isinstance(source, str) and len(source.split()) > 1 and not os.path.exists(source):
+    if not isinstance(source, (str, Path)) or os.path.exists(source):
+        return False
+    if source in _WORDS:
+        general = argument != "text" and source in ("self", "survey")  # whose text is none that models write
+        instead = "a file, a hub dataset id or a list of strings" if general else _WORDS[source]
+        raise ValueError(f"`{argument}`, '{source}', is a word of the command line: pass {instead}.")
+    if "://" in str(source):
+        raise ValueError(
+            f"`{argument}`, '{without_secrets(source)}', is a web address: pass the id of a dataset on the Hub "
+            "(user/name), or download the file and pass that."
+        )
+    if isinstance(source, str) and len(source.split()) > 1:
         start = source.split("\n")[0][:40]
         raise ValueError(
             f"The text '{start}…' is one string, which is taken for a file or a dataset id: pass a list of strings."
         )
-    return Path(source).exists() or Path(source).suffix in _BUILDERS or looks_like_path(source)
+    return Path(source).suffix.lower() not in _BUILDERS and not looks_like_path(source)
 
 
-def _builder(source: str | Path) -> str | None:
-    """The builder of `datasets` that reads a file; `None` for a folder."""
+def _builder(source: str | Path) -> tuple[str | None, dict[str, Any]]:
+    """The builder of `datasets` that reads a file, with its options; no builder for a folder."""
     path, shown = Path(source), f"The text file '{without_secrets(source)}'"
     if not path.exists():
         raise OSError(f"{shown} does not exist.")
     if path.is_dir():
-        return None
-    if path.suffix not in _BUILDERS:
+        return None, {}
+    if (builder := _BUILDERS.get(path.suffix.lower())) is None:
         raise ValueError(f"{shown} has an unknown type; known are {', '.join(sorted(_BUILDERS))}.")
     try:
         with open(path, "rb") as file:
-            if not file.read(2**20).strip():
-                raise ValueError(f"{shown} is empty: pass one with text.")
+            start = file.read(2**20)
     except OSError as error:
         raise OSError(f"{shown} cannot be opened ({error.strerror}).") from error
-    return _BUILDERS[path.suffix]
+    if not start.strip():
+        raise ValueError(f"{shown} is empty: pass one with text.")
+    if (why := why_pointer(start)) is not None:
+        raise ValueError(f"{shown} {why}.")
+    if builder == "parquet":
+        return builder, {}
+    if b"\0" in start:  # one in every letter, or every second
+        raise ValueError(f"{shown} is no UTF-8, as it holds zero bytes: save it as UTF-8.")
+    marked = {"encoding": "utf-8-sig"} if start.startswith(codecs.BOM_UTF8) else {}
+    return builder, marked | ({"sample_by": "paragraph"} if builder == "text" else {})
 
 
 def _local(source: str | Path) -> datasets.Dataset:
-    path, shown, builder = str(source), without_secrets(source), _builder(source)
+    path, shown, (builder, options) = str(source), without_secrets(source), _builder(source)
     if builder is None:
         try:
             return datasets.load_from_disk(path)
@@ -209,7 +239,6 @@ def _local(source: str | Path) -> datasets.Dataset:
             raise ValueError(
                 f"The folder '{shown}' holds no dataset that `save_to_disk` wrote: pass a text file, or such a folder."
             ) from error
-    options = {"sample_by": "paragraph"} if builder == "text" else {}
     try:
         return datasets.load_dataset(builder, data_files=path, split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:

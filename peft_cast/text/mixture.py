@@ -40,18 +40,20 @@ def is_written(text: Any) -> bool:
     return isinstance(text, (SelfWritten, Survey)) or isinstance(first, TextSample)
 
 
-def check_text(text: Any, least: int = 1) -> None:
+def check_text(text: Any, least: int = 1, argument: str = "text") -> None:
     """Refuse at once, of what `translate(text=...)` takes, what lies on disk or in memory and cannot be used.
 
     Args:
         text: The text.
         least (`int`): How many documents are needed, if they are read as they are.
+        argument (`str`): As what it is passed, for messages.
 
     Raises:
         ValueError, OSError: As `read_corpus`.
     """
+    argument = "corpus" if isinstance(text, (SelfWritten, Survey)) else argument
     for corpus in _corpora(text):
-        check_corpus(corpus, 1 if isinstance(text, (Mixture, SelfWritten, Survey)) else least)
+        check_corpus(corpus, 1 if isinstance(text, (Mixture, SelfWritten, Survey)) else least, argument)
 
 
 def check_texts(texts: Sequence[Any], fit_text: Any = None) -> None:
@@ -67,8 +69,10 @@ def check_texts(texts: Sequence[Any], fit_text: Any = None) -> None:
     """
     for text in texts:
         check_text(text, 3)
+    if any(isinstance(part, Survey) for part, _ in getattr(fit_text, "parts", [(fit_text, 1)])):
+        raise ValueError("`fit_text` is general text, and a `Survey` asks what the adapter does: pass other text.")
     if fit_text is not None:
-        check_text(fit_text, 2)
+        check_text(fit_text, 2, "fit_text")
 
 
 def check_all_reached(texts: Sequence[Any], fit_text: Any = None) -> None:

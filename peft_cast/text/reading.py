@@ -106,12 +106,16 @@ def read_texts(
     general = read_text(fit_text, most, write, "fit_text") if apart else []
     # The same text twice says nothing new, and must not be trained on and measured with.
     samples = read_text(text, max(3, wanted + training.eval_samples), write)
-    pairs = list(dict.fromkeys(align(samples)))
+    aligned = align(samples)
+    pairs = list(dict.fromkeys(aligned))
     if len(pairs) < 3:
         _check_prompts_fit(pair, samples, max_length)
+        few, same = len(samples) - len(aligned), len(aligned) - len(pairs)
+        why = f"; of {number_of(len(samples), 'text')} {few} have too few tokens, and {same} begin as others do"
         raise ValueError(
             f"The text gives {number_of(len(pairs), 'usable sample')}, at least 3 are needed (to train on and to "
-            f"measure with): pass more or longer text, or a larger `max_length` than {max_length}."
+            f"measure with){why if few or same else ''}: pass more or longer text, or a larger `max_length` than "
+            f"{max_length}."
         )
     kept_out = how_many_held_out(pairs, training.eval_samples)
     evaluation, trained_on = pairs[:kept_out], pairs[kept_out:]

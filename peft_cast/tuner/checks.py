@@ -78,10 +78,16 @@ def why_no_text(data: bytes) -> str | None:
     return _instead(data) or (None if plain else "is no plain UTF-8: save it as UTF-8 without a byte order mark")
 
 
+def why_pointer(start: bytes) -> str | None:
+    """That a file is a pointer to it, by its first bytes, in the same way."""
+    is_one = start.startswith(b"version https://git-lfs")
+    return "is a pointer of Git LFS, not the file itself: run `git lfs pull`, or download it" if is_one else None
+
+
 def _instead(start: bytes) -> str | None:
     """What a file is instead of itself, by its first bytes, in the same way."""
-    if start.startswith(b"version "):
-        return "is a pointer of Git LFS, not the file itself: run `git lfs pull`, or download it"
+    if (why := why_pointer(start)) is not None:
+        return why
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
         return "is a web page, not the file itself: download the file, as with `hf download`"
     return None
