@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM
 import peft_cast
 from peft_cast import Bridge, fit_bridge
 from peft_cast.cli.inspect import inspect
+from peft_cast.fit.bridge_config import Side
 from peft_cast.fit.closed_form import LEAST_RANK
+from peft_cast.fit.initial import check_bridge
 from peft_cast.fit.maps import Map
+from peft_cast.options import Pairing
 from peft_cast.refine.losses import kl_divergence
 from peft_cast.results.artifacts import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
 
@@ -318,6 +321,15 @@ def test_what_can_be_told_before_models_are_loaded_is(given, message, same, lora
     )
     with pytest.raises(ValueError, match=message):
         peft_cast.translate(same[2], lora_folder, target_folder, **{"bridge": same[1], **given})
+
+
+def test_the_revision_that_is_given_goes_before_the_one_that_the_adapter_names(same, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Side, "check", lambda side, model, which, revision=None: seen.append((model, revision)))
+    monkeypatch.setattr("peft_cast.source.pair.base_of", lambda *_: ("user/model", "named"))
+    for given in (None, "given"):
+        check_bridge(same[1], None, "adapter", "target", Pairing(source_revision=given))
+    assert seen[::2] == [("user/model", "named"), ("user/model", "given")]
 
 
 def test_a_bridge_in_a_subfolder_on_the_hub(same, hub, tmp_path):

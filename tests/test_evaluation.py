@@ -4,11 +4,12 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import c4_texts, make_lora, tiny_model
+from conftest import c4_texts, make_lora, save_model, tiny_model
 from peft import LoraConfig, PeftModel, ShiraConfig, get_peft_model
 from peft.tuners.lora.config import MontecloraConfig
 from safetensors.torch import load_file, save_file
@@ -489,7 +490,49 @@ def test_a_file_that_is_no_evaluation_is_not_overwritten(source_folder):
 def test_a_harness_that_is_not_installed_is_told_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr("peft_cast.evaluation.harness.find_spec", lambda _: None)
     with pytest.raises(ImportError, match="pip install"):
-        peft_cast.evaluate("no/model", {}, [HarnessTask("arc_easy")])
+        HarnessTask("arc_easy").check()
+
+
+def test_a_task_that_the_harness_does_not_have_is_told_before_the_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr("peft_cast.evaluation.harness.find_spec", lambda _: True)
+    monkeypatch.setattr("peft_cast.evaluation.harness._index", lambda: SimpleNamespace(all_tasks=["arc_easy"]))
+    (tmp_path / "own.yaml").write_text("task: own")
+    for task in (HarnessTask("arc_easy"), HarnessTask({"task": "own"}), HarnessTask(str(tmp_path / "own.yaml"))):
+        task.check()
+    HarnessTask("arc_esy", options={"metadata": {"a": 1}}).check()
+    with pytest.raises(ValueError, match="has no task 'arc_esy': `lm-eval ls tasks`"):
+        HarnessTask("arc_esy").check()
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        AnswerLikelihood("x", ROWS[:2], "{question}", " {answer}", start=1),
+        AnswerLikelihood("x", ROWS[:2], lambda row: "", " {answer}", start=1, base_prompts={"more": "{question}"}),
+        Classification("x", ROWS[:2], "{question}", ("a", "b"), continuation=" It is {label}.", start=1),
+        Generation("x", ROWS[:2], "{question}", "{answer}", "(.*)", max_new_tokens=9, start=1),
+    ],
+)
+def test_rows_longer_than_learned_positions_are_told_before_the_model_is_loaded(
+    task, byte_tokenizer, tmp_path, monkeypatch
+):
+    def works(run, *given):
+        try:
+            return run(*given) or True
+        except (ValueError, IndexError):
+            return False
+
+    fits = next(n for n in range(4, 99) if works(task.check_positions, byte_tokenizer, n))
+    short, enough = (tiny_model("gpt2", len(byte_tokenizer), max_position_embeddings=n) for n in (fits - 1, fits))
+    runs = list(task.for_base().values()) or [task]  # with the longest prompts
+    assert works(runs[0].run, enough, byte_tokenizer) and not works(runs[0].run, short, byte_tokenizer)
+    folder, texts = save_model(short, byte_tokenizer, tmp_path), c4_texts(1)
+    adapter = make_lora(short, tmp_path / "a", target_modules="all-linear")
+    found = peft_cast.evaluate(folder, {"a": adapter}, [], drift_text=texts, progress=False)
+    assert found.row("a", "drift").scores
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=f"Row 1 of the task 'x' takes {fits} tokens .* has {fits - 1} positions"):
+        peft_cast.evaluate(folder, {}, [task], progress=False)
 
 
 def test_bad_files_are_one_clear_error(source_folder, tmp_path):

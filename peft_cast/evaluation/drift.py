@@ -13,12 +13,15 @@ from ..models import by_length, padded
 from ..refine import rows_at_once
 
 
+DRIFT_LENGTH = 256  # most tokens per text
+
+
 @torch.no_grad()
 def drift(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    max_length: int = 256,
+    max_length: int = DRIFT_LENGTH,
     batch_size: int = 4,
 ) -> dict[str, float]:
     """Distance of the adapted model from its own base on text that the adapter is not about.

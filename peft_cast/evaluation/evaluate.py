@@ -16,14 +16,14 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..models import check_unwrapped, load_model, load_tokenizer, moved, untouched
+from ..models import check_unwrapped, learned_positions, load_model, load_tokenizer, moved, skeleton_of, untouched
 from ..options import Options, Pairing, Run, takes
 from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
 from ..source import check_on_target, refusal_to_run, why_idle, with_adapter
 from ..text import read_corpus
 from ..utils import as_path, check_output, distributed, environment, without_secrets, write_json
 from ..utils.fields import check_count
-from .drift import drift
+from .drift import DRIFT_LENGTH, drift
 from .tasks import Scores, Task
 
 
@@ -79,8 +79,6 @@ def evaluate(
     check_count("drift_samples", drift_samples, 1)
     target, tasks, runs = as_path(target), _tasks(tasks), _runs(adapters)
     retrained = _retrained(retrained, runs, tasks)
-    for check in filter(None, (getattr(task, "check", None) for task in tasks)):
-        check()
     known = _read_known(output)
     device = distributed.init(pairing.device)
     named = [one for group in runs.values() for one in group if isinstance(one, (str, Path))]
@@ -92,6 +90,12 @@ def evaluate(
     tokenizer = load_tokenizer(pairing.target_tokenizer, target, "target", pairing.target_revision)
     if not tasks and (drift_text is None or not runs):
         raise ValueError("There is nothing to measure: pass `tasks`, or adapters and a `drift_text`.")
+    for check in filter(None, (getattr(task, "check", None) for task in tasks)):
+        check()
+    there = skeleton_of(target, "target", pairing.target_revision)
+    positions = learned_positions(there) if there is not None else None
+    for check in filter(None, (getattr(task, "check_positions", None) for task in tasks if positions)):
+        check(tokenizer, positions)
     texts = read_corpus(drift_text, drift_samples, "drift_text") if drift_text is not None else []
     model = load_model(target, "target", device, pairing.target_revision, pairing.dtype)
     for name, group in runs.items():
@@ -104,6 +108,7 @@ def evaluate(
         "drift_documents": len(texts),
         "environment": environment(),
     }
+    longest = min(DRIFT_LENGTH, positions or DRIFT_LENGTH)
     measured: list[Measurement] = []
     jobs = [(BASE, 0, None)] + [(name, i, a) for name, group in runs.items() for i, a in enumerate(group)]
     for name, number, adapter in tqdm(jobs, desc="evaluate", disable=not given.run.progress):
@@ -123,7 +128,9 @@ def evaluate(
                     if adapted is None:  # loaded only if there is something left to measure
                         stack.enter_context(moved(model, device))
                         adapted = stack.enter_context(_adapted(model, adapter))
-                    scores = task.run(adapted, tokenizer) if task else Scores(drift(adapted, tokenizer, texts))
+                    scores = (
+                        task.run(adapted, tokenizer) if task else Scores(drift(adapted, tokenizer, texts, longest))
+                    )
                     if not isfinite(scores.metrics[kind[1]]):
                         warnings.warn(
                             f"'{row}' gives NaN or infinite numbers on '{kind[0]}', as in a `dtype` too narrow for "

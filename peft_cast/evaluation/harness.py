@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +17,18 @@ from .tasks import Scores
 
 
 _MISSING = "Tasks of lm-evaluation-harness need it: pip install 'peft-cast[eval]'."
+
+
+# Options with which the harness has other tasks than its own, or other settings for them.
+_OTHER_TASKS = {"task_manager", "metadata"}
+
+
+@cache
+def _index() -> Any:
+    """What the harness has, which takes it a minute to find out."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(metadata={})
 
 
 @dataclass(frozen=True)
@@ -46,13 +60,21 @@ class HarnessTask:
         return self.task if isinstance(self.task, str) else self.task["task"]
 
     def check(self) -> None:
-        """Refuse, before a model is loaded, to run without the harness.
+        """Refuse, before a model is loaded, to run without the harness, or what is none of its tasks.
 
         Raises:
             ImportError: If lm-evaluation-harness is not installed.
+            ValueError: If the harness has no such task, where its own tasks are asked for.
         """
         if find_spec("lm_eval") is None:
             raise ImportError(_MISSING)
+        named = isinstance(self.task, str) and not Path(self.task).exists()  # it takes the file of one too
+        if named and not _OTHER_TASKS & set(self.options) and self.task not in _index().all_tasks:
+            raise ValueError(self._unknown)
+
+    @property
+    def _unknown(self) -> str:
+        return f"lm-evaluation-harness has no task '{self.name}': `lm-eval ls tasks` lists those it has."
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         """The harness' metrics, filters stripped where a metric has just one.
@@ -73,14 +95,14 @@ class HarnessTask:
             task = self.task if isinstance(self.task, str) else dict(self.task)
             rows = {"num_fewshot": self.num_fewshot, "limit": self.limit}
             quiet = {"bootstrap_iters": 0, "log_samples": False}
+            if not _OTHER_TASKS & set(self.options):
+                quiet["task_manager"] = _index()
             try:
                 found = lm_eval.simple_evaluate(lm, tasks=[task], **rows, **quiet, **self.options)
             except KeyError as error:
                 if "is not a registered" not in str(error):
                     raise
-                raise ValueError(
-                    f"lm-evaluation-harness has no task '{self.name}': `lm-eval ls tasks` lists those it has."
-                ) from error
+                raise ValueError(self._unknown) from error
         results = {k: float(v) for k, v in found["results"][self.name].items() if isinstance(v, (int, float))}
         short = Counter(key.split(",")[0] for key in results)
         metrics = {key.split(",")[0] if short[key.split(",")[0]] == 1 else key: v for key, v in results.items()}

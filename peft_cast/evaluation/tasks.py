@@ -45,7 +45,8 @@ class Task(Protocol):
     """What `evaluate` runs: a name, the metric that recovered lift is taken of, its direction, a function of a model.
 
     A dataclass is also recognized when an evaluation is taken up again; other tasks are run again. A task may have a
-    method `check`, without arguments, which is called before the model is loaded and raises what `run` would.
+    method `check`, without arguments, which is called before the model is loaded and raises what `run` would, and for
+    models with learned positions `check_positions`, of the tokenizer and how many they are.
     """
 
     @property
@@ -83,10 +84,30 @@ class _OnRecords:
         if not isinstance(self.base_prompts, Mapping):
             raise ValueError(f"`base_prompts` must map names to prompts, got {shown(self.base_prompts)}.")
         rows = _rows(self)
-        for template in (self.prompt, getattr(self, "answer", ""), *self.base_prompts.values()):
+        for template in (self.prompt, *self.base_prompts.values()):
             if not callable(template):  # functions are called once, by `run`
                 self._filled(template, rows)
         self._check_rows(rows)
+
+    def check_positions(self, tokenizer: PreTrainedTokenizerBase, positions: int) -> None:
+        """Refuse, before a model with learned positions is loaded, rows that are longer than those.
+
+        Raises:
+            ValueError: Naming the first.
+        """
+        rows = _rows(self)
+        after = self._after(rows, tokenizer)
+        for template in (self.prompt, *self.base_prompts.values()):
+            for row, (prompt, more) in enumerate(zip(self._filled(template, rows), after), self.start):
+                if (tokens := len(tokenizer(prompt).input_ids) + more) > positions:
+                    raise ValueError(
+                        f"Row {row} of the task '{self.name}' takes {tokens} tokens with its answer, and the target "
+                        f"model has {positions} positions: shorten the prompt or the answer, or leave the row out."
+                    )
+
+    def _after(self, rows: Records, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """How many tokens the model reads after the prompt of each row."""
+        raise NotImplementedError
 
     def _check_rows(self, rows: Records) -> None:
         """Refuse what the columns of one kind of task alone tell."""
@@ -124,6 +145,9 @@ class AnswerLikelihood(_OnRecords):
     def _check_rows(self, rows: Records) -> None:
         if not callable(self.answer):
             self._answers(rows)
+
+    def _after(self, rows: Records, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return [len(tokenizer(answer, add_special_tokens=False).input_ids) for answer in self._answers(rows)]
 
     def _answers(self, rows: Records) -> list[str]:
         answers = self._filled(self.answer, rows)
@@ -167,6 +191,10 @@ class Classification(_OnRecords):
 
     def _check_rows(self, rows: Records) -> None:
         self._choices(rows)
+
+    def _after(self, rows: Records, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        choices = tokenizer(self._choices(rows)[0], add_special_tokens=False).input_ids
+        return [max(map(len, choices)) - 1] * len(rows)
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)
@@ -230,6 +258,13 @@ class Generation(_OnRecords):
                 raise ValueError(f"`{name}` needs a group in brackets, which is what must match, got {pattern!r}.")
         if self.metric not in ("exact_match", "in_format"):
             raise ValueError(f"`metric` must be 'exact_match' or 'in_format', got {self.metric!r}.")
+
+    def _check_rows(self, rows: Records) -> None:
+        if not callable(self.answer):
+            self._filled(self.answer, rows)
+
+    def _after(self, rows: Records, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return [self.max_new_tokens - 1] * len(rows)
 
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..align import AlignedPair, layer_pairs
 from ..options import Options, Pairing
-from ..source import Pair, base_of
+from ..source import Pair, named_source
 from ..utils import distributed, optional, within_memory
 from .bridge import Bridge
 from .bridge_config import read_bridge
@@ -40,12 +40,10 @@ def check_bridge(bridge: Any, source: Any, adapter: Any, target: Any, pairing: P
     if not isinstance(bridge, (Bridge, str, Path)):
         raise ValueError(f"`bridge` must be a `Bridge`, or the folder or hub id of one, got {type(bridge).__name__}.")
     sides = (bridge.source, bridge.target) if isinstance(bridge, Bridge) else read_bridge(bridge, weights=False)[0]
-    revision = pairing.source_revision
     if isinstance(adapter, PeftModel):
         source = adapter.get_base_model()
-    elif source is None:
-        source, revision = base_of(adapter, pairing.adapter_revision)
-    sides[0].check(source, "source", revision)
+    source, pairing = named_source(source, adapter, pairing)
+    sides[0].check(source, "source", pairing.source_revision)
     sides[1].check(target, "target", pairing.target_revision)
 
 

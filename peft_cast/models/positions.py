@@ -14,22 +14,29 @@ from ..utils import without_secrets
 _LEARNED = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
 
 
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model, or its skeleton, has a learned position for; `None` for one that learns none. One with
+    rotary positions may be read longer than its configuration says.
+    """
+    learned = any(
+        isinstance(module, nn.Embedding) and _LEARNED.search(name) and not sees_or_hears(name)
+        for name, module in model.named_modules()
+    )
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None
+
+
 def check_positions(model: PreTrainedModel, which: str, max_length: int | None) -> None:
     """
     Args:
-        model: The model, or its skeleton. One with rotary positions may be read longer than its configuration says.
+        model: The model, or its skeleton.
         which (`str`): "source" or "target".
         max_length (`int`, *optional*): Most tokens of a text, if any is read.
 
     Raises:
         ValueError: If the model has a learned position for fewer tokens.
     """
-    learned = any(
-        isinstance(module, nn.Embedding) and _LEARNED.search(name) and not sees_or_hears(name)
-        for name, module in model.named_modules()
-    )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if learned and positions and (max_length or 0) > positions:
+    positions = learned_positions(model)
+    if positions and (max_length or 0) > positions:
         raise ValueError(
             f"The {which} model '{without_secrets(model.name_or_path)}' has {positions} positions, and `max_length` "
             f"is {max_length}: pass `max_length={positions}`."
