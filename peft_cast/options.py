@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .tuner import CastConfig
-from .utils import without_secrets
+from .utils import as_place, without_secrets
 from .utils.fields import Group, describe, is_a, option, unknown
 
 
@@ -290,6 +290,12 @@ class Run(Group):
     )
     report_similarity: bool = option(True, "Whether the report compares the layers of the two models.", decides=False)
     progress: bool = option(True, "Show progress bars.", decides=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("output_dir", "cache_dir"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_place(given, name))
 
 
 GROUPS: dict[str, type[Group]] = {

@@ -713,6 +713,16 @@ def test_a_bridge_does_not_write_over_what_it_reads(source_folder, lora_folder, 
     bridge = peft_cast.fit_bridge(source_folder, target_folder, text=TEXTS, samples=8, max_length=32, progress=False)
     folder = shutil.copytree(lora_folder, tmp_path / "lora")
     refused(lambda: bridge.cast_file(folder, folder), "would be overwritten")
+    refused(lambda: bridge.save_pretrained(folder), "holds an adapter of type LORA, which would be overwritten")
+
+
+def test_what_is_kept_for_further_runs_has_a_folder_of_its_own(source_folder, lora_folder, target_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder, said in ((lora_folder, "holds a model or an adapter"), (target_folder, "a folder of its own")):
+        for work in (peft_cast.translate, peft_cast.baselines.distill_lora):
+            refused(lambda: work(source_folder, lora_folder, target_folder, text=TEXTS, cache_dir=folder), said)
+    given = {**QUICK, "cache_dir": tmp_path / "file"}
+    refused(lambda: peft_cast.translate(source_folder, lora_folder, target_folder, **given), "it is a file")
 
 
 def folder_of(model: str, to, change) -> str:

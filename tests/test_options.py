@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import peft_cast
-from peft_cast import Fit, Pairing, Projections, Run, Training, options
+from peft_cast import Evaluation, Fit, Pairing, Projections, Run, Training, options
 from peft_cast.cli import app as cli
 from peft_cast.cli.flags import with_flags
 from peft_cast.cli.settings import arguments_for
 from peft_cast.options import Options, names_taken, table
 from peft_cast.refine.run import described
-from peft_cast.results.artifacts import Artifact, Origin
+from peft_cast.results.artifacts import Artifact, Origin, replacing_folder
 from peft_cast.results.cards import make_card
 from peft_cast.results.licenses import License, Licenses
 from peft_cast.source.pair import open_pair
@@ -36,6 +36,19 @@ def novelty(monkeypatch):
     Larger.__name__ = "Training"
     monkeypatch.setitem(options.GROUPS, "training", Larger)
     return Larger
+
+
+def test_folders_may_be_named_from_the_users_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = Options.of({"output_dir": "~/out", "cache_dir": Path("~/kept")}).run
+    assert (run.output_dir, run.cache_dir) == (tmp_path / "out", tmp_path / "kept")
+    for name in ("output_dir", "cache_dir"):
+        with pytest.raises(ValueError, match=f"`{name}` is empty"):
+            Options.of({name: ""})
+    with replacing_folder("~/a") as partial:
+        (partial / "x").write_text("")
+    Evaluation((), {}, {}).save("~/b/e.json")
+    assert (tmp_path / "a" / "x").exists() and (tmp_path / "b" / "e.json").exists()
 
 
 def test_a_new_field_is_checked(novelty):

@@ -337,7 +337,10 @@ def test_options_that_differ_from_their_defaults_are_on_the_card_and_no_others(t
 
 def test_saving_again_writes_the_card_again_and_once(folder):
     made(source_adapter_name_or_path="org/better").save_pretrained(folder)
-    to_lora(made(source_model_name_or_path="org/newer").model).save_pretrained(folder)
+    newer = made(source_model_name_or_path="org/newer")
+    newer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="holds an adapter of type CAST, which would be overwritten"):
+        to_lora(newer.model).save_pretrained(folder)
     text = (folder / "README.md").read_text()
     assert "org/newer" in text and not {"org/source", "org/better"} & set(re.findall(r"org/\w+", text))
     assert text.count("\n---\n") == 1 and text.count("## Use") == 1

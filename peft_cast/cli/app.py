@@ -41,7 +41,8 @@ Source = Annotated[
 
 Adapter = Annotated[str, typer.Argument(help="The LoRA: hub id or folder.")]
 Target = Annotated[str, typer.Argument(help="Model it shall work on: hub id or folder.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder that is written.")]
+# As text: an empty word would become the current folder.
+Output = Annotated[str, typer.Option("--output", "-o", metavar="PATH", help="Folder that is written.")]
 Text = Annotated[
     str | None,
     typer.Option(
@@ -99,7 +100,8 @@ def translate_command(
     target: Target,
     flags: dict[str, Any],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder that is written; not needed with `--dry-run`.")
+        str | None,
+        typer.Option("--output", "-o", metavar="PATH", help="Folder that is written; not needed with `--dry-run`."),
     ] = None,
     text: Text = None,
     prompts: Prompts = None,
@@ -148,7 +150,7 @@ def translate_command(
     result = cast(TranslationResult, translated)  # of one adapter
     print_result(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
-        f"{result}\nSaved in {output}; the report is {output / 'report.html'}",
+        f"{result}\nSaved in {output}; the report is {Path(output) / 'report.html'}",
         as_json,
         quiet,
     )
@@ -209,7 +211,8 @@ def evaluate_command(
     ],
     flags: dict[str, Any],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSON file; what it holds already is not measured again.")
+        str | None,
+        typer.Option("--output", "-o", metavar="PATH", help="JSON file; what it holds already is not measured again."),
     ] = None,
     config: Annotated[
         Path | None,
@@ -223,7 +226,7 @@ def evaluate_command(
         str | None, typer.Option(help="Name of the adapter that was trained on the target: shows recovered lift.")
     ] = None,
     drift_text: Annotated[str | None, typer.Option(help="General text to measure drift on.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture that is drawn.")] = None,
+    plot: Annotated[str | None, typer.Option(metavar="PATH", help="Picture that is drawn.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -243,13 +246,13 @@ def evaluate_command(
     arguments = arguments_for(
         evaluate, given, {"retrained": retrained, "drift_text": drift_text, "output": output, **flags}
     )
-    if plot:
+    if plot is not None:
         check_output(plot, "plot")
         if not arguments.get("retrained"):
             raise ValueError("There would be no recovered lift to plot: name the `--retrained` adapter of the tasks.")
     found = evaluate(target, runs, chosen, progress=not quiet, **arguments)
     print_result(found.to_dict(), str(found), as_json, quiet)
-    if plot:
+    if plot is not None:
         found.plot(plot)
 
 

@@ -21,7 +21,7 @@ from ..options import Options, Pairing, Run, takes
 from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
 from ..source import check_on_target, refusal_to_run, why_idle, with_adapter
 from ..text import read_corpus
-from ..utils import as_path, check_output, distributed, environment, without_secrets, write_json
+from ..utils import as_path, as_place, check_output, distributed, environment, without_secrets, write_json
 from ..utils.fields import check_count
 from .drift import DRIFT_LENGTH, drift
 from .tasks import Scores, Task
@@ -79,6 +79,7 @@ def evaluate(
     check_count("drift_samples", drift_samples, 1)
     target, tasks, runs = as_path(target), _tasks(tasks), _runs(adapters)
     retrained = _retrained(retrained, runs, tasks)
+    output = None if output is None else as_place(output, "output")
     known = _read_known(output)
     device = distributed.init(pairing.device)
     named = [one for group in runs.values() for one in group if isinstance(one, (str, Path))]
@@ -142,19 +143,19 @@ def evaluate(
                 if output is not None:
                     so_far = Evaluation(tuple(measured), retrained, settings).to_dict()
                     kept = {key: dataclasses.asdict(scores) for key, scores in known.items()}
-                    write_json({**so_far, "known": kept}, Path(output))
+                    write_json({**so_far, "known": kept}, output)
     return Evaluation(tuple(measured), retrained, settings)
 
 
-def _read_known(output: str | Path | None) -> dict[str | None, Scores]:
+def _read_known(output: Path | None) -> dict[str | None, Scores]:
     """Measurements in the output file, by key, so that a long run can be taken up again."""
     if output is None:
         return {}
     check_output(output, "output")
-    if not Path(output).exists():
+    if not output.exists():
         return {}
     try:
-        found = json.loads(Path(output).read_text(encoding="utf-8"))
+        found = json.loads(output.read_text(encoding="utf-8"))
         if "measurements" not in found:  # such as a model's config.json, which would be overwritten
             raise ValueError
         return {key: Scores(**scores) for key, scores in found.get("known", {}).items()}

@@ -25,7 +25,7 @@ _OTHER_TASKS = {"task_manager", "metadata"}
 
 @cache
 def _index() -> Any:
-    """What the harness has, which takes it a minute to find out."""
+    """What the harness has, which it takes up to a minute to find out."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(metadata={})

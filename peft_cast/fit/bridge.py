@@ -47,7 +47,6 @@ from ..utils import (
     as_path,
     change_dtype,
     check_place,
-    check_writable,
     complete_folder,
     distributed,
     hub_revision,
@@ -268,9 +267,9 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return model, held, {**metrics, "bridge": {"source": self.source.name, "target": self.target.name}}
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """The mixin's, which raises an OSError in words if the folder cannot be written."""
-        check_writable(save_directory)  # the mixin makes it, and Python's errors have numbers in brackets
-        return super().save_pretrained(save_directory, **options)
+        """The mixin's, which raises an error in words if the folder cannot be written or holds something else."""
+        folder = check_place(save_directory, kind=None)  # Python's errors have numbers in brackets
+        return super().save_pretrained(folder, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         add_card(self._save(save_directory))  # the mixin would keep what there is, a card of another bridge too

@@ -23,6 +23,7 @@ from ..text import check_all_reached, check_texts, read_texts
 from ..utils import Phases, as_path, check_place, distributed
 from ..utils.fields import check_count
 from .imitate import imitate
+from .run import check_cache
 from .shown import open_teacher, taught
 
 
@@ -63,6 +64,7 @@ def distill_lora(
     distributed.training_device(given.pairing.device)
     source, adapter, target = map(as_path, (source, adapter, target))
     check_count("r", r, 1)
+    distributed.on_main_process(partial(check_cache, given.run))
     if given.run.output_dir is not None:
         distributed.on_main_process(partial(check_place, given.run.output_dir, source, adapter, target, kind="LORA"))
     check_texts([text], given.fit.fit_text)

@@ -24,6 +24,7 @@ from ..source import Pair
 from ..text import PairTexts, TextSample
 from ..utils import (
     check_place,
+    check_writable,
     distributed,
     optional,
     read_json_if_there,
@@ -175,6 +176,7 @@ def check_folder(run: Run, *inputs: Any) -> None:
             would be overwritten.
         OSError: If the folder cannot be written.
     """
+    check_cache(run)
     output_dir, resume = run.output_dir, run.resume_from_checkpoint
     if output_dir is None:
         if resume:
@@ -192,6 +194,20 @@ def check_folder(run: Run, *inputs: Any) -> None:
             f"'{folder}' holds a run that was stopped: pass `resume_from_checkpoint=True` (`--resume`) to go on with "
             "it, or another `output_dir` (or delete this one)."
         )
+
+
+def check_cache(run: Run) -> None:
+    """
+    Raises:
+        ValueError: If `cache_dir` is the folder of a model or an adapter, which keeps what it holds.
+        OSError: If it cannot be written.
+    """
+    if run.cache_dir is None or run.cache_dir == run.output_dir:
+        return
+    folder = Path(run.cache_dir)
+    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(f"`cache_dir`, '{folder}', holds a model or an adapter: pass a folder of its own.")
+    check_writable(folder)
 
 
 def open_run(run: Run, describe: Callable[[], Mapping[str, Any]]) -> RunFolder:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..tuner.checks import read_json
-from ..utils import complete_folder, read_json_if_there
+from ..utils import as_place, complete_folder, read_json_if_there
 
 
 BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME = "bridge_config.json", "bridge_model.safetensors"
@@ -161,7 +161,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """`complete_folder`, with the cards that are there, which may be somebody's own."""
-    folder = Path(folder)
+    folder = as_place(folder)
     with complete_folder(folder) as partial:
         for card in (*folder.glob("README.md"), *folder.glob("*/README.md")):
             kept = partial / card.relative_to(folder)

@@ -29,6 +29,7 @@ from ..tuner.merging import check_foldable
 from ..utils import (
     as_path,
     check_model_config,
+    check_place,
     check_weights,
     find_file,
     one_line,
@@ -86,8 +87,10 @@ class FoldedLora(Publishable):
             evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
 
         Raises:
-            ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
+            ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`; if the folder holds
+                something else than a LoRA, such as the CAST adapter.
         """
+        check_place(folder, kind="LORA")
         with replacing_folder(folder) as partial:
             add_card(self._save(partial), evaluation, evaluated_as)
 

@@ -5,6 +5,7 @@ from .faults import WITH_REMEDY, FaultError, at_fault, explained, said_by, why_u
 from .files import (
     PARTIAL,
     as_path,
+    as_place,
     change_dtype,
     check_output,
     check_place,

@@ -33,6 +33,23 @@ def as_path(value: Any) -> Any:
     return Path(value) if isinstance(value, os.PathLike) else value
 
 
+def as_place(value: str | Path, argument: str = "folder") -> Path:
+    """Where something is to be written, with `~` as the user's own folder.
+
+    Args:
+        value: A file or folder.
+        argument (`str`): As what it is passed, for messages.
+
+    Raises:
+        ValueError: If it is no path, or empty, which would be the current folder.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"`{argument}` must be a path, got {type(value).__name__}.")
+    if not os.fspath(value):
+        raise ValueError(f"`{argument}` is empty: pass where to write.")
+    return Path(os.path.expanduser(value))
+
+
 @contextmanager
 def replacing(file: str | Path) -> Iterator[Path]:
     """Within the context write to the path that is given; at the end it takes the place of `file`.
@@ -40,7 +57,7 @@ def replacing(file: str | Path) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be written; what stood there before is intact.
     """
-    file = Path(file)
+    file = as_place(file, "file")
     partial = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
     with _writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +79,7 @@ def complete_folder(folder: str | Path, key: str = "adapter_config.json") -> Ite
     Raises:
         OSError: If something cannot be written; what stood in `folder` before is intact.
     """
-    folder = Path(folder)
+    folder = as_place(folder)
     with _writing(folder):
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +140,7 @@ def check_writable(folder: str | Path) -> None:
     Raises:
         OSError: Saying why.
     """
-    folder = Path(folder)
+    folder = as_place(folder)
     new = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     try:  # asking for rights says less: the administrator has them all, and below /proc there is no folder to be made
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,17 +158,18 @@ def check_output(file: str | Path, argument: str) -> None:
     """Refuse, before the work, a file that cannot be written.
 
     Raises:
-        ValueError: If it is no name of a file, or a folder.
+        ValueError: If it is no name of a file, is empty, or a folder.
         OSError: If nothing can be written where it is.
     """
     if not isinstance(file, (str, os.PathLike)):
         raise ValueError(f"`{argument}` must be the name of a file, got {type(file).__name__}.")
-    if os.path.isdir(file):
+    file = as_place(file, argument)
+    if file.is_dir():
         raise ValueError(f"`{argument}`, '{file}', is a folder: pass the name of a file in it.")
-    check_writable(Path(file).parent)
+    check_writable(file.parent)
 
 
-def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> None:
+def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> Path:
     """Refuse to write a result where something else is kept.
 
     Args:
@@ -160,13 +178,17 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
         kind (`str`): PEFT's type of the adapter that is written; one of the same type may be replaced. `None` for a
             bridge.
 
+    Returns:
+        `Path`: The folder, see `as_place`.
+
     Raises:
-        ValueError: If the folder is one of the inputs, holds a model or an adapter of another type, or is a file.
+        ValueError: If the folder is empty text, one of the inputs, holds a model or an adapter of another type, or is
+            a file.
         OSError: If it cannot be written.
     """
     if not isinstance(folder, (str, os.PathLike)):
         raise ValueError(f"What is made must be written to a folder, got {type(folder).__name__}.")
-    folder = Path(folder)
+    folder = as_place(folder)
     if any(
         isinstance(name, (str, Path)) and Path(name).exists() and folder.resolve() == Path(name).resolve()
         for name in inputs
@@ -185,6 +207,7 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
     for name, what in others.items():
         if (folder / name).exists():
             raise ValueError(f"'{folder}' holds {what}: write to another folder.")
+    return folder
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, **metadata: str) -> None:

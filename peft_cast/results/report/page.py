@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup, escape
 from peft.utils import CONFIG_NAME
 
-from ...utils import complete_folder, read_json_if_there
+from ...utils import as_place, complete_folder, read_json_if_there
 from ..artifacts import METRICS_NAME, REPORT_NAME, read_metrics
 from ..rows import Evaluation
 from .contents import LEVELS, Contents, contents, with_code
@@ -63,11 +63,11 @@ def write_report(
     history: Sequence[dict[str, float]]
     if isinstance(result, (str, Path)):
         metrics, history, models = _read(Path(result))
-        folder = Path(result) if folder is None else Path(folder)
+        folder = Path(result) if folder is None else as_place(folder)
     elif folder is None:
         raise ValueError("`write_report` needs the `folder` to write to when it is given a result.")
     else:
-        metrics, history, models, folder = result.metrics, result.history, {}, Path(folder)
+        metrics, history, models, folder = result.metrics, result.history, {}, as_place(folder)
     report = contents(metrics, history, evaluation, models)
     with complete_folder(folder) as partial:
         (partial / "report.md").write_text(to_markdown(report), encoding="utf-8")
