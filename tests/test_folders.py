@@ -453,6 +453,8 @@ def test_an_adapter_that_was_never_trained_is_said_to_do_nothing(source_folder, 
 def test_numbers_that_a_configuration_does_not_name_are_said(source_folder, lora_folder, target_folder, tmp_path):
     adapter, loha = edited(lora_folder, tmp_path / "a", lora_alpha=...), tmp_path / "loha"
     assert "lora_alpha=8 (PEFT's default, adapter_config.json names none)" in describe(inspect(adapter))
+    without_r = describe(inspect(edited(lora_folder, tmp_path / "r", r=...)))
+    assert "cannot be a source: it has a configuration that names no rank, for which PEFT takes 8, and" in without_r
     with pytest.warns(UserWarning, match="names no `lora_alpha`: PEFT's default, 8, is taken. Add it"):
         peft_cast.plan(source_folder, adapter, target_folder, steps=1, batch_size=2, max_length=8, fit_samples=4)
     get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
