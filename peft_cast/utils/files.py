@@ -44,7 +44,7 @@ def as_place(value: str | Path, argument: str = "folder") -> Path:
         ValueError: If it is no path, or empty, which would be the current folder.
     """
     if not isinstance(value, (str, os.PathLike)):
-        raise ValueError(f"`{argument}` must be a path, got {type(value).__name__}.")
+        raise ValueError(f"`{argument}` must be the name of a file or folder, got {type(value).__name__}.")
     if not os.fspath(value):
         raise ValueError(f"`{argument}` is empty: pass where to write.")
     return Path(os.path.expanduser(value))
@@ -161,8 +161,6 @@ def check_output(file: str | Path, argument: str) -> None:
         ValueError: If it is no name of a file, is empty, or a folder.
         OSError: If nothing can be written where it is.
     """
-    if not isinstance(file, (str, os.PathLike)):
-        raise ValueError(f"`{argument}` must be the name of a file, got {type(file).__name__}.")
     file = as_place(file, argument)
     if file.is_dir():
         raise ValueError(f"`{argument}`, '{file}', is a folder: pass the name of a file in it.")
