@@ -115,11 +115,11 @@ def of_another_file(config: PeftConfig, header: Mapping[str, TensorInfo]) -> str
             return f"has a configuration that is not its file's: `{option}` {said}. Correct it in {CONFIG_NAME}"
     if type(config) is LoraConfig and "r" in unnamed(config) and not (config.rank_pattern or config.target_parameters):
         ranks = {key: _rank_of(own, info) for key, info in header.items() for _, own in (_split(config, key),)}
-        key = next((key for key, rank in ranks.items() if rank not in (0, config.r)), None)
-        if key is not None:
+        other = next((key for key, rank in ranks.items() if rank not in (0, config.r)), None)
+        if other is not None:
             return (
-                f"has a configuration that names no rank, for which PEFT takes {config.r}, and '{key[:200]}' in its "
-                f"file has {ranks[key]}: add `r` to {CONFIG_NAME}"
+                f"has a configuration that names no rank, for which PEFT takes {config.r}, and '{other[:200]}' in its "
+                f"file has {ranks[other]}: add `r` to {CONFIG_NAME}"
             )
     return None
 
