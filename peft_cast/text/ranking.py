@@ -12,11 +12,11 @@ from typing import Any
 from .forms import Form
 
 
-CROSSED = 4  # best forms whose words are tried in each other's places
+CROSSED = 3  # best forms whose words are tried in each other's places
 BEST, NEAR = 6, 0.4  # forms that are asked for good: how many at most, and how near to the best
 RECUR = 4  # forms in which, and contents after which, an answer is given at least, to be a word of a classifier's
 SEEDS, EXCITING = 12, 0.5  # contents that further ones follow: how many at most, and how near to the most exciting
-FEWEST = 4  # of them at least
+FEWEST = 2  # of them at least
 FAVORED, HALF = 0.5, 8  # nats by which an adapter favors a token; forms and contents where it then counts half
 TWO_WORDS = r"([^\n{}]+): \{text\}\n([^\n{}]+):"  # frames with a word before the content and one after
 

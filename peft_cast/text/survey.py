@@ -22,9 +22,10 @@ from .samples import TextSample
 from .written import Keep, SelfWritten, as_turns, check_prompts_given, check_writing, write_answers, write_prompts
 
 
+SCREENING = 3  # forms in which every everyday question is asked, to find those that excite the adapter
 # Forms that are tried at first and contents in each; then what is left of them, with further contents in each.
 FORMS, CONTENTS = 48, 4
-ROUNDS = ((12, 6), (6, 6))
+ROUNDS = ((12, 4), (6, 4))
 SHORT, END = 24, ""  # tokens of an answer while forms are compared, and what stands for its end
 MOST = 2.0  # nats that one token can count: a single surprising one says little
 LITTLE = 0.5  # `acts` of the best form below which it is said that the adapter hardly does anything
@@ -50,7 +51,8 @@ class Survey:
         corpus: Where contents come from, anything `translate(text=...)` takes as a corpus; `fit_text` by default.
         samples (`int`, *optional*): How many texts to write; as many as the refinement reads, if not given.
         max_new_tokens (`int`): The most tokens of an answer that is trained on.
-        temperature (`float`): Sampling temperature of those; 0 takes the likeliest token.
+        temperature (`float`): Sampling temperature of those; 0 takes the likeliest token. At 1 a small model that is
+            asked what it was not trained on loses the thread, and what the adapter says with it.
         top_p (`float`): Nucleus sampling.
         batch_size (`int`): Texts written at a time.
     """
@@ -62,7 +64,7 @@ class Survey:
     corpus: Any = None
     samples: int | None = None
     max_new_tokens: int = 160
-    temperature: float = 1.0
+    temperature: float = 0.7
     top_p: float = 1.0
     batch_size: int = 64
 
@@ -97,7 +99,7 @@ class Surveyed:
         focus (`frozenset[str]`): The target's prompts of those that are of the kinds in which the adapter acts.
         found (`dict`): JSON-ready: how many `examples` of its card were asked; the `words` that recur as answers, if
             it is a classifier; the `forms` that were asked for good, with how much the adapter `acts` there, how many
-            `prompts` that is known from, and an `example`; whether they are `trusted`, that is, it acts in one of them.
+            `prompts` that is known from, and an `example`; whether they are `trusted`: it acts in one of them.
     """
 
     samples: list[TextSample]
@@ -186,6 +188,11 @@ class Surveyor:
             found[replace(one, text="")] = one.text, tuple(tokens[: len(ratios)]), tuple(ratios)
         return [Tried(*one, *found.get(prompt, ("",))) for one, prompt in zip(asked, self.prompts(asked))]
 
+    def screened(self, forms: Sequence[Form]) -> list[Tried]:
+        """The everyday questions, in a few of the forms of questions, the chat template among them."""
+        few = sorted((form for form in forms if form.content == "question"), key=lambda form: not form.chat)
+        return self.ask([(form, one) for form in few[:SCREENING] for one in self.known["everyday"]])
+
     def plain_answers(self, tried: Sequence[Tried]) -> list[str]:
         """What the source answers to prompts without the adapter, likeliest first; empty where it ends at once."""
         prompts = self.prompts([(one.form, one.content) for one in tried])
@@ -258,16 +265,17 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
     there = [*drawn_forms(at_work.known, at_work.draw, forms, chat), *(form for form, _ in at_work.examples)]
     there = [*dict.fromkeys(there)]
     rounds = [(len(there), CONTENTS), *((n, each) for n, each in ROUNDS if n < len(there))]
-    contents: dict[str, list[str]] = {}
+    screened = at_work.screened(there)
+    contents = {kind: found[: CONTENTS // 2] for kind, found in exciting(screened, there).items()}
     tried: list[Tried] = []
-    for left, each in progress(rounds) if progress else rounds:
-        some = there
-        if tried:
-            some = list(ranked(tried))[:left]
+    for number, (left, each) in enumerate(progress(rounds) if progress else rounds):
+        some = list(ranked(tried))[:left] if number else there
+        if number == 1:
             some += [form for form in crossed(some) if form not in by_form(tried)]
         seeds = exciting(tried, some)
         for kind in dict.fromkeys(form.content for form in some):
-            contents.setdefault(kind, []).extend(further(at_work, kind, seeds.get(kind, []), each))
+            known = contents.setdefault(kind, [])
+            known += further(at_work, kind, seeds.get(kind, []), each - (0 if number else len(known)))
         asked = [(form, content) for form in some for content in dict.fromkeys(contents[form.content])]
         before = {(one.form, one.content) for one in tried}
         asked += [] if tried else at_work.examples
