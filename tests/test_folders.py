@@ -797,6 +797,10 @@ def more_tokens(folder):
             written("generation_config.json", '{"eos_token_id": "x"}'),
             ["`eos_token_id` in its", "is 'x'", "correct it"],
         ),
+        (
+            written("generation_config.json", '{"cache_implementation": "foo"}'),
+            ["its generation_config.json cannot be used (Invalid `cache_implementation` (foo)", "): correct it."],
+        ),
         (settings(model_type=5), ["`model_type` in its config.json is 5, no type's name: correct it"]),
         (settings(attn_implementation="foo"), ["config.json cannot be used", "correct `attn_implementation` ('foo')"]),
         (settings(attn_implementation="flash_attention_2"), ["needs a package that is missing", "load the model"]),

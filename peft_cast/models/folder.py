@@ -7,10 +7,11 @@ from typing import Any
 from zipfile import is_zipfile
 
 import torch
+from transformers import GenerationConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..tuner.checks import TensorInfo, read_header, shown
-from ..utils import one_line, read_json_if_there
+from ..utils import one_line, read_json_if_there, said_by
 from ..utils.fields import is_a
 
 
@@ -61,6 +62,12 @@ def _check_generation(file: Path, named: str) -> None:
     values = read_json_if_there(file)
     if not isinstance(values, (dict, type(None))):  # without one it is loaded
         raise OSError(f"{named} could not be loaded: its {file.name} holds no object, get it again.")
+    try:
+        GenerationConfig.from_dict(values or {})
+    except Exception as error:  # as it comes from a stranger, whatever it leads to
+        raise OSError(
+            f"{named} could not be loaded: its {file.name} cannot be used ({said_by(error)}): correct it."
+        ) from error
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = (values or {}).get(name)
         if ids is not None and not all(is_a(one, int) for one in (ids if isinstance(ids, list) else [ids])):
