@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from .tuner import CastConfig
 from .utils import as_place, without_secrets
+from .utils.arguments import check_training_args
 from .utils.fields import Group, describe, is_a, option, unknown
 
 
@@ -246,10 +247,7 @@ class Training(Group):
             raise ValueError(
                 "With `alpha`, `beta` and `gamma` 0 nothing is learned: leave one above 0, or `steps` at 0."
             )
-        known = [one.name for one in fields(TrainingArguments) if one.init]
-        for name in self.training_args or {}:
-            if name not in known:
-                raise ValueError(f"transformers.TrainingArguments has no '{name}': {unknown(str(name), known)}")
+        check_training_args(self.training_args or {})
 
     @property
     def target_share(self) -> float:

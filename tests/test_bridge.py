@@ -223,7 +223,11 @@ def test_what_does_not_fit_a_bridge_is_refused_before_a_model_is_loaded(same, tm
     dora = get_peft_model(copy.deepcopy(model), LoraConfig(use_dora=True, target_modules=["q_proj"]))
     dora.active_peft_config.base_model_name_or_path = "org/chat"
     dora.save_pretrained(tmp_path / "dora")
+    cut = save_model(model, byte_tokenizer, tmp_path / "cut")
+    save_file({"model.norm.weight": torch.ones(32)}, f"{cut}/model.safetensors", metadata={"format": "pt"})
     with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        with pytest.raises(OSError, match="The target model .* lacks the weights of"):
+            bridge.cast(tmp_path / "own", cut, source=folder)
         for given, source, message in (
             (lora, None, "does not fit the bridge's source model"),
             (lora, folder, "does not fit the source model"),

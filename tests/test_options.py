@@ -9,6 +9,7 @@ import torch
 from conftest import c4_texts, sentencepiece_tokenizer, tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers.training_args import OptimizerNames
 from typer.testing import CliRunner
 
 import peft_cast
@@ -93,6 +94,11 @@ def test_options_come_in_groups_or_by_name_and_names_go_before():
         Options.of({}, training=Run())
 
 
+def test_training_arguments_that_trainer_takes_are_taken():
+    Training(training_args={"optim": OptimizerNames.SGD, "eval_strategy": "no", "save_steps": 0.5, "fsdp": True})
+    Training(training_args={"logging_strategy": "no", "logging_steps": 0, "max_grad_norm": 1, "bf16": True})
+
+
 @pytest.mark.parametrize(
     ("group", "wrong", "message"),
     [
@@ -106,6 +112,19 @@ def test_options_come_in_groups_or_by_name_and_names_go_before():
             "`teacher` must be 'auto', 'source', 'shown', 'delta' or a number from 0 to 1",
         ),
         (Training, {"training_args": {"warmup": 1}}, "TrainingArguments has no 'warmup'"),
+        *(
+            (Training, {"training_args": args}, f"`training_args`: `{next(iter(args))}` {words}")
+            for args, words in (
+                ({"optim": "adam_torch"}, "cannot be 'adam_torch': did you mean 'adamw_torch'"),
+                ({"lr_scheduler_type": "cosin"}, "cannot be 'cosin': did you mean 'cosine'"),
+                ({"lr_scheduler_type": "greedy"}, "cannot be 'greedy', for which Trainer evaluates: leave it out"),
+                ({"eval_strategy": "steps"}, "cannot be 'steps', for which Trainer evaluates: leave it out"),
+                ({"gradient_accumulation_steps": 0}, "must be at least 1, got 0"),
+                ({"gradient_accumulation_steps": "2"}, "must be an integer, got '2'"),
+                ({"weight_decay": "1e-3"}, "must be a finite number, got '1e-3'"),
+                ({"save_steps": 0}, "must be a number above 0, got 0"),
+            )
+        ),
         (Pairing, {"depth_map": "nearest"}, "`depth_map` must be 'proportional', 'similarity' or a mapping"),
         (Pairing, {"dtype": torch.int8}, "`dtype` must be torch.float32"),
         (Pairing, {"dtype": torch.float8_e4m3fn}, "`dtype` must be torch.float32"),

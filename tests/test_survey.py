@@ -101,6 +101,13 @@ def test_the_words_of_a_classifier_are_told_by_their_recurrence_and_are_asked_fo
     assert set(answers) == {"blorp", "zint"} and answers["zint"] > answers.total() / 4  # drawn: a fifth
 
 
+@pytest.mark.parametrize("prompts", [None, ["Say: one\nMore:"]])
+def test_an_adapter_that_acts_nowhere_is_said_to(acts_after, prompts):
+    with pytest.warns(UserWarning, match=f"Pass {'other' if prompts else 'one to three'} prompts of its kind"):
+        surveyed = acts_after("no such words")(limit=20, prompts=prompts)
+    assert surveyed.samples and surveyed.found["trusted"] is False
+
+
 def test_prompts_of_the_user_take_the_place_of_the_forms(acts_after):
     prompts = ["Say: one\nMore:", "Say: two\nMore:"]
     surveyed = acts_after("More:")(limit=20, prompts=prompts)
@@ -124,7 +131,7 @@ def test_the_form_of_one_prompt(prompt, frame):
 
 def test_no_answer_is_taken_twice_before_each_was_once():
     form = Form("{text}", "word")
-    tried = [*(Tried(form, str(i), "same", 9.0 - i) for i in range(5)), Tried(form, "x", "other", 1.0)]
+    tried = [*(Tried(form, str(i), "same") for i in range(5)), Tried(form, "x", "other")]
     assert [one.content for one in in_turn(tried, lambda one: one.answer)] == ["0", "x", "1", "2", "3", "4"]
 
 
@@ -155,7 +162,9 @@ def test_without_text_a_translation_surveys(source_folder, lora_folder, target_f
     result = peft_cast.translate(
         source_folder, lora_folder, target_folder, fit_text=TEXTS, steps=2, batch_size=4, max_length=96, progress=False
     )
-    forms = result.metrics["text"]["survey"]["forms"]
+    survey = result.metrics["text"]["survey"]
+    forms = survey["forms"]
+    assert ("hardly acts" in str(result)) is not survey["trusted"]
     assert forms and all("{text}" in one["form"] for one in forms)
     assert result.metrics["text"]["teacher"] == "source"
 

@@ -20,10 +20,11 @@ from ..text import (
     Survey,
     Surveyor,
     Tried,
+    answer_of,
     by_form,
     check_prompts_given,
     compared,
-    exciting,
+    in_turn,
     mean_acts,
     ranked,
     read_corpus,
@@ -152,7 +153,7 @@ def _kinds(at_work: Surveyor, tried: Sequence[Tried]) -> list[Kind]:
     forms = by_form(tried)
     for form in list(ranked(tried))[:SHOWN]:
         own = forms[form]
-        shown = exciting(own)[:EXAMPLES]
+        shown = in_turn(sorted(own, key=lambda one: -one.acts), answer_of)[:EXAMPLES]
         examples = [
             {"content": one.content, "with": one.answer, "without": plain}
             for one, plain in zip(shown, at_work.plain_answers(shown))

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..align import ModuleMap, align_texts
-from ..models import check_model, freeze_adapter, load_model
+from ..models import freeze_adapter, load_model, skeleton_of
 from ..options import Fit, Options, Pairing, Run, Training, takes
 from ..results import (
     BRIDGE_CONFIG_NAME,
@@ -138,7 +138,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
             check_is_read(adapter, chosen.adapter_revision, "pass `source`", self.source.name)
         revision = hub_revision(target or self.target.name, self.target.revision)
         if target is not None:
-            check_model(target, "target", revision)
+            skeleton_of(target, "target", revision)
             self.target.check(target, "target", revision)
         if source is not None:
             if isinstance(source, torch.nn.Module) and source is target:

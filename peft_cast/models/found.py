@@ -10,12 +10,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..align import sees_or_hears, split_name
-from ..tuner.checks import number_of
+from ..tuner.checks import TensorInfo, number_of
 
 
 # What a model computes as well without: layers that predict further tokens, and what older versions of transformers
 # saved of masks and rotary embeddings.
 _SPARE = re.compile(r"(^|[._])(mtp|nextn)|\.(attn|attention)\.(masked_)?bias$|(inv_freq|rope\.freqs|position_ids)$")
+
+_FLOAT = re.compile(r"B?F\d|torch\.b?float")  # as safetensors and PyTorch call them
 
 
 def check_found(found: Mapping[str, Any], model: PreTrainedModel, named: str) -> None:
@@ -29,8 +31,56 @@ def check_found(found: Mapping[str, Any], model: PreTrainedModel, named: str) ->
     Raises:
         OSError: If tensors lack, or have other shapes than the model's.
     """
+    _check_whole(found, model, named)
+    if without := _missed(sorted(found["unexpected_keys"]), model):
+        warnings.warn(
+            f"{named} is loaded without {number_of(len(without), 'tensor')} of its file ('{without[0]}'), for which "
+            f"{type(model).__name__} has no place: if the model needs what they hold, correct `model_type` in its "
+            "config.json, or get the model again."
+        )
+
+
+def check_header(header: Mapping[str, TensorInfo], model: PreTrainedModel, named: str) -> None:
+    """Refuse a model before it is loaded, as `check_found` would after; what transformers may convert is left to that.
+
+    Args:
+        header: What its files hold; nothing if that is not known.
+        model: Its skeleton, not quantized.
+        named (`str`): What a message calls it.
+
+    Raises:
+        OSError: If tensors lack, have other shapes than the model's, or are of integers.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    spare = {name for name in header if _SPARE.search(name)} | {name for name, _ in model.named_buffers()}
+    missing: list[str] = []
+    if header and header.keys() <= own.keys() | spare:
+        there = {own[name] for name in header.keys() & own.keys()}  # tied ones have one name of several
+        unneeded = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+        missing = [name for name, parameter in model.named_parameters() if parameter not in there]
+        missing = [name for name in missing if not any(re.search(pattern, name) for pattern in unneeded)]
+    held = {name: info for name, info in header.items() if name in own and not sees_or_hears(name)}
+    shapes = [(name, info.shape, tuple(own[name].shape)) for name, info in held.items()]
+    # Experts are saved transposed, and some other tensors with further dimensions.
+    odd = [one for one in shapes if len(one[1]) == len(one[2]) <= 2 and sorted(one[1]) != sorted(one[2])]
+    _check_whole({"missing_keys": missing, "unexpected_keys": (), "mismatched_keys": odd}, model, named)
+    scaled = any("scale" in name for name in header.keys() - own.keys())  # else 8 bits are numbers as they are
+    for name, info in held.items():
+        if not _FLOAT.match(info.dtype) or ("8_" in info.dtype and scaled):
+            raise OSError(
+                f"{named} has the tensor '{name}' of the type {info.dtype} in its file, and its config.json no "
+                "`quantization_config` that says what it stands for: get both again, or pass the unquantized model."
+            )
+
+
+def _check_whole(found: Mapping[str, Any], model: PreTrainedModel, named: str) -> None:
     others = sorted(found["unexpected_keys"])
     if missing := sorted(found["missing_keys"]):  # as where all names have a prefix
+        if missing == _head_of(model):
+            raise OSError(
+                f"{named} has no '{missing[0]}' in its file, and `tie_word_embeddings` in its config.json is false: "
+                "correct that if its head is its embeddings, else get the whole model."
+            )
         instead = f" (its file has '{others[0]}' and the like, which it does not have)" if others else ""
         raise OSError(
             f"{named} lacks the weights of {number_of(len(missing), 'tensor')} ('{missing[0]}'), which would be "
@@ -42,12 +92,14 @@ def check_found(found: Mapping[str, Any], model: PreTrainedModel, named: str) ->
             f"{named} has the tensor '{name}' of shape {tuple(held)} in its file, and by its config.json it has "
             f"{tuple(wanted)}: the two do not belong together, get both again."
         )
-    if without := _missed(others, model):
-        warnings.warn(
-            f"{named} is loaded without {number_of(len(without), 'tensor')} of its file ('{without[0]}'), for which "
-            f"{type(model).__name__} has no place: if the model needs what they hold, correct `model_type` in its "
-            "config.json, or get the model again."
-        )
+
+
+def _head_of(model: PreTrainedModel) -> list[str]:
+    """The name of a model's head that is not its embeddings and has their shape, as where a head was tied."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embeddings.weight or head.weight.shape != embeddings.weight.shape:
+        return []
+    return [name for name, parameter in model.named_parameters() if parameter is head.weight]
 
 
 def _missed(names: Iterable[str], model: PreTrainedModel) -> list[str]:

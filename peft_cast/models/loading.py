@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from zipfile import is_zipfile
 
 import psutil
 import torch
@@ -27,23 +26,23 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..align import sees_or_hears
-from ..tuner.checks import check_finite, read_header, shown, with_article
+from ..tuner.checks import TensorInfo, check_finite, shown, with_article
 from ..utils import (
     FaultError,
     check_model_config,
     distributed,
     explained,
     one_line,
-    read_json_if_there,
     secrets_removed,
     why_no_model,
     why_unread,
     without_secrets,
 )
-from .found import check_found
+from .folder import read_folder
+from .found import check_found, check_header
+from .needs import check_needs, missing_package, quantization_of
 
 
 _NO_DECODER = "which is no decoder-only language model: only adapters between decoders can be translated."
@@ -94,12 +93,7 @@ def load_model(
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except ImportError as error:
-        needs, instead = "needs a package that is", "load the model without it and pass the object"
-        if hasattr(config, "quantization_config"):
-            needs, instead = "is quantized and the package that loads it is", "pass the unquantized model"
-        raise OSError(
-            f"{named} {needs} missing ({one_line(error)}): install it, or {instead} as `{which}`."
-        ) from error
+        raise missing_package(error, config, named, which) from error
     except Exception as error:  # of whatever lies in the folder of a stranger
         check_remote_code(error, named, which)
         skeleton_of(model, which, revision)  # which says what is wrong with its configuration
@@ -192,8 +186,7 @@ def check_model(model: Any, which: str, revision: str | None = None) -> Pretrain
             raise
         return None
     auto_class(config, named)
-    if Path(model).is_dir() and not getattr(config, "transformers_weights", None):
-        _check_files(Path(model), named)
+    _read_files(model, config, named)
     return config
 
 
@@ -232,36 +225,6 @@ def check_unwrapped(model: Any, argument: str) -> None:
             raise ValueError(
                 f"`{argument}` is wrapped in {type(model).__name__}: pass the model in it, `{argument}.{inner}`."
             )
-
-
-def _check_files(folder: Path, named: str) -> None:
-    """
-    Raises:
-        OSError: If weights of a model are not in its folder, or cut off.
-    """
-    generation = folder / "generation_config.json"
-    if not isinstance(read_json_if_there(generation), (dict, type(None))):  # without one it is loaded
-        raise OSError(f"{named} could not be loaded: its {generation.name} holds no object, get it again.")
-    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)  # as transformers looks
-    first = next((name for name in names if (folder / name).is_file()), None)
-    if first is None:
-        raise OSError(f"{named} has no weights in its folder, none of {', '.join(names)}: get the whole model.")
-    shards = {first}
-    if first.endswith(".json"):
-        index = read_json_if_there(folder / first)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
-            raise OSError(f"{named} could not be loaded: its {first} is broken, get it again.")
-        shards = set(map(str, index["weight_map"].values()))
-    for shard in sorted(shards):
-        if not (folder / shard).is_file():
-            raise OSError(f"{named} could not be loaded: '{shard}', which its {first} names, is missing: get it.")
-        try:
-            if shard.endswith(".safetensors"):
-                read_header(folder / shard)
-            elif not is_zipfile(folder / shard) and (folder / shard).open("rb").read(1) != b"\x80":
-                raise ValueError(f"'{shard}' is no file that PyTorch wrote, or cut off: get it again.")
-        except (OSError, ValueError) as error:
-            raise OSError(f"{named} could not be loaded: {one_line(error)}") from error
 
 
 def auto_class(config: PretrainedConfig, named: str) -> Any:
@@ -349,27 +312,34 @@ def skeleton_of(
     config = check_model(model, which, revision)
     if isinstance(model, nn.Module):
         return model
-    named = f"The {which} model '{without_secrets(model)}' could not be loaded"
+    if config is None:
+        return None
+    named = f"The {which} model '{without_secrets(model)}'"
+    attention = config._attn_implementation  # a skeleton has another
     try:
-        built = skeleton(config) if config is not None else None
+        built = skeleton(config)
     except FaultError as error:
-        raise OSError(f"{named}: {error}") from error
+        raise OSError(f"{named} could not be loaded: {error}") from error
     except Exception:  # a configuration may lead to anything; what is wrong with it, loading says
         return None
-    if built is not None and not hasattr(config, "quantization_config"):  # which packs several numbers into one
-        promised, held = sum(parameter.numel() for parameter in built.parameters()), _numbers_in(Path(model))
+    check_needs(built, attention, named, which)
+    if quantization_of(config) is None:  # which packs several numbers into one
+        header = _read_files(model, config, named)
+        promised = sum(parameter.numel() for parameter in built.parameters())
+        held = sum(math.prod(info.shape) for info in header.values())
         if held and promised > 2 * held + 2**20:  # which would be made at random, until the memory is full
             raise OSError(
-                f"{named}: its config.json speaks of {promised:,} numbers, its files have {held:,}: the two do not "
-                "belong together, get both again."
+                f"{named} could not be loaded: its config.json speaks of {promised:,} numbers, its files have "
+                f"{held:,}: the two do not belong together, get both again."
             )
+        check_header(header, built, named)
     return built
 
 
-def _numbers_in(folder: Path) -> int:
-    """How many numbers a model's files in a folder hold; 0 if that cannot be told before they are loaded."""
-    headers = (read_header(file) for file in folder.glob("model*.safetensors"))
-    return sum(math.prod(info.shape) for header in headers for info in header.values())
+def _read_files(model: Any, config: PretrainedConfig, named: str) -> dict[str, TensorInfo]:
+    """As `read_folder`; nothing of a model on the hub."""
+    here = Path(model).is_dir() and not getattr(config, "transformers_weights", None)
+    return read_folder(Path(model), named) if here else {}
 
 
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:

@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 
 from ..align import layer_paths
 from ..utils import distributed
+from ..utils.arguments import SHARDING
 
 
 Adapter = TypeVar("Adapter", bound=Any)  # `source.SourceAdapter`, which stands above this folder
-_ARGUMENTS = ("fsdp", "fsdp_config", "deepspeed")
 
 
 def is_wanted(training_args: Mapping[str, Any] | None) -> bool:
@@ -87,7 +87,7 @@ def _zero_optimization(given: Mapping[str, Any] | str | None) -> Mapping[str, An
 
 def without_sharding_arguments(training_args: Mapping[str, Any] | None) -> dict[str, Any]:
     """The training arguments for Trainer, which finds the models spread already and trains small projections."""
-    return {name: value for name, value in (training_args or {}).items() if name not in _ARGUMENTS}
+    return {name: value for name, value in (training_args or {}).items() if name not in SHARDING}
 
 
 def spread(model: PreTrainedModel, own: set[nn.Parameter], device: torch.device, over: DeviceMesh) -> None:

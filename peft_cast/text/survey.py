@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 from peft import PeftModel
@@ -17,20 +17,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .corpus import read_corpus
 from .forms import FROM_CORPUS, Contents, Form, drawn_forms, package_forms, taken_apart
 from .judged import token_nats_of
+from .ranking import Tried, by_form, crossed, described, exciting, in_turn, ranked, recurring, the_best, weighed
 from .samples import TextSample
 from .written import Keep, SelfWritten, as_turns, check_prompts_given, check_writing, write_answers, write_prompts
 
 
+SCREENING = 3  # forms in which every everyday question is asked, to find those that excite the adapter
 # Forms that are tried at first and contents in each; then what is left of them, with further contents in each.
-FORMS, CONTENTS = 64, 2
-ROUNDS = ((16, 6), (6, 8))
-ENOUGH_PROMPTS = 4  # to know the form from what they have in common
-BEST, NEAR = 6, 0.4  # forms that are asked for good: how many at most, and how near to the best
-FEW = 2  # contents as if they had shown nothing, beside those that were asked: few may be luck
-RECUR = 4  # forms in which an answer is given at least, to be a word of a classifier's
-SEEDS = 12  # contents that excite the adapter most, which further ones follow
-SHORT = 16  # tokens of an answer while forms are compared
+FORMS, CONTENTS = 48, 4
+ROUNDS = ((12, 4), (6, 4))
+SHORT, END = 24, ""  # tokens of an answer while forms are compared, and what stands for its end
 MOST = 2.0  # nats that one token can count: a single surprising one says little
+LITTLE = 0.5  # `acts` of the best form below which it is said that the adapter hardly does anything
+ENOUGH_PROMPTS = 4  # to know the form from what they have in common
 QUESTIONS, DOCUMENTS = 48, 256  # that are written to begin with, and that contents are taken from
 
 
@@ -52,7 +51,8 @@ class Survey:
         corpus: Where contents come from, anything `translate(text=...)` takes as a corpus; `fit_text` by default.
         samples (`int`, *optional*): How many texts to write; as many as the refinement reads, if not given.
         max_new_tokens (`int`): The most tokens of an answer that is trained on.
-        temperature (`float`): Sampling temperature of those; 0 takes the likeliest token.
+        temperature (`float`): Sampling temperature of those; 0 takes the likeliest token. At 1 a small model that is
+            asked what it was not trained on loses the thread, and what the adapter says with it.
         top_p (`float`): Nucleus sampling.
         batch_size (`int`): Texts written at a time.
     """
@@ -64,7 +64,7 @@ class Survey:
     corpus: Any = None
     samples: int | None = None
     max_new_tokens: int = 160
-    temperature: float = 1.0
+    temperature: float = 0.7
     top_p: float = 1.0
     batch_size: int = 64
 
@@ -91,24 +91,6 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One prompt and what came of it.
-
-    Args:
-        form (`Form`): Its form.
-        content (`str`): What was asked about.
-        answer (`str`): What the adapted source began to answer.
-        acts (`float`): How much of that is the adapter's doing: the log-ratio to the plain source's probability,
-            summed over its n tokens, by √n.
-    """
-
-    form: Form
-    content: str
-    answer: str
-    acts: float
-
-
-@dataclass(frozen=True)
 class Surveyed:
     """What came of a survey.
 
@@ -117,7 +99,7 @@ class Surveyed:
         focus (`frozenset[str]`): The target's prompts of those that are of the kinds in which the adapter acts.
         found (`dict`): JSON-ready: how many `examples` of its card were asked; the `words` that recur as answers, if
             it is a classifier; the `forms` that were asked for good, with how much the adapter `acts` there, how many
-            `prompts` that is known from, and an `example`.
+            `prompts` that is known from, and an `example`; whether they are `trusted`: it acts in one of them.
     """
 
     samples: list[TextSample]
@@ -192,15 +174,24 @@ class Surveyor:
 
     def ask(self, asked: Sequence[tuple[Form, str]]) -> list[Tried]:
         """How the adapted source begins its likeliest answers, and what the adapter has to do with it."""
-        of = dict(zip(self.prompts(asked), asked))
-        answers = self.answers(asked, self.short)
+        answers: list[TextSample] = []
+        with suppress(ValueError):  # it ends everywhere at once
+            answers = self.answers(asked, self.short)
         items = [(one, one.text) for one in answers]
         adapted = token_nats_of(self.model, self.tokenizers[0], items, SHORT)
         with self.model.disable_adapter():
             plain = token_nats_of(self.model, self.tokenizers[0], items, SHORT)
-        ratios = [(b - a).clamp(-MOST, MOST) for a, b in zip(adapted, plain)]
-        acts = [float(ratio.sum() / max(1, len(ratio)) ** 0.5) for ratio in ratios]
-        return [Tried(*of[replace(one, text="")], one.text, much) for one, much in zip(answers, acts)]
+        found = {}
+        for one, a, b in zip(answers, adapted, plain):
+            tokens = self.tokenizers[0].tokenize(one.text) + [END]
+            ratios = (b - a).clamp(-MOST, MOST).tolist()
+            found[replace(one, text="")] = one.text, tuple(tokens[: len(ratios)]), tuple(ratios)
+        return [Tried(*one, *found.get(prompt, ("",))) for one, prompt in zip(asked, self.prompts(asked))]
+
+    def screened(self, forms: Sequence[Form]) -> list[Tried]:
+        """The everyday questions, in a few of the forms of questions, the chat template among them."""
+        few = sorted((form for form in forms if form.content == "question"), key=lambda form: not form.chat)
+        return self.ask([(form, one) for form in few[:SCREENING] for one in self.known["everyday"]])
 
     def plain_answers(self, tried: Sequence[Tried]) -> list[str]:
         """What the source answers to prompts without the adapter, likeliest first; empty where it ends at once."""
@@ -239,18 +230,29 @@ def write_survey(at_work: Surveyor, limit: int, progress: Callable[[Iterable], I
     kept = kept[:focus]
     focused = frozenset(one.target_prompt for one in kept)
     # 4. The rest stays broad: a prompt of every other form, those first in which the adapter acts most.
-    wide = sorted((one for one in tried if one.form not in best), key=lambda one: -one.acts)
+    acts = weighed(tried)
+    wide = sorted((one for one in tried if one.form not in best), key=lambda one: -acts[one])
     others = in_turn(wide, lambda one: one.form)[: count - len(kept)]
     if others:
         kept += at_work.answers([(one.form, one.content) for one in others], spec.writing)
     at_work.draw.shuffle(kept)
     own = by_form(tried)
-    known = {"examples": len(at_work.examples), "words": words}
-    return Surveyed(kept, focused, {**known, "forms": [described(form, own[form]) for form in best]})
+    forms = [described(form, own[form]) for form in best]
+    found = {"examples": len(at_work.examples), "words": words, "forms": forms}
+    found["trusted"] = max(form["acts"] for form in forms) >= LITTLE
+    if not found["trusted"]:
+        warnings.warn(
+            "The adapter hardly acts on what it was asked: what it was trained for may not be among it. Pass "
+            f"{'other' if spec.prompts else 'one to three'} prompts of its kind, `text=Survey(prompts=[...])`."
+        )
+    return Surveyed(kept, focused, found)
 
 
 def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Iterable] | None = None) -> list[Tried]:
     """Prompts in many forms, and then again in those in which the adapter acts most (successive halving).
+
+    Forms for the same kind of content are asked about the same contents, so that they can be compared. From round to
+    round further contents follow those that excited the adapter most.
 
     Args:
         at_work (`Surveyor`): Who asks.
@@ -259,84 +261,44 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
     """
     if at_work.spec.prompts:  # whose form is known
         return at_work.ask([taken_apart(prompt) for prompt in at_work.spec.prompts])
-    there = drawn_forms(at_work.known, at_work.draw, forms, chat=bool(at_work.tokenizers[0].chat_template))
+    chat = bool(at_work.tokenizers[0].chat_template)
+    there = [*drawn_forms(at_work.known, at_work.draw, forms, chat), *(form for form, _ in at_work.examples)]
+    there = [*dict.fromkeys(there)]
     rounds = [(len(there), CONTENTS), *((n, each) for n, each in ROUNDS if n < len(there))]
+    screened = at_work.screened(there)
+    contents = {kind: found[: CONTENTS // 2] for kind, found in exciting(screened, there).items()}
     tried: list[Tried] = []
-    for left, each in progress(rounds) if progress else rounds:
-        some = list(ranked(tried))[:left] if tried else there
-        asked = [(form, at_work.contents.next(form.content)) for form in some for _ in range(each)]
-        asked += [] if tried else at_work.examples
+    for number, (left, each) in enumerate(progress(rounds) if progress else rounds):
+        some = list(ranked(tried))[:left] if number else there
+        if number == 1:
+            some += [form for form in crossed(some) if form not in by_form(tried)]
+        seeds = exciting(tried, some)
+        for kind in dict.fromkeys(form.content for form in some):
+            known = contents.setdefault(kind, [])
+            known += further(at_work, kind, seeds.get(kind, []), each - (0 if number else len(known)))
+        asked = [(form, content) for form in some for content in dict.fromkeys(contents[form.content])]
         before = {(one.form, one.content) for one in tried}
+        asked += [] if tried else at_work.examples
         tried += at_work.ask([one for one in dict.fromkeys(asked) if one not in before])
     return tried
 
 
-def recurring(tried: Sequence[Tried]) -> list[str]:
-    """Answers that recur over many forms, most frequent first: a classifier's words. Empty for other adapters."""
-    forms: dict[str, set[Form]] = {}
-    for one in tried:
-        forms.setdefault(answer_of(one), set()).add(one.form)
-    least = max(RECUR, len({one.form for one in tried}) // 10)
-    words = sorted((word for word in forms if len(forms[word]) >= least), key=lambda word: -len(forms[word]))
-    return words if len(words) > 1 else []
-
-
-def by_form(tried: Sequence[Tried]) -> dict[Form, list[Tried]]:
-    """The prompts of each form."""
-    forms: dict[Form, list[Tried]] = {}
-    for one in tried:
-        forms.setdefault(one.form, []).append(one)
-    return forms
-
-
-def mean_acts(tried: Sequence[Tried]) -> float:
-    """How much the adapter acts on some prompts, a mean."""
-    return sum(one.acts for one in tried) / len(tried)
-
-
-def ranked(tried: Sequence[Tried]) -> dict[Form, float]:
-    """How much the adapter acts in each form, times the share of pairs of contents that it answers differently; most
-    first. Of a classifier only its own words count, and that they differ as often as if they were drawn.
-
-    One and the same answer to everything is no sign of the form that an adapter was trained on.
-    """
-    words = set(recurring(tried))
-    scores = {}
-    for form, own in by_form(tried).items():
-        pairs = list(combinations(map(answer_of, own), 2))
-        different = (1 + sum(a != b for a, b in pairs)) / (1 + len(pairs))  # two answers alike may be chance
-        named = 1.0
-        if words:
-            different = min(1.0, different / (1 - 1 / len(words)))
-            named = sum(answer_of(one) in words for one in own) / len(own)
-        mean = sum(one.acts for one in own) / (len(own) + FEW)
-        scores[form] = named * different * mean
-    return dict(sorted(scores.items(), key=lambda item: -item[1]))
-
-
-def the_best(tried: Sequence[Tried]) -> list[Form]:
-    """The forms to ask for good: the first few, as far as they come near to the very first."""
-    scores = ranked(tried)
-    first, *others = scores
-    return [first, *(form for form in others if scores[form] >= NEAR * scores[first])][:BEST]
+def further(at_work: Surveyor, kind: str, seeds: Sequence[str], count: int) -> list[str]:
+    """Contents of a kind: in the manner of the given ones and, as far as a corpus has such, of its own."""
+    drawn = count if not seeds else count // 2 if kind in FROM_CORPUS else 0
+    more = [at_work.contents.next(kind) for _ in range(drawn)]
+    written = at_work.write(seeds, count - drawn) if count > drawn else []
+    return [one for pair in zip_longest(written, more) for one in pair if one is not None]
 
 
 def more_like_the_best(
     at_work: Surveyor, tried: Sequence[Tried], best: Sequence[Form], count: int
 ) -> list[tuple[Form, str]]:
-    """Prompts in the best forms: what was tried in them, and further contents in the manner of the most exciting."""
-    of_kind: dict[str, list[str]] = {}
-    for form in best:
-        of_kind.setdefault(form.content, [])
-    for kind in of_kind:
-        own = exciting([one for one in tried if one.form.content == kind])
-        seeds = [*dict.fromkeys(one.content for one in own)][:SEEDS]
+    """Prompts in the best forms about the contents that excite the adapter most, and about more in their manner."""
+    fresh = {}
+    for kind, seeds in exciting(tried, best).items():
         share = -(-count * sum(form.content == kind for form in best) // len(best))
-        more = [at_work.contents.next(kind) for _ in range(share // 2)] if kind in FROM_CORPUS else []
-        written = at_work.write(seeds, share - len(more)) if share > len(more) else []
-        mixed = [one for pair in zip_longest(written, more) for one in pair if one is not None]
-        of_kind[kind] = [*dict.fromkeys([*seeds, *mixed])]
-    fresh = {kind: iter(contents) for kind, contents in of_kind.items()}
+        fresh[kind] = iter([*dict.fromkeys([*seeds, *further(at_work, kind, seeds, share)])])
     asked: list[tuple[Form, str]] = []
     turns = list(best)
     while turns and len(asked) < count:
@@ -346,33 +308,3 @@ def more_like_the_best(
             asked.append((form, content))
             turns.append(form)
     return asked
-
-
-def in_turn(items: Sequence[Any], key: Callable[[Any], Any]) -> list[Any]:
-    """The items in their order, but of each key one before any has two."""
-    seen: Counter = Counter()
-    turns: list[tuple[int, int, Any]] = []
-    for one in items:
-        turns.append((seen[key(one)], len(turns), one))
-        seen[key(one)] += 1
-    return [one for *_, one in sorted(turns, key=lambda turn: turn[:2])]
-
-
-def exciting(tried: Sequence[Tried]) -> list[Tried]:
-    """Those first in which the adapter acts most, but no answer twice before each was once."""
-    return in_turn(sorted(tried, key=lambda one: -one.acts), answer_of)
-
-
-def answer_of(one: Tried) -> str:
-    return one.answer.strip()
-
-
-def described(form: Form, own: Sequence[Tried]) -> dict[str, Any]:
-    """A form and its prompts as they are reported, JSON-ready."""
-    example = max(own, key=lambda one: one.acts)
-    return {
-        "form": str(form),
-        "acts": mean_acts(own),
-        "prompts": len(own),
-        "example": {"content": example.content, "answer": example.answer},
-    }

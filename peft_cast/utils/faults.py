@@ -56,12 +56,14 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
         values, _ = PretrainedConfig.get_config_dict(model, revision=revision)
         if not isinstance(values, dict):
             return f"{file} is no model's: get it again."
-        if not is_name(kind := values.get("model_type")):
+        if "model_type" in values and not is_name(values["model_type"]):
+            return f"`model_type` in {file} is {shown(values['model_type'])}, no type's name: correct it."
+        if (kind := values.get("model_type")) is None:
             return f"{file} has no `model_type`, so it is no model's: get it again."
         if kind not in CONFIG_MAPPING:
             known = f"transformers {transformers.__version__}"
             return f"{known} does not know its `model_type`, {shown(kind)}: update transformers."
-    if why := explained(error, file, values, lambda v: CONFIG_MAPPING[v["model_type"]].from_dict(v)):
+    if why := explained(error, file, values, lambda v: CONFIG_MAPPING[v["model_type"]].from_dict(v).to_dict()):
         return f"{why}."
     said = one_line(error)
     if "valid JSON" in said:

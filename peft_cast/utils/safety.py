@@ -6,6 +6,7 @@ The primitives are in `tuner/checks.py`; SECURITY.md says what is trusted and wh
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -338,7 +339,8 @@ def check_model_config(values: Mapping[str, Any], where: str) -> None:
     for name, value in _numbers(values):
         if _COUNTS.fullmatch(name) and not 0 <= value <= MAX_LAYERS:
             raise ValueError(f"`{name}` in {where} is {shown(value)}, at most {MAX_LAYERS} are built: correct it.")
-        if abs(value) >= 2**40 or (name in _SIZES and value < 1 and name in values):
+        # Infinity is no size but the lack of a limit (Falcon-H1).
+        if 2**40 <= abs(value) < math.inf or (name in _SIZES and value < 1 and name in values):
             raise ValueError(f"`{name}` in {where} is {shown(value)}, which is no size of any model: correct it.")
 
 

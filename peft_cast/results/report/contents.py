@@ -207,8 +207,11 @@ def _route(route: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
             f"Strength: it acts at {route['strength']:g} of the strength it was given, where it covers "
             f"{strengths[str(route['strength'])]:.0%} of the way to the teacher, not {strengths['1.0']:.0%}"
         )
-    for number, found in enumerate(text.get("survey", {}).get("forms", []), start=1):
+    survey = text.get("survey", {})
+    for number, found in enumerate(survey.get("forms", []), start=1):
         yield f"Asked ({number}): {found['form']!r}, in which the adapter acts {found['acts']:.2f}"
+    if not survey.get("trusted", True):
+        yield "Asked: the adapter hardly acts on any of it; give one to three prompts of its kind"
     if (teacher := text.get("teacher")) is not None:
         said = TEACHERS.get(str(teacher), f"a mixture of share {teacher}")
         if minds := text.get("minds"):
