@@ -1,19 +1,23 @@
 """Text for an adapter of which nothing is known."""
 
 import copy
+import json
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from conftest import keep_in, make_lora, tiny_model
 from peft import PeftModel
 
 import peft_cast
-from peft_cast.source import asked_on_card
+from peft_cast.results.report.contents import contents
+from peft_cast.source import Card, read_card
 from peft_cast.text import survey as module_of_the_survey
 from peft_cast.text.forms import Form, taken_apart
+from peft_cast.text.rows import read_asked
 from peft_cast.text.survey import Survey, Surveyor, Tried, compared, in_turn, write_survey
 
 
@@ -61,9 +65,9 @@ def acts_after(monkeypatch, byte_tokenizer):
             if hasattr(module_of_the_survey, name):
                 monkeypatch.setattr(module_of_the_survey, name, function)
 
-        def run(limit=40, **options):
+        def run(limit=40, says=Card(), **options):
             spec = Survey(corpus=TEXTS, forms=FORMS, **options)
-            return write_survey(Surveyor(Model(), (byte_tokenizer,) * 2, spec, target=Model()), limit)
+            return write_survey(Surveyor(Model(), (byte_tokenizer,) * 2, spec, target=Model(), card=says), limit)
 
         return run
 
@@ -169,33 +173,121 @@ def test_without_text_a_translation_surveys(source_folder, lora_folder, target_f
     assert result.metrics["text"]["teacher"] == "source"
 
 
-WIDGET = """---
+CARD = """---
 widget:
 - text: "Verdict on: a long day"
 - messages:
   - {role: system, content: Be brief.}
   - {role: user, content: "Where is the harbor?"}
 - text: 7
+datasets:
+- %s
+- someone/data
+- [7]
 ---
-A card.
+It's `Ask: {query}`.
 """
 
 
-def test_what_the_card_shows_is_asked_first(adapted, byte_tokenizer, tmp_path):
-    assert asked_on_card(tmp_path) == ()
-    (tmp_path / "README.md").write_text(WIDGET)
-    asked = asked_on_card(tmp_path)
-    assert asked == (("Verdict on: a long day", False), ("Where is the harbor?", True))
+def test_what_the_card_shows_is_asked_first(adapted, byte_tokenizer, tmp_path, monkeypatch):
+    assert read_card(tmp_path) == Card()
+    (tmp_path / "README.md").write_text(CARD % tmp_path)
+    asked = read_card(tmp_path)
+    assert asked.examples == (("Verdict on: a long day", False), ("Where is the harbor?", True))
+    assert asked.templates == ("Ask: {text}",) and asked.datasets == (str(tmp_path), "someone/data")
+    with monkeypatch.context() as patched:
+        patched.setattr("peft_cast.source.card.find_file", lambda *_: tmp_path / "README.md")
+        assert read_card("someone/lora").datasets == ("someone/data",)  # no stranger's card leads to files here
     spec = Survey(corpus=TEXTS, max_new_tokens=6, batch_size=8)
     for card in (True, False):
-        at_work = Surveyor(adapted, (byte_tokenizer,) * 2, replace(spec, card=card), examples=asked)
+        at_work = Surveyor(adapted, (byte_tokenizer,) * 2, replace(spec, card=card), card=replace(asked, datasets=()))
         tried = {one.form.fill(one.content) for one in compared(at_work, 8)}
         assert (
             "Verdict on: a long day" in tried
         ) is card and "Where is the harbor?" not in tried  # it has no template
-    for broken in ("---\nwidget: [\n---\n", "---\nwidget: {text: x}\n---\n", "---\n- x\n---\n"):
+        assert any(one.startswith("Ask: ") for one in tried) is card
+    for broken in ("---\nwidget: [\n---\n", "---\nwidget: {text: x}\ndatasets: {a: b}\n---\n", "---\n- x\n---\n"):
         (tmp_path / "README.md").write_text(broken)
-        assert asked_on_card(tmp_path) == ()
+        assert read_card(tmp_path) == Card()
+
+
+@pytest.mark.parametrize(
+    ("quoted", "templates"),
+    [
+        ("```\n### Ask:\n{prompt}\n\n### Say:\n```\n", ["### Ask:\n{text}\n\n### Say:"]),
+        ("```python\nask = (\n    'Ask:\\n'\n    f\"{row['input']}\\nSay:\"\n)\n```\n", ["Ask:\n{text}\nSay:"]),
+        ('```py\nask = f"""Ask:\n{text}\nSay:"""\n```\n', ["Ask:\n{text}\nSay:"]),
+        ('```yaml\nformat: "[INST] {instruction} [/INST]"\n```\n', ["[INST] {text} [/INST]"]),
+        ("".join(f"`{n}. Ask: {{user_input}}`\n" for n in range(9)), [f"{n}. Ask: {{text}}" for n in range(4)]),
+        ('```\nprint(f"Asked: {question}")\n```\n', []),
+        ('`{% if x %}Ask: {text}` `Ask: {{ text }}` `Ask: {input} {prompt}` `Ask: {other}` "{text}"', []),
+        (f"`{'Ask ' * 125}{{text}}`", []),
+        ("Ask: {text}", []),
+    ],
+)
+def test_templates_quoted_on_a_card(tmp_path, quoted, templates):
+    (tmp_path / "README.md").write_text(f"# A card that's short\n\n{quoted}")
+    assert list(read_card(tmp_path).templates) == templates
+
+
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"messages": TURNS, "prompt": "So: why?"}, ("Why?", True)),
+        ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, ("Why?", True)),
+        ({"prompt": TURNS}, ("Why?", True)),
+        ({"prompt": "So: why?"}, ("So: why?", False)),
+        ({"instruction": "Add.", "input": "1, 2", "output": "3"}, ("Add.\n\n1, 2", None)),
+        ({"instruction": "Sing.", "input": ""}, ("Sing.", None)),
+        ({"question": "Why?", "query": "no"}, ("Why?", None)),
+        ({"query": "Why?"}, ("Why?", None)),
+    ],
+)
+def test_what_a_row_asks(tmp_path, row, asked):
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for _ in range(70)))
+    assert read_asked(str(tmp_path / "rows.jsonl")) == [asked] * 64
+
+
+@pytest.mark.parametrize("name", ["someone/gone", "json", "other.jsonl", "gone.jsonl", "two words"])
+def test_a_dataset_that_says_nothing_is_said(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "Why?", "question": "w" * 2001}) + "\n")
+    with pytest.warns(UserWarning, match=f"The dataset '{name}'.*the survey goes on without it"):
+        assert read_asked(name) == []
+
+
+def test_a_dataset_on_the_hub_is_read_in_its_first_configuration_and_split(monkeypatch):
+    split = datasets.Dataset.from_list([{"question": "Why?"}]).to_iterable_dataset()
+    load = {("someone/data", "main"): datasets.IterableDatasetDict({"train_sft": split, "test_sft": split})}
+    monkeypatch.setattr(datasets, "get_dataset_default_config_name", lambda name: None)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["main", "other"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *which, streaming: load[which])
+    assert read_asked("someone/data") == [("Why?", None)]
+
+
+def test_what_the_card_names_is_asked_and_named(acts_after, tmp_path):
+    rows = [*({"question": f"Own {n}?"} for n in range(20)), *({"prompt": f"Do: {n}\nNow:"} for n in range(20))]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    name = str(tmp_path / "rows.jsonl")
+    says = Card(templates=("Ask: {text}\nSay:",), datasets=(name,))
+    run = acts_after("Say:")
+    surveyed = run(limit=60, says=says)
+    assert {key: surveyed.found[key] for key in ("examples", "templates", "datasets")} == {
+        "examples": 8,
+        "templates": list(says.templates),
+        "datasets": [name],
+    }
+    assert surveyed.found["forms"][0]["form"] == says.templates[0]
+    asked = {one.source_prompt for one in surveyed.samples}
+    assert any(one.startswith("Ask: Own ") and one.endswith("?\nSay:") for one in asked)
+    (line,) = (one for one in contents({"text": {"survey": surveyed.found}}).remarks if one.startswith("Asked first"))
+    assert line == f"Asked first, by the adapter's card: 8 examples, 1 template, dataset {name!r}"
+    for off in ({"card": False}, {"prompts": ["Say: one\nSay:"]}):
+        found = run(limit=20, says=says, **off).found
+        assert (found["examples"], found["templates"], found["datasets"]) == (0, [], [])
 
 
 def test_impossible_surveys():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..models import moved, untouched
 from ..options import Options, Pairing, Run, takes
-from ..source import adapted_source, asked_on_card, check_source, load_source, named_source, source_tokenizer
+from ..source import Card, adapted_source, check_source, load_source, named_source, read_card, source_tokenizer
 from ..text import (
     DOCUMENTS,
     Survey,
@@ -138,8 +138,8 @@ def probe(
         adapted_source, adapter=adapter, revision=pairing.adapter_revision, source_rank=pairing.source_rank
     )
     with untouched(adapter if isinstance(adapter, PeftModel) else model), moved(model, device), adapt(model) as given:
-        asked = asked_on_card(adapter, pairing.adapter_revision) if isinstance(adapter, (str, Path)) else ()
-        at_work = Surveyor(given.model, (tokenizer, tokenizer), spec, seed, examples=asked)
+        card = read_card(adapter, pairing.adapter_revision) if isinstance(adapter, (str, Path)) else Card()
+        at_work = Surveyor(given.model, (tokenizer, tokenizer), spec, seed, card=card)
         bar = partial(tqdm, disable=not chosen.run.progress, desc="asking")
         tried = compared(at_work, FORMS, bar)
         kinds = _kinds(at_work, tried)

@@ -1,6 +1,6 @@
 """The adapted source: loading any PEFT adapter on its model, and reading it as plain low-rank kernels."""
 
-from .card import asked_on_card
+from .card import Card, read_card
 from .files import check_is_read, read_files, read_holdings, weights_file
 from .holdings import VERBS, Holdings, by_reason, list_not_carried, list_reasons
 from .idle import why_idle

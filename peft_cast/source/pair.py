@@ -39,7 +39,7 @@ from ..models import (
 )
 from ..options import Pairing
 from ..utils import distributed, read_adapter_config
-from .card import asked_on_card
+from .card import Card, read_card
 from .kernels import LoraKernel, SourceAdapter
 from .loading import adapted_source, base_of, check_adapter, check_on, load_source
 from .planned import planned_source
@@ -87,9 +87,9 @@ class Pair:
         """The kernel of each source place that can be carried over."""
         return self.given.kernels
 
-    def asked(self) -> tuple[tuple[str, bool], ...]:
-        """What the adapter's card shows it being asked, see `asked_on_card`; nothing of an adapter in memory."""
-        return distributed.on_main_process(partial(asked_on_card, *self.card)) if self.card else ()
+    def asked(self) -> Card:
+        """What the adapter's card says it is asked; nothing of an adapter in memory."""
+        return distributed.on_main_process(partial(read_card, *self.card)) if self.card else Card()
 
     @property
     def identity(self) -> str:

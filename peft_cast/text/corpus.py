@@ -76,6 +76,30 @@ def read_corpus(corpus: Any, limit: int, argument: str = "text") -> list[str]:
     return distributed.on_main_process(partial(_read, corpus, limit, argument))
 
 
+def first_rows(source: str, count: int) -> list[dict[str, Any]]:
+    """The first `count` rows of a dataset, whatever their columns: of its training split, or else of its first.
+
+    Args:
+        source: Hub id, or path of a file or folder as in `Corpus`. On the hub its default configuration is read, or
+            else its first.
+        count (`int`): The most rows to read. Streams are read no further.
+
+    Raises:
+        Exception: If it cannot be reached or read; those of `datasets` are of many kinds.
+    """
+    if _looks_local(source):
+        rows = _local(source)
+    elif hasattr(datasets.packaged_modules, source):  # `json`, a reader of whatever lies in the working folder
+        raise ValueError(f"'{source}' is no dataset on the hub.")
+    else:
+        with secrets_removed():
+            name = datasets.get_dataset_default_config_name(source) or datasets.get_dataset_config_names(source)[0]
+            rows = datasets.load_dataset(source, name, streaming=True)
+    if isinstance(rows, _SPLIT):
+        rows = rows["train"] if "train" in rows else next(iter(rows.values()))
+    return list(islice(rows, count))
+
+
 def _as_corpus(corpus: Any) -> Corpus:
     if isinstance(corpus, Corpus):
         return corpus

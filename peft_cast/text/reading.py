@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from ..align import AlignedPair
 from ..options import Fit, Training
-from ..source import Pair
+from ..source import Card, Pair
 from ..tuner.checks import number_of
 from .mixture import is_written, read_text
 from .samples import TextSample, align_samples
@@ -84,9 +84,9 @@ def read_texts(
         if isinstance(spec, Survey):
             if spec.corpus is None:
                 spec = replace(spec, corpus=[sample.text for sample in general])
-            asked = pair.asked() if spec.card else ()
             writer = translated or pair.target
-            at_work = Surveyor(pair.adapted, pair.tokenizers, spec, training.seed, writer, keep, asked)
+            card = pair.asked() if spec.card else Card()
+            at_work = Surveyor(pair.adapted, pair.tokenizers, spec, training.seed, writer, keep, card)
             surveys.append(write_survey(at_work, limit, partial(bar, desc="asking")))
             return surveys[-1].samples
         if spec.on_policy and translated is None:

@@ -14,10 +14,12 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..source import Card
 from .corpus import read_corpus
 from .forms import FROM_CORPUS, Contents, Form, drawn_forms, package_forms, taken_apart
 from .judged import token_nats_of
 from .ranking import Tried, by_form, crossed, described, exciting, in_turn, ranked, recurring, the_best, weighed
+from .rows import read_asked
 from .samples import TextSample
 from .written import Keep, SelfWritten, as_turns, check_prompts_given, check_writing, write_answers, write_prompts
 
@@ -29,6 +31,7 @@ ROUNDS = ((12, 4), (6, 4))
 SHORT, END = 24, ""  # tokens of an answer while forms are compared, and what stands for its end
 MOST = 2.0  # nats that one token can count: a single surprising one says little
 LITTLE = 0.5  # `acts` of the best form below which it is said that the adapter hardly does anything
+EXAMPLES = 8  # of its card and datasets that are asked at first
 ENOUGH_PROMPTS = 4  # to know the form from what they have in common
 QUESTIONS, DOCUMENTS = 48, 256  # that are written to begin with, and that contents are taken from
 
@@ -46,7 +49,9 @@ class Survey:
             the survey then starts from them. From four on `SelfWritten(prompts=...)` needs no survey.
         forms (`Mapping`, *optional*): Words, templates and contents to ask with instead of the package's
             (`peft_cast/text/forms.json`), with the same keys.
-        card (`bool`): Whether the examples on the adapter's card (`widget`) are asked too.
+        card (`bool`): Whether what the adapter's own card says is asked too: its examples (`widget`), templates of
+            prompts in its text, and the first rows of the datasets that it names (`datasets`), where they can be
+            reached. What was used is named in `metrics["text"]["survey"]`.
         breadth (`float`): Share of the texts that is asked in forms of all kinds.
         corpus: Where contents come from, anything `translate(text=...)` takes as a corpus; `fit_text` by default.
         samples (`int`, *optional*): How many texts to write; as many as the refinement reads, if not given.
@@ -97,9 +102,10 @@ class Surveyed:
     Args:
         samples (`list[TextSample]`): The texts.
         focus (`frozenset[str]`): The target's prompts of those that are of the kinds in which the adapter acts.
-        found (`dict`): JSON-ready: how many `examples` of its card were asked; the `words` that recur as answers, if
-            it is a classifier; the `forms` that were asked for good, with how much the adapter `acts` there, how many
-            `prompts` that is known from, and an `example`; whether they are `trusted`: it acts in one of them.
+        found (`dict`): JSON-ready: how many `examples` of its card were asked, the `templates` quoted there, and its
+            `datasets` that were read; the `words` that recur as answers, if it is a classifier; the `forms` that were
+            asked for good, with how much the adapter `acts` there, how many `prompts` that is known from, and an
+            `example`; whether they are `trusted`: it acts in one of them.
     """
 
     samples: list[TextSample]
@@ -118,7 +124,7 @@ class Surveyor:
         target: The model that writes further contents, without its adapter if it has one; the plain source when not
             given.
         keep: As in `write_texts`.
-        examples: What the adapter's card shows it being asked, see `asked_on_card`.
+        card (`Card`): What the adapter's card says; not heeded where the user gave prompts.
     """
 
     def __init__(
@@ -129,18 +135,27 @@ class Surveyor:
         seed: int = 0,
         target: PreTrainedModel | PeftModel | None = None,
         keep: Keep = lambda key, write: write(),
-        examples: Sequence[tuple[str, bool]] = (),
+        card: Card = Card(),
     ) -> None:
         self.model, self.tokenizers, self.spec, self.seed, self.keep = model, tokenizers, spec, seed, keep
         self.target = target
         self.known = spec.forms or package_forms()
         self.draw = random.Random(seed)
         chat = bool(tokenizers[0].chat_template)
-        self.examples = [
+        self.card = card if spec.card and not spec.prompts else Card()
+        self.datasets = {name: read_asked(name) for name in self.card.datasets}
+        rows = [one for asked in self.datasets.values() for one in asked]
+        examples = [
             (Form("{text}", "given", chat=True), text) if is_chat else taken_apart(text)
-            for text, is_chat in (examples if spec.card else ())
-            if chat or not is_chat
+            for text, is_chat in (*self.card.examples, *rows)
+            if is_chat is not None and (chat or not is_chat)
         ]
+        self.examples = examples[:EXAMPLES]
+        # Contents that are had before all others of their kind.
+        self.own = {
+            "given": [content for _, content in examples[EXAMPLES:]],
+            "question": [text for text, is_chat in rows if is_chat is None or (is_chat and not chat)],
+        }
         self.short = replace(spec.writing, max_new_tokens=SHORT, temperature=0.0)
 
     @cached_property
@@ -238,7 +253,9 @@ def write_survey(at_work: Surveyor, limit: int, progress: Callable[[Iterable], I
     at_work.draw.shuffle(kept)
     own = by_form(tried)
     forms = [described(form, own[form]) for form in best]
-    found = {"examples": len(at_work.examples), "words": words, "forms": forms}
+    found: dict[str, Any] = {"examples": len(at_work.examples), "templates": list(at_work.card.templates)}
+    found["datasets"] = [name for name, asked in at_work.datasets.items() if asked]
+    found |= {"words": words, "forms": forms}
     found["trusted"] = max(form["acts"] for form in forms) >= LITTLE
     if not found["trusted"]:
         warnings.warn(
@@ -262,8 +279,9 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
     if at_work.spec.prompts:  # whose form is known
         return at_work.ask([taken_apart(prompt) for prompt in at_work.spec.prompts])
     chat = bool(at_work.tokenizers[0].chat_template)
-    there = [*drawn_forms(at_work.known, at_work.draw, forms, chat), *(form for form, _ in at_work.examples)]
-    there = [*dict.fromkeys(there)]
+    templates = [Form(frame, "question") for frame in at_work.card.templates]  # first: they are screened too
+    drawn = drawn_forms(at_work.known, at_work.draw, forms, chat)
+    there = [*dict.fromkeys([*templates, *drawn, *(form for form, _ in at_work.examples)])]
     rounds = [(len(there), CONTENTS), *((n, each) for n, each in ROUNDS if n < len(there))]
     screened = at_work.screened(there)
     contents = {kind: found[: CONTENTS // 2] for kind, found in exciting(screened, there).items()}
@@ -284,10 +302,14 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
 
 
 def further(at_work: Surveyor, kind: str, seeds: Sequence[str], count: int) -> list[str]:
-    """Contents of a kind: in the manner of the given ones and, as far as a corpus has such, of its own."""
-    drawn = count if not seeds else count // 2 if kind in FROM_CORPUS else 0
-    more = [at_work.contents.next(kind) for _ in range(drawn)]
-    written = at_work.write(seeds, count - drawn) if count > drawn else []
+    """Contents of a kind: in the manner of the given ones and, as far as the adapter's datasets or a corpus have such,
+    of theirs.
+    """
+    most, own = count // 2 if seeds else count, at_work.own.get(kind, [])
+    more = [own.pop(0) for _ in range(min(most, len(own)))]
+    if not seeds or kind in FROM_CORPUS:
+        more += [at_work.contents.next(kind) for _ in range(most - len(more))]
+    written = at_work.write(seeds, count - len(more)) if count > len(more) else []
     return [one for pair in zip_longest(written, more) for one in pair if one is not None]
 
 

@@ -208,6 +208,11 @@ def _route(route: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
             f"{strengths[str(route['strength'])]:.0%} of the way to the teacher, not {strengths['1.0']:.0%}"
         )
     survey = text.get("survey", {})
+    counts = {"example": survey.get("examples", 0), "template": len(survey.get("templates", []))}
+    first = [number_of(count, noun) for noun, count in counts.items() if count]
+    first += [f"dataset {name!r}" for name in survey.get("datasets", [])]
+    if first:
+        yield f"Asked first, by the adapter's card: {', '.join(first)}"
     for number, found in enumerate(survey.get("forms", []), start=1):
         yield f"Asked ({number}): {found['form']!r}, in which the adapter acts {found['acts']:.2f}"
     if not survey.get("trusted", True):
