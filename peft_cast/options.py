@@ -202,11 +202,11 @@ class Training(Group):
         "it lowered the recovered lift, from 0.874 to 0.854 (docs/results.md).",
         least=0,
     )
-    gamma: float = option(
-        1.0,
-        "Weight of the KL divergence from the untouched target on anchors: documents of `fit_text` that the closed "
-        "form has not read. They keep the target as it is on general text. There is one for every four texts, at most "
-        "512. 0 skips them.",
+    gamma: float | None = option(
+        None,
+        "Weight of the KL divergence from the untouched target on anchors, by default 1, 3 with a survey. They are "
+        "documents of `fit_text` that the closed form has not read, one for every four texts, at most 512, and keep "
+        "the target as it is on general text. 0 skips them.",
         least=0,
     )
     temperature: float = option(1.0, "Temperature T of the KL divergence.", above=0)
@@ -243,17 +243,20 @@ class Training(Group):
             raise ValueError(
                 "The teacher `shown` has no hidden states of a source, which `beta` compares: pass `beta=0`."
             )
-        if (self.steps or self.on_policy_steps) and not (self.alpha or self.beta or self.gamma):
+        if (self.steps or self.on_policy_steps) and not (self.alpha or self.beta or self.anchor_weight):
             raise ValueError(
                 "With `alpha`, `beta` and `gamma` 0 nothing is learned: leave one above 0, or `steps` at 0."
             )
         check_training_args(self.training_args or {})
 
     @property
+    def anchor_weight(self) -> float:
+        """`gamma`; 1 where it is left open, until it is known who writes the text."""
+        return 1.0 if self.gamma is None else self.gamma
+
+    @property
     def target_share(self) -> float:
-        """The share of the target's own prediction in the adapted source's: the number given, 1 for `"delta"`, else
-        0.
-        """
+        """Share of the target's own prediction in the adapted source's: the number given, 1 for `"delta"`, else 0."""
         return float(self.teacher == "delta") if isinstance(self.teacher, str) else float(self.teacher)
 
 

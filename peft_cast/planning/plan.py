@@ -241,11 +241,11 @@ def plan(
                     partial(refinement_costs, read.model, model, own_rows, aligned, vocabulary, training, held)
                 )
                 usual = own_rows / ANCHOR_EVERY
-                average = batch_of(length, math.ceil(usual) if training.gamma else 0)
+                average = batch_of(length, math.ceil(usual) if training.anchor_weight else 0)
                 # What memory must hold is the batch of the longest texts that brings the most anchors, of which each
                 # text has a quarter of one: hardly a batch exceeds two standard deviations.
                 most = min(usual + 2 * (own_rows * (ANCHOR_EVERY - 1)) ** 0.5 / ANCHOR_EVERY, own_rows)
-                largest = batch_of(max_length, math.ceil(most) if training.gamma else 0)
+                largest = batch_of(max_length, math.ceil(most) if training.anchor_weight else 0)
                 return [*fit_costs, *average], [*largest]
 
             (counts, largest), simplified = counted_or_simplified(
@@ -268,7 +268,9 @@ def plan(
     folded = max(ranks) * sum(m.in_features + m.out_features for m in _layers(model))
     heads = 2 * vocabulary * sum(m.config.get_text_config().hidden_size for m in (source_model, target_model))
     optimizer = 16 * trained  # float32 parameters, gradients and Adam's two moments
-    remembered = texts * length * aligned * (training.teacher_top_k or 0) * 6 * (1 + 0.25 * (training.gamma > 0))
+    remembered = (
+        texts * length * aligned * (training.teacher_top_k or 0) * 6 * (1 + 0.25 * (training.anchor_weight > 0))
+    )
     # The largest in float64, and its factor.
     solve = 2 * 8 * max(max(m.in_features, m.out_features) for m in _layers(model)) ** 2
 

@@ -78,7 +78,7 @@ def distill_lora(
             bar = partial(tqdm, disable=not progress)
             texts = read_texts(pair, text, given.fit, training, bar=bar)
             texts = taught(pair, texts, training, text, bar=bar)
-            training = replace(training, teacher=texts.metrics["teacher"])
+            training = replace(training, teacher=texts.metrics["teacher"], gamma=texts.metrics["gamma"])
         if given.pairing.depth_map == "similarity":
             pair = map_by_similarity(pair, texts.fit, given.pairing.module_map)
         stacked: dict[str, int] = defaultdict(int)

@@ -39,6 +39,7 @@ from .stronger import exchange
 from .teacher import Teacher, compares_outputs_alone, teacher_cache
 
 
+GAMMA = 3.0  # weight of the anchors of a survey's texts, whose many forms pull at the target in many places
 PREFIXES = 16  # examples whose keys and values are kept: a few MB each for a small model, some 100 for a large one
 
 
@@ -143,7 +144,8 @@ def taught(
         bar, keep: As in `write_texts`.
 
     Returns:
-        `PairTexts`: With the `teacher` in its metrics, and the `minds` that decided if two models were compared.
+        `PairTexts`: With the `teacher` and `gamma` in its metrics, and the `minds` that decided if two models were
+            compared.
 
     Raises:
         ValueError: If too few answers can be shown or read.
@@ -160,7 +162,8 @@ def taught(
                 found = exchange(pair, texts.answers, spec, training.seed, keep)
         teacher = found.minds.teacher if found else "source"
     minds = {"minds": vars(found.minds)} if found else {}
-    texts = replace(texts, metrics={**texts.metrics, **minds, "teacher": teacher})
+    gamma = GAMMA if training.gamma is None and "survey" in texts.metrics else training.anchor_weight
+    texts = replace(texts, metrics={**texts.metrics, **minds, "teacher": teacher, "gamma": gamma})
     if found is None or teacher != "shown":
         return texts
     return _shown(pair, texts, found.answers, training, spec, bar, keep)

@@ -117,7 +117,7 @@ class CastTrainer(CheckpointedTrainer):
             parts["kl_anchor"] = divergence[aligned:].sum() / every[1]
             # Batches hold more anchors or fewer, small ones often none: each counts alike, gamma on average.
             share = every[3] * self.train_dataset.every / every[2]
-            loss = loss + training.gamma * share * parts["kl_anchor"]
+            loss = loss + training.anchor_weight * share * parts["kl_anchor"]
         if goal_states:  # its variance is that of each process's own positions
             mse = [normalized_mse(states[path], goal) for path, goal in goal_states.items()]
             parts["mse"] = torch.stack(mse).mean()

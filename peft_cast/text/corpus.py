@@ -87,7 +87,7 @@ def first_rows(source: str, count: int) -> list[dict[str, Any]]:
     Raises:
         Exception: If it cannot be reached or read; those of `datasets` are of many kinds.
     """
-    if _looks_local(source):
+    if not _on_hub(source, "datasets"):
         rows = _local(source)
     elif hasattr(datasets.packaged_modules, source):  # `json`, a reader of whatever lies in the working folder
         raise ValueError(f"'{source}' is no dataset on the hub.")

@@ -112,7 +112,7 @@ def ranked(tried: Sequence[Tried]) -> dict[Form, float]:
         named = 1.0
         if words:
             different = min(1.0, different / (1 - 1 / len(words)))
-            named = sum(answer_of(one) in words for one in own) / len(own)
+            named = (sum(answer_of(one) in words for one in own) / len(own)) ** 2  # elsewhere they leak now and then
         most = sorted((acts[one] for one in own), reverse=True)[: -(-len(own) // 2)]
         scores[form] = named * different * sum(most) / len(most)
     return dict(sorted(scores.items(), key=lambda item: -item[1]))

@@ -100,7 +100,7 @@ def read_texts(
         text = Survey()
     apart = fit_text is not None or is_written(text)  # whether the closed form reads other text than the refinement
     wanted = train if apart else max(train, fit.fit_samples)
-    anchors = min(512, max(1, train // ANCHOR_EVERY)) if training.gamma > 0 else 0
+    anchors = min(512, max(1, train // ANCHOR_EVERY)) if training.anchor_weight > 0 else 0
     # First: whether it can be reached is known before minutes of writing.
     most = fit.fit_samples + anchors + training.eval_samples
     general = read_text(fit_text, most, write, "fit_text") if apart else []

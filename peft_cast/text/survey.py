@@ -183,13 +183,15 @@ class Surveyor:
             samples += as_turns([text], *self.tokenizers) if form.chat else [TextSample("", text, text)]
         return samples
 
-    def answers(self, asked: Sequence[tuple[Form, str]], how: SelfWritten) -> list[TextSample]:
-        """What the adapted source answers, where it answers at all."""
-        return write_answers(self.model, self.tokenizers[0], self.prompts(asked), how, self.seed, keep=self.keep)
+    def answers(self, asked: Sequence[tuple[Form, str]], how: SelfWritten) -> dict[TextSample, tuple[Form, str]]:
+        """What the adapted source answers, where it answers at all, and to what."""
+        of = dict(zip(self.prompts(asked), asked))
+        found = write_answers(self.model, self.tokenizers[0], list(of), how, self.seed, keep=self.keep)
+        return {one: of[replace(one, text="")] for one in found}
 
     def ask(self, asked: Sequence[tuple[Form, str]]) -> list[Tried]:
         """How the adapted source begins its likeliest answers, and what the adapter has to do with it."""
-        answers: list[TextSample] = []
+        answers: dict[TextSample, tuple[Form, str]] = {}
         with suppress(ValueError):  # it ends everywhere at once
             answers = self.answers(asked, self.short)
         items = [(one, one.text) for one in answers]
@@ -197,11 +199,11 @@ class Surveyor:
         with self.model.disable_adapter():
             plain = token_nats_of(self.model, self.tokenizers[0], items, SHORT)
         found = {}
-        for one, a, b in zip(answers, adapted, plain):
+        for (one, of), a, b in zip(answers.items(), adapted, plain):
             tokens = self.tokenizers[0].tokenize(one.text) + [END]
             ratios = (b - a).clamp(-MOST, MOST).tolist()
-            found[replace(one, text="")] = one.text, tuple(tokens[: len(ratios)]), tuple(ratios)
-        return [Tried(*one, *found.get(prompt, ("",))) for one, prompt in zip(asked, self.prompts(asked))]
+            found[of] = one.text, tuple(tokens[: len(ratios)]), tuple(ratios)
+        return [Tried(*one, *found.get(one, ("",))) for one in asked]
 
     def screened(self, forms: Sequence[Form]) -> list[Tried]:
         """The everyday questions, in a few of the forms of questions, the chat template among them."""
@@ -239,8 +241,10 @@ def write_survey(at_work: Surveyor, limit: int, progress: Callable[[Iterable], I
     words = recurring(tried)
     asked = more_like_the_best(at_work, tried, best, focus * (2 if words else 1))
     # 3. Answer it at length; of a classifier's answers its own words alone, each as often as the others.
-    kept = at_work.answers(asked, spec.writing) if asked else []
-    if words:
+    answers = at_work.answers(asked, spec.writing) if asked else {}
+    kept = list(answers)
+    if words:  # which are known better by now
+        words = recurring([*tried, *(Tried(*of, one.text) for one, of in answers.items())])
         kept = in_turn([one for one in kept if one.text.strip() in words], lambda one: one.text.strip())
     kept = kept[:focus]
     focused = frozenset(one.target_prompt for one in kept)
