@@ -229,6 +229,9 @@ def test_evaluates(translated, target_folder, tmp_path):
         (["translate", "a", "b", "c", "-o", "d", "--learning-rate", "0"], "`learning_rate` must be a number above 0"),
         (["translate", "a", "b", "c", "-o", "d", "--set", "gamma=much"], "`gamma` must be a number"),
         (["translate", "a", "b", "c", "-o", "d", "--set", "depth_map={a: b}"], "maps layer numbers to layer numbers"),
+        (["translate", "a", "b", "c", "-o", "d", "--set", "depth_map={a"], "neither YAML nor JSON (line 1, column 3"),
+        (["evaluate", "a", "b=c", "--harness", "arc_easy", "--limit", "0"], "`limit` must be at least 1, got 0"),
+        (["evaluate", "a", "b=c", "--harness", ","], "needs the name of a task"),
         (["translate", "a", "b", "c", "-o", "d", "--set", "module_map=up"], "`module_map` must be a mapping"),
         (
             ["translate", "a", "b", "c", "-o", "d", "--set", "training_args={weight_decai: 1}"],
@@ -250,7 +253,7 @@ def test_evaluates(translated, target_folder, tmp_path):
         (["evaluate", "a", "b=c", "--harness", "x", "--plot", "x.png"], "name the `--retrained` adapter"),
         (["evaluate", "a", "b=c", "--harness", "x", "--plot", "."], "`plot`, '.', is a folder"),
         (["inspect", "./no/where"], "there is no folder './no/where'"),
-        (["bridge", "a", "b", "-o", "d", "--samples", "0"], "`samples` must be at least 1"),
+        (["bridge", "a", "b", "-o", "d", "--samples", "0"], "`samples` must be at least 2"),
         (["evaluate", "a", "b"], "name=folder"),
         (["evaluate", "a", "=b"], "name=folder"),
         (["evaluate", "a", "b="], "name=folder"),

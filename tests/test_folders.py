@@ -375,6 +375,7 @@ def test_a_quantized_base_whose_package_is_missing_names_the_remedy(
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, ["virtual tokens"]),
         ({"r": -1}, ["`r`"]),
         ({"init_lora_weights": "corda"}, ["corda"]),
+        ({"init_lora_weights": "loftq"}, ["initialization (loftq) changed"]),
         ({"init_lora_weights": "best"}, ["'best'", "correct `init_lora_weights` in adapter_config.json"]),
         ({"bias": "some"}, ["`bias`", "'some'", "correct adapter_config.json"]),
         ({"bias": None}, ["`bias`", "None", "correct adapter_config.json"]),
@@ -382,7 +383,7 @@ def test_a_quantized_base_whose_package_is_missing_names_the_remedy(
             {"bias": "foo_only"},
             ["`bias` must be 'none', 'all' or 'lora_only', got 'foo_only': correct adapter_config"],
         ),
-        ({"peft_type": "C3A", "init_weights": "odd"}, ["'kaiming_uniform' or 'xavier_uniform' or null, got 'odd'"]),
+        ({"peft_type": "C3A", "init_weights": "odd"}, ["`peft_type` is 'C3A', and the file is a LoRA's"]),
         ({"r": ...}, ["names no rank, for which PEFT takes 8, and", "has 4: add `r` to adapter_config.json"]),
         ({"lora_dropout": 2.0}, ["`lora_dropout` must be a number from 0 to 1, got 2.0"]),
         ({"task_type": "causal_lm"}, ["`task_type` must be CAUSAL_LM", "'causal_lm'"]),
@@ -393,6 +394,10 @@ def test_a_quantized_base_whose_package_is_missing_names_the_remedy(
         *(
             ({"peft_type": kind}, [f"`peft_type` is {kind}, and the file is a LoRA's", "Correct `peft_type` in"])
             for kind in ("LOHA", "IA3", "ADALORA")
+        ),
+        *(
+            ({"peft_type": kind}, [f"`peft_type` is '{kind}', and the file is a LoRA's: correct it in"])
+            for kind in ("OFT", "ADAPTION_PROMPT")
         ),
         *(
             ({option: value}, [f"`{option}` is set", "Correct it in adapter_config.json"])
@@ -919,7 +924,7 @@ def test_texts_longer_than_learned_positions_are_told_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"num_attention_heads": 0}, ["ZeroDivisionError", "correct `num_attention_heads` (0) in it"]),
+        ({"num_attention_heads": 0}, ["`num_attention_heads` in its config.json is 0", "correct it"]),
         ({"hidden_act": "foo"}, ["KeyError", "correct `hidden_act` ('foo') in it"]),
         ({"hidden_act": None}, ["correct `hidden_act` (None) in it"]),
         ({"dtype": "foo"}, ["correct `dtype` ('foo') in it"]),
@@ -928,6 +933,11 @@ def test_texts_longer_than_learned_positions_are_told_before_a_model_is_loaded(
         ({"vocab_size": 0}, ["`vocab_size` in its config.json is 0", "correct it"]),
         ({"hidden_size": 33}, ["The hidden size (33) is not a multiple", "correct `hidden_size` (33) in it"]),
         ({"num_hidden_layers": 100_000}, ["`num_hidden_layers` in its config.json is 100000", "correct it"]),
+        ({"num_hidden_layers": "2"}, ["`num_hidden_layers` in its config.json is '2', a text: correct it."]),
+        *(
+            ({"num_hidden_layers": n}, [f"`num_hidden_layers` in its config.json is {n}, which is no size"])
+            for n in (-1, 0)
+        ),
         ({"vocab_size": 10**6}, ["speaks of", "its files have", "get both again"]),
     ],
 )
@@ -978,6 +988,18 @@ def test_tokenizers_files_and_wrapped_adapters_are_told_by_what_they_are(source_
         refused(lambda: peft_cast.evaluate(source_folder, {"a": wrapped}, []), f"`adapters['a'].{inner}`")
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_told_wherever_it_is_passed(name, source_folder, lora_folder, target_folder):
+    for given in ((name, lora_folder, target_folder), (source_folder, name, target_folder)):
+        refused(lambda: peft_cast.translate(*given, **QUICK), f"{name[:60]!r}… is no name of")
+    refused(lambda: peft_cast.evaluate(name, {}, []), f"{name[:60]!r}… is no name of")
+    options = {**QUICK, "output_dir": name}
+    refused(
+        lambda: peft_cast.translate(source_folder, lora_folder, target_folder, **options),
+        f"`output_dir`, {name[:60]!r}…, is no name that a file can have",
+    )
+
+
 @pytest.mark.parametrize(
     "values", [{"vocab_size": "many"}, {"hidden_activation": "no such"}, {"num_attention_heads": 0}]
 )
@@ -985,7 +1007,7 @@ def test_plans_of_configurations_that_make_no_sense_are_one_sentence(
     values, source_folder, lora_folder, target_folder, tmp_path
 ):
     target = folder_of(target_folder, tmp_path / "target", settings(**values))
-    refused(lambda: peft_cast.plan(source_folder, lora_folder, target), "target model", f"correct `{[*values][0]}` (")
+    refused(lambda: peft_cast.plan(source_folder, lora_folder, target), "target model", f"`{[*values][0]}`", "correct")
 
 
 def test_objects_that_are_no_language_models_are_called_what_they_are(source_folder, lora_folder, target_folder):

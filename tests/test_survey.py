@@ -17,8 +17,9 @@ from peft_cast.results.report.contents import contents
 from peft_cast.source import Card, read_card
 from peft_cast.text import survey as module_of_the_survey
 from peft_cast.text.forms import Form, taken_apart
+from peft_cast.text.ranking import Tried, crossed, exciting, in_turn, ranked, weighed
 from peft_cast.text.rows import read_asked
-from peft_cast.text.survey import Survey, Surveyor, Tried, compared, in_turn, write_survey
+from peft_cast.text.survey import Survey, Surveyor, compared, write_survey
 
 
 TEXTS = [f"The {n} boats came home. They had seen {n} whales and a storm near the old harbor." for n in range(40)]
@@ -133,6 +134,36 @@ def test_the_form_of_one_prompt(prompt, frame):
     assert form.frame == frame and form.fill(content) == prompt
 
 
+def tried(form, content, answer, ratio=1.0):
+    tokens = tuple(answer.split())
+    return Tried(Form(form, "question"), content, answer, tokens, (ratio,) * len(tokens))
+
+
+def test_what_an_adapter_says_everywhere_counts_more_than_what_it_says_once_or_in_circles():
+    answers = {"{text} A:": "so #### {n}", "{text} B:": "hence #### {n}", "{text} C:": "as said #### {n}"}
+    asked = [tried(form, str(n), answer.format(n=n)) for form, answer in answers.items() for n in range(4)]
+    asked += [tried("{text} D:", str(n), f"{n}th {n}th {n}th") for n in range(4)]  # as likely as the others
+    assert asked[0].acts == pytest.approx(3**0.5) == pytest.approx(asked[-1].acts)
+    acts = weighed(asked)
+    assert acts[asked[-1]] < 0.5 * min(acts[one] for one in asked[:8])
+    assert list(ranked(asked))[-1].frame == "{text} D:"
+
+
+def test_forms_are_compared_by_the_contents_on_which_the_adapter_acts():
+    asked = [tried("{text} A:", str(n), f"{n} x", ratio=2.0 if n < 2 else 0.0) for n in range(4)]
+    asked += [tried("{text} B:", str(n), f"{n} x", ratio=0.9) for n in range(4)]
+    assert [form.frame for form in ranked(asked)] == ["{text} A:", "{text} B:"]
+    assert exciting(asked, [Form("{text} A:", "question")]) == {"question": ["0", "1"]}
+
+
+def test_words_of_good_forms_are_tried_in_each_others_places():
+    forms = [Form("Word: {text}\nTone:", "word"), Form("Claim: {text}\nKind:", "sentence"), Form("{text}", "word")]
+    assert [(one.frame, one.content) for one in crossed(forms)] == [
+        ("Word: {text}\nKind:", "word"),
+        ("Claim: {text}\nTone:", "sentence"),
+    ]
+
+
 def test_no_answer_is_taken_twice_before_each_was_once():
     form = Form("{text}", "word")
     tried = [*(Tried(form, str(i), "same") for i in range(5)), Tried(form, "x", "other")]
@@ -167,6 +198,7 @@ def test_without_text_a_translation_surveys(source_folder, lora_folder, target_f
         source_folder, lora_folder, target_folder, fit_text=TEXTS, steps=2, batch_size=4, max_length=96, progress=False
     )
     survey = result.metrics["text"]["survey"]
+    assert result.metrics["settings"]["gamma"] == 3  # whose many forms pull at the target in many places
     forms = survey["forms"]
     assert ("hardly acts" in str(result)) is not survey["trusted"]
     assert forms and all("{text}" in one["form"] for one in forms)

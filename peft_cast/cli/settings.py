@@ -37,10 +37,19 @@ def read_config(path: Path | None) -> dict[str, Any]:
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"The config file '{path}' could not be read, it is no YAML: {error}") from error
+        raise ValueError(f"The config file '{path}' could not be read: {_where(error)}.") from error
+    if config is None:
+        raise ValueError(f"The config file '{path}' is empty: write `name: value` lines, or leave it out.")
     if not isinstance(config, dict):
         raise ValueError(f"The config file '{path}' must hold `name: value` lines, it holds {type(config).__name__}.")
     return {str(name).replace("-", "_"): value for name, value in config.items()}
+
+
+def _where(error: yaml.YAMLError) -> str:
+    """Where a text is neither YAML nor JSON, and why."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "it cannot be taken apart"
+    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return f"it is neither YAML nor JSON ({place}{problem})"
 
 
 def read_settings(words: Iterable[str] | None) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def read_settings(words: Iterable[str] | None) -> dict[str, Any]:
         try:
             settings[name.strip().replace("-", "_")] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"The value of `--set {word}` could not be read: {error}") from error
+            raise ValueError(f"The value of `--set {word}` could not be read: {_where(error)}.") from error
     return settings
 
 

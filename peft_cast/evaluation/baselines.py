@@ -182,13 +182,14 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedModel, dict[str, LoraKernel], Holdings]:
     """Both models, the adapter's kernels, and what it holds besides."""
     source, adapter, target = map(as_path, (source, adapter, target))
-    check_pair(source, [adapter], target, pairing, then)
-    config = None if isinstance(adapter, PeftModel) else read_adapter_config(adapter, pairing.adapter_revision)
+    named = isinstance(adapter, (str, Path))  # of others `check_pair` tells what they are
+    config = read_adapter_config(adapter, pairing.adapter_revision) if named else None
     if getattr(config, "layer_replication", None):
         raise ValueError(
             "The adapter replicates layers of the source, which this baseline does not follow: load it yourself and "
             "pass the PeftModel."
         )
+    check_pair(source, [adapter], target, pairing, then)
     device = distributed.init(pairing.device)
     source = load_source(source, adapter, device, pairing.source_revision, pairing.adapter_revision, pairing.dtype)
     with (

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import contiguous_head
+from ..utils.fields import check_count
 from .tasks import Scores
 
 
@@ -58,6 +59,12 @@ class HarnessTask:
     @property
     def name(self) -> str:
         return self.task if isinstance(self.task, str) else self.task["task"]
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("A `HarnessTask` needs the name of a task, such as 'arc_easy'.")
+        check_count("limit", self.limit, 1)
+        check_count("num_fewshot", self.num_fewshot, 0)
 
     def check(self) -> None:
         """Refuse, before a model is loaded, to run without the harness, or what is none of its tasks.

@@ -359,7 +359,7 @@ def fit_bridge(
     """
     given = Options.of(options, fit_bridge, pairing=pairing, fit=fit, training=training, run=run)
     pairing, fit, training = given.pairing, given.fit, given.training
-    check_count("samples", samples, 1)
+    check_count("samples", samples, 2)
     text = text if text is not None else fit.fit_text
     source, target = as_path(source), as_path(target)
     if pairing.depth_map == "similarity":

@@ -61,6 +61,8 @@ def load_on_skeleton(
     with warnings.catch_warnings():
         # PEFT puts the adapter where its base is, on the meta device, and torch warns of every tensor.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+        # Said of biases too. Tensors that were not gathered are told by us.
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.s. have invalid shape")
         peft_model = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, config=config)
     if isinstance(start, str):
         config.init_lora_weights = start

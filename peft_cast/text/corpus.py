@@ -263,12 +263,15 @@ def _local(source: str | Path) -> datasets.Dataset:
             raise ValueError(
                 f"The folder '{shown}' holds no dataset that `save_to_disk` wrote: pass a text file, or such a folder."
             ) from error
+    must = "" if builder == "parquet" else "UTF-8, "
     try:
         return datasets.load_dataset(builder, data_files=path, split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"The text file '{shown}' holds no rows: pass one with text.") from error
         raise ValueError(
             f"The text file '{shown}' could not be read as {Path(source).suffix} "
-            f"({one_line(error.__cause__ or error).rstrip('.')}): it must be UTF-8, {_FORMS[builder]}."
+            f"({one_line(error.__cause__ or error).rstrip('.')}): it must be {must}{_FORMS[builder]}."
         ) from error
 
 

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..tuner.checks import is_name, shown, why_no_text
 from .names import find_file
-from .safety import one_line
+from .safety import check_model_config, one_line
 
 
 # How the sentences of checks end that say what to do.
@@ -63,6 +63,10 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
         if kind not in CONFIG_MAPPING:
             known = f"transformers {transformers.__version__}"
             return f"{known} does not know its `model_type`, {shown(kind)}: update transformers."
+        try:
+            check_model_config(values, file)
+        except ValueError as found:
+            return str(found)
     if why := explained(error, file, values, lambda v: CONFIG_MAPPING[v["model_type"]].from_dict(v).to_dict()):
         return f"{why}."
     said = one_line(error)

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .names import no_file_is_called
 from .safety import without_secrets
 
 
@@ -41,12 +42,14 @@ def as_place(value: str | Path, argument: str = "folder") -> Path:
         argument (`str`): As what it is passed, for messages.
 
     Raises:
-        ValueError: If it is no path, or empty, which would be the current folder.
+        ValueError: If it is no path, no name of one, or empty, which would be the current folder.
     """
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"`{argument}` must be the name of a file or folder, got {type(value).__name__}.")
     if not os.fspath(value):
         raise ValueError(f"`{argument}` is empty: pass where to write.")
+    if no_file_is_called(value):
+        raise ValueError(f"`{argument}`, {os.fspath(value)[:60]!r}…, is no name that a file can have: pass another.")
     return Path(os.path.expanduser(value))
 
 

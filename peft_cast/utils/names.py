@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..tuner.checks import read_json
 
 
 # What follows the Hub's host in an address, or any other address.
+_LONGEST = 255  # letters of a part of a path
 _ADDRESS = re.compile(
     r"(?:https?://)?(?:[^/@]*@)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]*[^?#/])/?(?:[?#].*)?|\w+://.*"
 )
@@ -84,11 +86,19 @@ def looks_like_path(name: Any) -> bool:
     return isinstance(name, Path) or str(name).startswith((".", "/", "~")) or "\\" in str(name)
 
 
+def no_file_is_called(name: str | os.PathLike) -> bool:
+    """Whether a name is none that a file system takes: one with a zero byte, or too long."""
+    text = os.fspath(name)
+    return "\0" in text or max(map(len, text.split("/"))) > _LONGEST
+
+
 def why_no_name(name: str | Path) -> str | None:
     """What is wrong with what is neither a folder nor a hub id: web addresses, folders that are not there, and files
     of llama.cpp.
     """
     text, folder = str(name), Path(str(name))
+    if no_file_is_called(text):
+        return f"{text[:60]!r}… is no name of a folder or a hub id"
     if text.endswith(".gguf") or (not list(folder.glob("*.json")) and list(folder.glob("*.gguf"))):
         return f"'{text}' is in llama.cpp's format GGUF, made from what is wanted here"
     if folder.exists():

@@ -10,14 +10,14 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, TaskType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
@@ -124,8 +124,18 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
             where = f" in the subfolder '{subfolder}' of the repository '{repo_id}'" if subfolder else ""
             why = f"there is no such folder here, and on the Hub{where} it could not be reached: {one_line(error)}"
         else:
-            why = one_line(error)
+            why = _of_a_lora(adapter, revision) or one_line(error)
         raise ValueError(without_secrets(f"{named} could not be read: {why}")) from error
+
+
+def _of_a_lora(adapter: str | Path, revision: str | None) -> str | None:
+    """What is wrong with a configuration of another kind that lies beside the weights of a LoRA."""
+    with suppress(Exception):  # what was raised for the configuration itself says it
+        file = find_file(adapter, CONFIG_NAME, revision)
+        kind, weights = read_json(file)["peft_type"], file.with_name(SAFETENSORS_WEIGHTS_NAME)
+        if PEFT_TYPE_TO_PREFIX_MAPPING.get(kind) != "lora_" and any(".lora_A." in key for key in read_header(weights)):
+            return f"`peft_type` is {shown(kind)}, and the file is a LoRA's: correct it in {CONFIG_NAME}."
+    return None
 
 
 def unnamed(config: PeftConfig) -> tuple[str, ...]:
@@ -145,13 +155,20 @@ def _config_of(values: dict[str, Any], folder: Path) -> PeftConfig:
 
 def _complete(values: dict[str, Any], folder: Path) -> PeftConfig:
     """PEFT's configuration with what others leave out of it and no adapter in use needs."""
+    set_after: dict[str, Any] = {}
     if values["peft_type"] == "ADALORA" and not values.get("total_step"):
         # The length of its training, which PEFT asks for and an adapter that is trained no more does not have.
         values = {**values, "total_step": 1}
-        return AdaLoraConfig(
-            **{name: value for name, value in values.items() if name in AdaLoraConfig.__dataclass_fields__}
-        )
-    return PeftConfig.from_pretrained(str(folder))
+    elif values.get("init_lora_weights") == "loftq":  # with which PEFT asks for settings and a package to start with
+        set_after = {name: values[name] for name in ("init_lora_weights", "loftq_config") if name in values}
+    else:
+        return PeftConfig.from_pretrained(str(folder))
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[values["peft_type"]]
+    known = kind.__dataclass_fields__.keys() & values.keys() - set_after.keys()
+    config = kind(**{name: values[name] for name in known})
+    for name, value in set_after.items():
+        setattr(config, name, value)
+    return config
 
 
 def check_adapter_values(values: Mapping[str, Any]) -> None:
@@ -336,12 +353,22 @@ def check_model_config(values: Mapping[str, Any], where: str) -> None:
     """
     if not is_name(values.get("model_type")):
         raise ValueError(f"{where} has no `model_type`, so it is no model's: get it again.")
+    for name in _SIZES:
+        if isinstance(values.get(name), str):
+            raise ValueError(f"`{name}` in {where} is {shown(values[name])}, a text: correct it.")
     for name, value in _numbers(values):
-        if _COUNTS.fullmatch(name) and not 0 <= value <= MAX_LAYERS:
+        if _COUNTS.fullmatch(name) and value > MAX_LAYERS:
             raise ValueError(f"`{name}` in {where} is {shown(value)}, at most {MAX_LAYERS} are built: correct it.")
         # Infinity is no size but the lack of a limit (Falcon-H1).
-        if 2**40 <= abs(value) < math.inf or (name in _SIZES and value < 1 and name in values):
+        if 2**40 <= abs(value) < math.inf or value < _least(name, values):
             raise ValueError(f"`{name}` in {where} is {shown(value)}, which is no size of any model: correct it.")
+
+
+def _least(name: str, values: Mapping[str, Any]) -> float:
+    """The least that a number in a configuration can be; those in other objects may be of parts that are not there."""
+    if name in _SIZES and name in values:
+        return 1
+    return 0 if _COUNTS.fullmatch(name) else -math.inf
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
