@@ -48,7 +48,10 @@ def acts_after(monkeypatch, byte_tokenizer):
 
     def rule(words: str, answer=lambda prompt: f" about {prompt[-30:-10]}"):
         def write_answers(model, tokenizer, prompts, spec, seed=0, progress=None, keep=None):
-            return [replace(one, text=answer(one.source_prompt)) for one in prompts]
+            found = [replace(one, text=answer(one.source_prompt)) for one in prompts]
+            if not any(one.text for one in found):
+                raise ValueError("only empty texts")
+            return [one for one in found if one.text]
 
         passes = iter(range(10**6))
 
@@ -104,6 +107,17 @@ def test_the_words_of_a_classifier_are_told_by_their_recurrence_and_are_asked_fo
     assert all(form["form"].endswith("Kind:") for form in surveyed.found["forms"][:2])
     answers = Counter(one.text.strip() for one in surveyed.samples if one.target_prompt in surveyed.focus)
     assert set(answers) == {"blorp", "zint"} and answers["zint"] > answers.total() / 4  # drawn: a fifth
+
+
+@pytest.mark.parametrize("prompts", [None, ["Say: one\nMore:"]])
+def test_an_adapter_that_answers_nothing_is_told(acts_after, prompts):
+    with pytest.raises(ValueError, match="ends at once whatever it is asked: pass prompts"):
+        acts_after("", answer=lambda prompt: "")(limit=20, prompts=prompts)
+
+
+def test_forms_in_which_it_ends_at_once_do_no_harm(acts_after):
+    surveyed = acts_after("A:", answer=lambda prompt: f" {prompt[:9]}" if prompt.endswith("\nA:") else "")(limit=20)
+    assert surveyed.samples and all(one.source_prompt.endswith("\nA:") for one in surveyed.samples)
 
 
 @pytest.mark.parametrize("prompts", [None, ["Say: one\nMore:"]])

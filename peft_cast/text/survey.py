@@ -235,6 +235,11 @@ def write_survey(at_work: Surveyor, limit: int, progress: Callable[[Iterable], I
     count = min(limit, spec.samples or limit)
     # 1. Ask broadly, and more and more in the forms in which the adapter acts most.
     tried = compared(at_work, min(FORMS, max(8, count // 4)), progress)
+    if not any(one.answer for one in tried):
+        raise ValueError(
+            "The adapted source model ends at once whatever it is asked: pass prompts of the kind that its adapter "
+            "answers, `text=SelfWritten(prompts=[...])`."
+        )
     best = list(ranked(tried)) if spec.prompts else the_best(tried)
     # 2. Think of more to ask in these: what is like the contents that excite it most.
     focus = count if spec.prompts else count - round(spec.breadth * count)
@@ -250,7 +255,7 @@ def write_survey(at_work: Surveyor, limit: int, progress: Callable[[Iterable], I
     focused = frozenset(one.target_prompt for one in kept)
     # 4. The rest stays broad: a prompt of every other form, those first in which the adapter acts most.
     acts = weighed(tried)
-    wide = sorted((one for one in tried if one.form not in best), key=lambda one: -acts[one])
+    wide = sorted((one for one in tried if one.form not in best and one.answer), key=lambda one: -acts[one])
     others = in_turn(wide, lambda one: one.form)[: count - len(kept)]
     if others:
         kept += at_work.answers([(one.form, one.content) for one in others], spec.writing)
@@ -329,7 +334,7 @@ def more_like_the_best(
     turns = list(best)
     while turns and len(asked) < count:
         form = turns.pop(0)
-        content = next(fresh[form.content], None)
+        content = next(fresh.get(form.content, iter(())), None)  # none where it ends at once
         if content is not None:
             asked.append((form, content))
             turns.append(form)
