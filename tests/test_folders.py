@@ -847,7 +847,10 @@ def more_tokens(folder):
         (in_pickle([torch.ones(2)]), ["'pytorch_model.bin' is broken, or holds something else than tensors"]),
         (in_pickle({"model": {"a": torch.ones(2)}}), ["'pytorch_model.bin'", "something else than tensors by their"]),
         (in_pickle({"a": Path("b")}), ["'pytorch_model.bin'", "something else than tensors", "as safetensors"]),
-        (settings(vocab_size="many"), ["could not be loaded", "field 'vocab_size'"]),
+        (
+            settings(vocab_size="many"),
+            ["could not be loaded", "`vocab_size` in its config.json is 'many', a text: correct it."],
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), ["no weights", "get the whole model"]),
         (in_shards, ["'two.safetensors'", "is missing"]),
         (written("model.safetensors", ""), ["model.safetensors", "cut off", "get it again"]),
