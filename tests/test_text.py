@@ -347,3 +347,13 @@ def test_jsonl_of_the_repository_is_read():
     texts = read_corpus(ROOT / "examples" / "data" / "c4_en_400.jsonl", 400)
     first = json.loads((ROOT / "examples" / "data" / "c4_en_400.jsonl").open().readline())["text"]
     assert texts[0] == first and len(texts) > 350
+
+
+def test_general_text_may_be_a_path_or_a_mixture_and_no_survey(tmp_path):
+    file = tmp_path / "general.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:4]))
+    check_texts([TEXTS], file)  # a path has parts of its own
+    check_texts([TEXTS], Mixture((file, 1), (TEXTS, 2)))
+    for survey in (Survey(), Mixture((file, 1), (Survey(), 1))):
+        with pytest.raises(ValueError, match="a `Survey` asks what the adapter does"):
+            check_texts([TEXTS], survey)

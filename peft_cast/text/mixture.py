@@ -69,7 +69,8 @@ def check_texts(texts: Sequence[Any], fit_text: Any = None) -> None:
     """
     for text in texts:
         check_text(text, 3)
-    if any(isinstance(part, Survey) for part, _ in getattr(fit_text, "parts", [(fit_text, 1)])):
+    parts = [part for part, _ in fit_text.parts] if isinstance(fit_text, Mixture) else [fit_text]
+    if any(isinstance(part, Survey) for part in parts):
         raise ValueError("`fit_text` is general text, and a `Survey` asks what the adapter does: pass other text.")
     if fit_text is not None:
         check_text(fit_text, 2, "fit_text")
