@@ -33,7 +33,7 @@ from ..tuner.checks import number_of
 from ..utils import distributed, without_secrets
 
 
-FORMS = 32  # that are tried: a minute or two on two cores for a small model
+FORMS = 32  # that are tried at first: two to three minutes on two cores for a small model
 SHOWN, EXAMPLES, WIDTH = 8, 2, 100  # kinds of prompts, examples of each, characters of one
 
 
