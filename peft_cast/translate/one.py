@@ -52,7 +52,8 @@ def translate_one(job: Job) -> TranslationResult:
         # 2. Read the text, or let the models write it.
         with phases.measure("text"):
             texts, earlier = _read(job, pair, run)
-        job = replace(job, options=options.but(teacher=texts.metrics["teacher"], gamma=texts.metrics["gamma"]))
+        gamma = texts.metrics.get("gamma", options.training.anchor_weight)  # texts of earlier versions lack it
+        job = replace(job, options=options.but(teacher=texts.metrics["teacher"], gamma=gamma))
         options, training = job.options, job.options.training
         # 3. Initial maps: the adapter as it is, the closed form, a bridge's, or those of an earlier translation.
         with phases.measure("closed_form"):
