@@ -172,6 +172,11 @@ def check_model(model: Any, which: str, revision: str | None = None) -> Pretrain
                 "hub id or folder, or the model without it (`unload()` of its PeftModel takes it off)."
             )
         return model.config
+    return _read_model(model, which, revision)[0]
+
+
+def _read_model(model: Any, which: str, revision: str | None) -> tuple[PretrainedConfig | None, dict[str, TensorInfo]]:
+    """As `check_model`, of one that is not loaded; beside it what `read_folder` tells, nothing of one on the hub."""
     if not isinstance(model, (str, Path)) or not str(model):
         got = repr(model) if isinstance(model, str) else type(model).__name__
         raise ValueError(f"`{which}` must be a folder, a hub id or a loaded model, got {got}.")
@@ -184,10 +189,10 @@ def check_model(model: Any, which: str, revision: str | None = None) -> Pretrain
     except OSError:
         if Path(model).is_dir():
             raise
-        return None
+        return None, {}
     auto_class(config, named)
-    _read_files(model, config, named)
-    return config
+    here = Path(model).is_dir() and not getattr(config, "transformers_weights", None)
+    return config, read_folder(Path(model), named) if here else {}
 
 
 def check_loaded(model: nn.Module, which: str) -> None:
@@ -309,9 +314,10 @@ def skeleton_of(
     Raises:
         ValueError, OSError: As `check_model`.
     """
-    config = check_model(model, which, revision)
     if isinstance(model, nn.Module):
+        check_model(model, which, revision)
         return model
+    config, header = _read_model(model, which, revision)
     if config is None:
         return None
     named = f"The {which} model '{without_secrets(model)}'"
@@ -324,7 +330,6 @@ def skeleton_of(
         return None
     check_needs(built, attention, named, which)
     if quantization_of(config) is None:  # which packs several numbers into one
-        header = _read_files(model, config, named)
         promised = sum(parameter.numel() for parameter in built.parameters())
         held = sum(math.prod(info.shape) for info in header.values())
         if held and promised > 2 * held + 2**20:  # which would be made at random, until the memory is full
@@ -334,12 +339,6 @@ def skeleton_of(
             )
         check_header(header, built, named)
     return built
-
-
-def _read_files(model: Any, config: PretrainedConfig, named: str) -> dict[str, TensorInfo]:
-    """As `read_folder`; nothing of a model on the hub."""
-    here = Path(model).is_dir() and not getattr(config, "transformers_weights", None)
-    return read_folder(Path(model), named) if here else {}
 
 
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:

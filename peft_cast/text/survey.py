@@ -262,10 +262,14 @@ def write_survey(at_work: Surveyor, limit: int, progress: Callable[[Iterable], I
     at_work.draw.shuffle(kept)
     own = by_form(tried)
     forms = [described(form, own[form]) for form in best]
-    found: dict[str, Any] = {"examples": len(at_work.examples), "templates": list(at_work.card.templates)}
-    found["datasets"] = [name for name, asked in at_work.datasets.items() if asked]
-    found |= {"words": words, "forms": forms}
-    found["trusted"] = max(form["acts"] for form in forms) >= LITTLE
+    found = {
+        "examples": len(at_work.examples),
+        "templates": list(at_work.card.templates),
+        "datasets": [name for name, asked in at_work.datasets.items() if asked],
+        "words": words,
+        "forms": forms,
+        "trusted": max(form["acts"] for form in forms) >= LITTLE,
+    }
     if not found["trusted"]:
         warnings.warn(
             "The adapter hardly acts on what it was asked: what it was trained for may not be among it. Pass "
