@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import answer_nats, by_length, choice_nats, contiguous_head, continuations
+from ..models import answer_nats, by_length, choice_nats, continuations
 from ..tuner.checks import shown
 from ..utils import as_path
 from ..utils.fields import check_count
@@ -161,8 +161,7 @@ class AnswerLikelihood(_OnRecords):
     def run(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Scores:
         rows = _rows(self)
         items = list(zip(self._filled(self.prompt, rows), self._answers(rows)))
-        with contiguous_head(model):
-            nats = answer_nats(model, tokenizer, items, self.batch_size)
+        nats = answer_nats(model, tokenizer, items, self.batch_size)
         n, characters = len(items), torch.tensor([len(answer) for _, answer in items], dtype=torch.float64)
         score = float(nats.sum() / characters.sum())
         # Standard error of a ratio of sums (delta method)
@@ -200,8 +199,7 @@ class Classification(_OnRecords):
         rows = _rows(self)
         choices, right = self._choices(rows)
         gold = torch.tensor(right)
-        with contiguous_head(model):
-            nats = choice_nats(model, tokenizer, self._filled(self.prompt, rows), choices, self.batch_size)
+        nats = choice_nats(model, tokenizer, self._filled(self.prompt, rows), choices, self.batch_size)
         hits = (nats.argmin(1) == gold).double()
         accuracy = float(hits.mean())
         metrics = {self.metric: accuracy, "stderr": _stderr(accuracy, len(rows))}

@@ -8,11 +8,21 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from .heads import contiguous_head
 from .prefixes import after_prefixes, common_prefixes, keeps_prefixes, read_prefix
 from .sharding import is_sharded
+
+
+MOST = 7 / 8  # rows of a batch after whose ends the others are not waited for
 
 
 class SampleTopK(LogitsProcessor):
@@ -38,6 +48,24 @@ class SampleTopK(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, chosen, 0.0)
 
 
+class EndsAt(StoppingCriteria):
+    """Ends a row behind a given text, and all rows when most have ended: the last few would take as long again.
+
+    Args:
+        tokenizer: What reads the tokens.
+        start (`int`): Tokens of a row that stand before what is written.
+        stop (`str`): The text, which does not count where nothing else was written before it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, start: int, stop: str) -> None:
+        self.tokenizer, self.start, self.stop = tokenizer, start, stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        written = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        ended = torch.tensor([self.stop in text.lstrip() for text in written], device=input_ids.device)
+        return ended | (ended.float().mean() >= MOST)
+
+
 def continuations(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -45,6 +73,7 @@ def continuations(
     max_new_tokens: int,
     sampling: SampleTopK | None = None,
     add_special_tokens: bool = True,
+    stop: str | None = None,
 ) -> list[str]:
     """What a model writes after each prompt, as one batch; without the prompt and without special tokens.
 
@@ -59,6 +88,7 @@ def continuations(
             likeliest one is taken.
         add_special_tokens (`bool`): Whether texts get the tokenizer's special tokens (BOS); a rendered chat template
             holds them already.
+        stop (`str`, *optional*): Text behind which a row may end. Rows that come to it late are cut before.
 
     Returns:
         `list[str]`: n texts, in the order of `prompts`.
@@ -84,12 +114,14 @@ def continuations(
         before["past_key_values"], seen = after_prefixes(model, [read[head] for head in prefixes])
         ids = torch.cat([padded(prefixes, model.device, value=pad)[0], ids], dim=1)
         mask = torch.cat([seen, mask], dim=1)
+    ends = [EndsAt(tokenizer, ids.shape[1], stop)] if stop else []
     with contiguous_head(model):
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=False,
             logits_processor=LogitsProcessorList([sampling] if sampling else []),
+            stopping_criteria=StoppingCriteriaList(ends),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             synced_gpus=is_sharded(model),

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generating import padded
+from .heads import contiguous_head
 
 
 def answer_nats(
@@ -58,7 +59,8 @@ def token_nats(
         # Left padding puts the answers side by side at the end, so the head runs on them alone.
         keep = max(len(tokens[i][1]) for i in chunk)
         inputs = left_padded([whole[i] for i in chunk], model.device)
-        logits = model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
+        with contiguous_head(model):
+            logits = model(**inputs, logits_to_keep=keep + 1, use_cache=False).logits[:, :-1]
         for row, i in enumerate(chunk):
             answer = torch.tensor(tokens[i][1], device=logits.device)
             own = logits[row, keep - len(answer) :].float()
@@ -92,7 +94,8 @@ def choice_nats(
     nats = torch.zeros(len(prompts), n, dtype=torch.float64)
     for chunk in by_length(tokens, batch_size):
         inputs = left_padded([tokens[i] for i in chunk], model.device)
-        read = model(**inputs, logits_to_keep=1, use_cache=True)
+        with contiguous_head(model):
+            read = model(**inputs, logits_to_keep=1, use_cache=True)
         first = read.logits[:, -1].float().log_softmax(-1)[:, labels[:, 0]]  # (prompts, choices)
         nats[chunk] = -first.cpu().double()
         if width > 1:
