@@ -246,7 +246,7 @@ class Continues:
     def __init__(self, texts):
         self.texts, self.asked = iter(texts), []
 
-    def __call__(self, model, tokenizer, texts, max_new_tokens, **options):
+    def __call__(self, model, tokenizer, texts, *options):
         self.asked += texts
         return [next(self.texts) for _ in texts]
 

@@ -72,17 +72,11 @@ class Contents:
         known: What `package_forms` gives.
         draw: Shuffles it.
         texts: Of a corpus.
-        questions: What is asked as questions.
         given: What examples of the user's, or of the adapter's card, are about.
     """
 
     def __init__(
-        self,
-        known: Mapping[str, Any],
-        draw: random.Random,
-        texts: Sequence[str],
-        questions: Sequence[str],
-        given: Sequence[str] = (),
+        self, known: Mapping[str, Any], draw: random.Random, texts: Sequence[str], given: Sequence[str] = ()
     ) -> None:
         texts = [" ".join(text.split()) for text in texts]
         sentences = [one for text in texts for one in re.split(r"(?<=[.!?])\s", text)]
@@ -91,7 +85,7 @@ class Contents:
             "word": list(dict.fromkeys(words)),
             "sentence": [one for one in sentences if SENTENCE[0] <= len(one) <= SENTENCE[1]],
             "paragraph": [text[:PARAGRAPH] for text in texts],
-            "question": list(questions),
+            "question": list(known["everyday"]),
             "code": list(known["code"]),
             "given": list(given),
         }

@@ -33,7 +33,7 @@ MOST = 2.0  # nats that one token can count: a single surprising one says little
 LITTLE = 0.5  # `acts` of the best form below which it is said that the adapter hardly does anything
 EXAMPLES = 8  # of its card and datasets that are asked at first
 ENOUGH_PROMPTS = 4  # to know the form from what they have in common
-QUESTIONS, DOCUMENTS = 48, 256  # that are written to begin with, and that contents are taken from
+DOCUMENTS = 256  # that contents are taken from
 
 
 @dataclass(frozen=True)
@@ -161,10 +161,8 @@ class Surveyor:
     @cached_property
     def contents(self) -> Contents:
         """What there is to ask about."""
-        everyday = self.known["everyday"]
-        questions = [*everyday, *self.write(everyday, QUESTIONS)]
         given = [content for _, content in self.examples]
-        return Contents(self.known, self.draw, read_corpus(self.spec.corpus, DOCUMENTS), questions, given)
+        return Contents(self.known, self.draw, read_corpus(self.spec.corpus, DOCUMENTS), given)
 
     def write(self, prompts: Sequence[str], count: int) -> list[str]:
         """Further prompts in the manner of the given ones, by the model that writes them."""
@@ -245,20 +243,23 @@ def write_survey(at_work: Surveyor, limit: int, progress: Callable[[Iterable], I
     focus = count if spec.prompts else count - round(spec.breadth * count)
     words = recurring(tried)
     asked = more_like_the_best(at_work, tried, best, focus * (2 if words else 1))
-    # 3. Answer it at length; of a classifier's answers its own words alone, each as often as the others.
-    answers = at_work.answers(asked, spec.writing) if asked else {}
-    kept = list(answers)
+    # 3. The rest stays broad: a prompt of every other form, those first in which the adapter acts most.
+    acts = weighed(tried)
+    wide = sorted((one for one in tried if one.form not in best and one.answer), key=lambda one: -acts[one])
+    others = [(one.form, one.content) for one in in_turn(wide, lambda one: one.form)]
+    # 4. Answer all at length; of a classifier's answers its own words alone, each as often as the others.
+    first, then = others[: count - focus], others[count - focus :]
+    answers = at_work.answers([*asked, *first], spec.writing)
+    broad = [one for one, of in answers.items() if of in first]
+    kept = [one for one, of in answers.items() if of not in first]
     if words:  # which are known better by now
         words = recurring([*tried, *(Tried(*of, one.text) for one, of in answers.items())])
         kept = in_turn([one for one in kept if one.text.strip() in words], lambda one: one.text.strip())
     kept = kept[:focus]
     focused = frozenset(one.target_prompt for one in kept)
-    # 4. The rest stays broad: a prompt of every other form, those first in which the adapter acts most.
-    acts = weighed(tried)
-    wide = sorted((one for one in tried if one.form not in best and one.answer), key=lambda one: -acts[one])
-    others = in_turn(wide, lambda one: one.form)[: count - len(kept)]
-    if others:
-        kept += at_work.answers([(one.form, one.content) for one in others], spec.writing)
+    if len(kept) + len(broad) < count and then:
+        broad += at_work.answers(then[: count - len(kept) - len(broad)], spec.writing)
+    kept += broad
     at_work.draw.shuffle(kept)
     own = by_form(tried)
     forms = [described(form, own[form]) for form in best]

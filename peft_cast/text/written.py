@@ -170,7 +170,7 @@ def write_answers(
 
     Args:
         model, tokenizer: The source model with its LoRA active; with `spec.on_policy` the translated model.
-        prompts: Samples whose text does not matter; rendered ones are answered last.
+        prompts: Samples whose text does not matter.
         spec (`SelfWritten`): How to write.
         seed, progress, keep: As in `write_texts`.
 
@@ -178,14 +178,20 @@ def write_answers(
         ValueError: If the model writes nothing but empty texts.
     """
     who, kind = ("translated", "own answers") if spec.on_policy else ("adapted source", "answers")
-    alike = ([p for p in prompts if p.rendered is rendered] for rendered in (False, True))
-    chunks = [some[i : i + spec.batch_size] for some in alike for i in range(0, len(some), spec.batch_size)]
-    samples = []
+    texts = [p.target_prompt if spec.on_policy else p.source_prompt for p in prompts]
+    chunks = []
+    for rendered in (False, True):
+        alike = [i for i, prompt in enumerate(prompts) if prompt.rendered is rendered]
+        # Texts of like length share a batch, which is padded to its longest.
+        alike.sort(key=lambda i: len(texts[i]))
+        chunks += [alike[i : i + spec.batch_size] for i in range(0, len(alike), spec.batch_size)]
+    written = [""] * len(prompts)
     for number, chunk in enumerate(progress(chunks) if progress else chunks):
-        asked = [p.target_prompt if spec.on_policy else p.source_prompt for p in chunk]
-        options = (spec.max_new_tokens, spec.temperature, spec.top_p, chunk[0].rendered)
-        written = _batch(keep, model, tokenizer, asked, options, (kind, seed, number))
-        samples += [replace(prompt, text=text) for prompt, text in zip(chunk, written) if text.strip()]
+        options = (spec.max_new_tokens, spec.temperature, spec.top_p, prompts[chunk[0]].rendered)
+        asked = [texts[i] for i in chunk]
+        for i, text in zip(chunk, _batch(keep, model, tokenizer, asked, options, (kind, seed, number))):
+            written[i] = text
+    samples = [replace(prompt, text=text) for prompt, text in zip(prompts, written) if text.strip()]
     if not samples:
         raise ValueError(f"The {who} model wrote only empty texts: pass other `prompts` or another `prefix`.")
     return samples
@@ -259,10 +265,11 @@ def write_prompts(
     most = 2 * -(-count // batch_size) + 2
     rounds = takewhile(lambda _: len(written) < count, range(most))  # nobody knows how many it takes
     for number in progress(rounds) if progress else rounds:
-        lists = [draw.sample(bodies, min(4, len(bodies))) for _ in range(-(-batch_size // ALIKE))]
+        together = min(batch_size, 2 * (count - len(written)))  # about half are of use
+        lists = [draw.sample(bodies, min(4, len(bodies))) for _ in range(-(-together // ALIKE))]
         starts = ["".join(f"{head}{body}\n\n" for body in few) + head.rstrip() for few in lists]
-        asked = [start for start in starts for _ in range(ALIKE)][:batch_size]
-        options = (int(1.3 * longest) + 4, 0.8, 1.0, False)
+        asked = [start for start in starts for _ in range(ALIKE)][:together]
+        options = (int(1.3 * longest) + 4, 0.8, 1.0, False, stop)
         for text in _batch(keep, model, tokenizer, asked, options, ("prompts", seed, number)):
             body, found, _ = text.lstrip().partition(stop)
             body = body.rstrip()
@@ -283,21 +290,15 @@ def common_affixes(texts: Sequence[str]) -> tuple[str, str]:
     return head, tail
 
 
-def _batch(
-    keep: Keep,
-    model,
-    tokenizer,
-    asked: list[str],
-    options: tuple[int, float, float, bool],
-    which: tuple[str, int, int],
-) -> list[str]:
-    """What the model writes after each text, or has written before; `which` are the batch's kind, seed and number."""
+def _batch(keep: Keep, model, tokenizer, asked: list[str], options: tuple, which: tuple[str, int, int]) -> list[str]:
+    """What the model writes after each text, or has written before; `options` are those of `_sample`, `which` are the
+    batch's kind, seed and number.
+    """
 
     def write() -> list[str]:
-        tokens, temperature, top_p, rendered = options
         own = (*which, distributed.rank()) if distributed.world_size() > 1 else which
         with seeded(int(_sha256(own)[:15], 16)):
-            return _sample(model, tokenizer, asked, tokens, temperature=temperature, top_p=top_p, rendered=rendered)
+            return _sample(model, tokenizer, asked, *options)
 
     return keep(_sha256((which, options, asked))[:32], write)
 
@@ -307,10 +308,17 @@ def _sha256(value: tuple) -> str:
 
 
 def _sample(
-    model, tokenizer, texts: Sequence[str], tokens: int, temperature: float, top_p: float, rendered: bool = False
+    model,
+    tokenizer,
+    texts: Sequence[str],
+    tokens: int,
+    temperature: float,
+    top_p: float,
+    rendered: bool = False,
+    stop: str | None = None,
 ) -> list[str]:
     """What the model writes after each text, drawn at random, each process its part of them."""
     own, sampling = distributed.split(texts), SampleTopK(temperature, top_p) if temperature else None
     # A process without a part writes too, because a sharded model needs all.
-    written = continuations(model, tokenizer, own or texts[:1], tokens, sampling, add_special_tokens=not rendered)
+    written = continuations(model, tokenizer, own or texts[:1], tokens, sampling, not rendered, stop)
     return distributed.gather(written[: len(own)])
