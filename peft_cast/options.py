@@ -214,9 +214,9 @@ class Training(Group):
         "auto",
         "`source` imitates the adapted source model. `shown`, for a target that is the better model, imitates the "
         "target itself as it answers when it is shown three of the adapted source's answers: their form and its own "
-        "knowledge. `auto` takes `shown` where the target is clearly the stronger on the prompts of the text, else "
-        "`source` (docs/how-it-works.md). `delta` adds only what the LoRA changes to the target's own prediction; a "
-        "number from 0 (`source`) to 1 (`delta`) mixes them (docs/results.md).",
+        "knowledge. `delta` adds only what the LoRA changes to the target's own prediction; a number from 0 "
+        "(`source`) to 1 (`delta`) mixes them (docs/results.md). `auto` takes `shown` where the target is clearly the "
+        "stronger on the text's prompts, `delta` where a survey finds nothing that the adapter does, else `source`.",
         check=_teacher,
     )
     enough: float = option(

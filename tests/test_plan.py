@@ -1,6 +1,7 @@
 """What a translation will cost, told beforehand."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
@@ -204,6 +205,16 @@ def test_steps_on_own_words_are_counted(planned):
     before, after = planned(), planned(on_policy_steps=5)
     assert after.phases["refine"].seconds == pytest.approx(1.5 * before.phases["refine"].seconds)
     assert after.phases["evaluate"].seconds > 2 * before.phases["evaluate"].seconds
+
+
+def test_text_that_models_write_takes_time_and_other_text_none(planned):
+    prompts = peft_cast.SelfWritten(prompts=("One?", "Two?"), more_prompts=0)
+    texts = (None, prompts, peft_cast.Mixture((prompts, 1), ("c4", 1)))
+    survey, written, half = (planned(text=text).phases["text"].flops for text in texts)
+    assert "text" not in planned(text="c4").phases and survey > 2 * written
+    assert half == pytest.approx(written / 2, rel=0.1)
+    further = planned(text=replace(prompts, more_prompts=20)).phases["text"].flops
+    assert written < further < survey
 
 
 def test_a_device_waits_for_python_where_products_are_small(models):

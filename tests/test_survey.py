@@ -16,10 +16,11 @@ import peft_cast
 from peft_cast.results.report.contents import contents
 from peft_cast.source import Card, read_card
 from peft_cast.text import survey as module_of_the_survey
+from peft_cast.text.effort import PROMPT, effort_of
 from peft_cast.text.forms import Form, taken_apart
 from peft_cast.text.ranking import Tried, crossed, exciting, in_turn, ranked, weighed
 from peft_cast.text.rows import read_asked
-from peft_cast.text.survey import Survey, Surveyor, compared, write_survey
+from peft_cast.text.survey import SHORT, Survey, Surveyor, compared, write_survey
 
 
 TEXTS = [f"The {n} boats came home. They had seen {n} whales and a storm near the old harbor." for n in range(40)]
@@ -207,6 +208,15 @@ def test_a_survey_depends_on_nothing_but_the_seed_and_goes_on_where_it_was(adapt
     assert texts({}, seed=1).samples != surveyed.samples
 
 
+def test_a_plan_knows_how_much_is_asked(adapted, byte_tokenizer, monkeypatch):
+    asked, ask = [], Surveyor.ask
+    monkeypatch.setattr(Surveyor, "ask", lambda self, items: asked.append(len(items)) or ask(self, items))
+    spec = Survey(corpus=TEXTS, max_new_tokens=6, batch_size=64)
+    write_survey(Surveyor(adapted, (byte_tokenizer,) * 2, spec), 80)
+    asking = effort_of(spec, 80).source - 80 * (PROMPT + spec.max_new_tokens)
+    assert asking / (3 * (PROMPT + SHORT)) == pytest.approx(sum(asked), rel=0.25)
+
+
 def test_without_text_a_translation_surveys(source_folder, lora_folder, target_folder):
     result = peft_cast.translate(
         source_folder, lora_folder, target_folder, fit_text=TEXTS, steps=2, batch_size=4, max_length=96, progress=False
@@ -215,8 +225,8 @@ def test_without_text_a_translation_surveys(source_folder, lora_folder, target_f
     assert result.metrics["settings"]["gamma"] == 3  # whose many forms pull at the target in many places
     forms = survey["forms"]
     assert ("hardly acts" in str(result)) is not survey["trusted"]
+    assert result.metrics["text"]["teacher"] == ("source" if survey["trusted"] else "delta")
     assert forms and all("{text}" in one["form"] for one in forms)
-    assert result.metrics["text"]["teacher"] == "source"
 
 
 CARD = """---

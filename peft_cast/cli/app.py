@@ -379,5 +379,5 @@ def _text(text: str | None, prompts: Path | None) -> Any:
 
 
 def _plan(models: tuple[str | None, str, str], arguments: dict[str, Any], **more: Any) -> Plan:
-    known = {*names_taken(plan), "bridge", "start"}
+    known = {*names_taken(plan), "text", "bridge", "start"}
     return plan(*models, **{name: value for name, value in arguments.items() if name in known}, **more)

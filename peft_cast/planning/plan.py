@@ -29,13 +29,14 @@ from ..fit import (
 from ..models import check_positions, default_dtype, read_model_config, sharding, skeleton
 from ..options import Fit, Options, Pairing, Projections, Training, takes
 from ..source import list_not_carried, map_kernels, named_source, planned_source
-from ..text import ANCHOR_EVERY, anchor_length
+from ..text import ANCHOR_EVERY, Survey, anchor_length, effort_of
 from ..utils import FaultError, as_path, one_line, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
 from .bodies import counted_or_simplified
 from .devices import DEVICES, SHAPES_KEPT, Device, device_of
 from .fake import Cost, materialize
 from .passes import closed_form_costs, refinement_costs, texts_of
+from .writing import writing_cost
 
 
 # Factorizations of each regression's second moments, to choose its ridge strength: n³/3 operations each, twice as dear
@@ -70,7 +71,7 @@ class Plan:
         parameters (`dict[str, int]`): `trained` and `source_lora`.
         files (`dict[str, int]`): Bytes of the `adapter`, of the same `folded` to a LoRA (float32 both), and of the
             optimizer's `checkpoint`.
-        phases (`dict[str, PhasePlan]`): `load`, `closed_form`, `evaluate`, `refine`: those of
+        phases (`dict[str, PhasePlan]`): `load`, `text`, `closed_form`, `evaluate`, `refine`: those of
             `TranslationResult.metrics`.
         assumed (`dict`): Tokens per text and what else the plan rests on.
         not_carried (`list[dict]`): What of the adapter no kernel expresses, as in the metrics of `translate`.
@@ -91,7 +92,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Time of all phases; text that the models write is not among them."""
+        """Time of all phases."""
         return sum(phase.seconds for phase in self.phases.values())
 
     @property
@@ -118,10 +119,7 @@ class Plan:
         for name, phase in self.phases.items():
             time, memory, above = _time(phase.seconds), _size(phase.memory), _size(phase.above_weights)
             lines.append(f"  {name:<12} {time:>9}  {memory:>9}  {above:>13}")
-        lines.append(
-            f"  {'in all':<12} {_time(self.seconds):>9}  {_size(self.memory):>9}  and the time to write text, if the "
-            "models do"
-        )
+        lines.append(f"  {'in all':<12} {_time(self.seconds):>9}  {_size(self.memory):>9}")
         lines += [f"Estimated: {what}." for what in self.assumed["estimated"]]
         if not self.fits:
             lines.append(
@@ -142,6 +140,7 @@ def plan(
     adapter: str | Path,
     target: str | Path | PretrainedConfig,
     *,
+    text: Any = None,
     on: str | Device | None = None,
     tokens: int | None = None,
     aligned: float = 0.9,
@@ -164,6 +163,7 @@ def plan(
         source, target: Hub ids or folders with a `config.json`, or configurations. `None` takes the source from the
             adapter.
         adapter: The LoRA: hub id or folder; only this small file is read.
+        text: As in `translate`; what the models write of it takes time.
         on: A name in `peft_cast.planning.DEVICES`, a `Device`, or `None` for this machine, whose rates are measured.
         tokens (`int`, *optional*): Tokens of a text of the refinement in either model, on average; `max_length`, the
             most, when not given. Texts of the closed form, and the longest, which memory must hold, are taken to have
@@ -207,6 +207,8 @@ def plan(
     check_maps(bridge, start, source_model, adapter, target_model, replace(given, pairing=pairing))
     length = min(tokens or max_length, max_length)
     weights = {"source": _weights(source_model, weight_bits), "target": _weights(target_model, weight_bits)}
+    effort = effort_of(Survey() if text is None else text, steps * batch_size + training.eval_samples)
+    writing = writing_cost(effort, source_model, target_model)
     here = sum(weights.values())
     base = (_kept_here((source_model, target_model), here, processes) if sharded else here) + device.runtime
     with planned_source(source_model, adapter, pairing.adapter_revision, pairing.source_rank) as planned:
@@ -292,6 +294,7 @@ def plan(
     phases = {
         # Spread models are loaded by one process after another.
         "load": PhasePlan(sum(weights.values()) / 1e9 * (processes if sharded else 1), int(base), device.runtime, 0.0),
+        "text": phase(1 / processes, [writing], writing.peak),
         "closed_form": phase(
             len(groups) * batches,
             [passes],
@@ -308,6 +311,8 @@ def plan(
     }
     if bridge is not None or start is not None:
         del phases["closed_form"]
+    if not writing.flops:
+        del phases["text"]
     files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
     assumed = {
         "tokens": length,

@@ -131,7 +131,8 @@ def taught(
     keep: Keep = lambda key, write: write(),
 ) -> PairTexts:
     """The texts for the teacher that the settings name, or for the one that suits the pair if that is `auto`: `shown`
-    where the target is clearly the stronger model on the prompts, else `source`.
+    where the target is clearly the stronger model on the prompts, `delta` where a survey found nothing that the
+    adapter does, else `source`.
 
     For `shown` the prompts are answered again, by the target with the adapted source's likeliest answers to some of
     them as examples. For others the texts are as they were.
@@ -160,7 +161,9 @@ def taught(
         if texts.answers and not surveyed and not spec.on_policy and compares_outputs_alone(training):
             with suppress(ValueError):  # too few to show: there is but one teacher
                 found = exchange(pair, texts.answers, spec, training.seed, keep)
-        teacher = found.minds.teacher if found else "source"
+        # Where a survey found nothing that the adapter does, the source is no model to follow.
+        trusted = texts.metrics.get("survey", {}).get("trusted", True)
+        teacher = found.minds.teacher if found else "source" if trusted else "delta"
     minds = {"minds": vars(found.minds)} if found else {}
     gamma = GAMMA if training.gamma is None and "survey" in texts.metrics else training.anchor_weight
     texts = replace(texts, metrics={**texts.metrics, **minds, "teacher": teacher, "gamma": gamma})

@@ -1,6 +1,7 @@
 """What is read as text: corpora, text the adapted source model writes itself, and mixtures."""
 
 from .corpus import C4, Corpus, read_corpus
+from .effort import Effort, effort_of
 from .judged import token_nats_of
 from .mixture import Mixture, check_all_reached, check_texts, is_written, read_text
 from .ranking import Tried, answer_of, by_form, in_turn, mean_acts, ranked
