@@ -768,6 +768,18 @@ def test_a_bridge_does_not_write_over_what_it_reads(source_folder, lora_folder, 
     refused(lambda: bridge.save_pretrained(folder), "holds an adapter of type LORA, which would be overwritten")
 
 
+def test_names_from_the_users_own_folder_are_found(source_folder, lora_folder, target_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, folder in {"source": source_folder, "lora": lora_folder, "target": target_folder}.items():
+        (tmp_path / name).symlink_to(folder)
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
+    names = "~/source", Path("~/lora"), "~/target"
+    text = {"text": "~/text.txt", "fit_text": peft_cast.Corpus(Path("~/text.txt")), "target_tokenizer": "~/target"}
+    assert peft_cast.translate(*names, **{**QUICK, **text}).metrics["text"]["train"] > 0
+    assert inspect("~/lora")["rank"] == 4 and peft_cast.evaluate("~/target", {}, [NEXT], progress=False).rows
+    refused(lambda: inspect("~/nothing"), "there is no folder '~/nothing'")
+
+
 def test_what_is_kept_for_further_runs_has_a_folder_of_its_own(source_folder, lora_folder, target_folder, tmp_path):
     (tmp_path / "file").write_text("")
     for folder, said in ((lora_folder, "holds a model or an adapter"), (target_folder, "a folder of its own")):
@@ -969,6 +981,26 @@ def test_texts_longer_than_learned_positions_are_told_before_a_model_is_loaded(
     assert loads.call_count == 0
     check_positions(model, "target", 32)
     check_positions(tiny_model("llama", max_position_embeddings=32), "target", 48)  # rotary ones go on
+
+
+def test_a_model_writes_up_to_its_last_learned_position(target_folder, byte_tokenizer, tmp_path):
+    model = tiny_model("gpt2", len(byte_tokenizer), max_position_embeddings=64)
+    short = save_model(model, byte_tokenizer, tmp_path / "short")
+    lora = make_lora(model, tmp_path / "lora", target_modules="all-linear")
+    given = {**QUICK, "text": None, "fit_text": TEXTS, "max_length": 32, "report_samples": 1}
+    for kind in (peft_cast.SelfWritten, peft_cast.Survey):
+        texts = kind(prompts=("Question: what?",), max_new_tokens=100, samples=8)
+        result = peft_cast.translate(short, lora, target_folder, **{**given, "text": texts})
+        assert result.metrics["text"]["train"] > 0
+        texts = kind(prompts=("Question: what? " * 30,))
+        with mock.patch("peft_cast.text.written.continuations") as writes:
+            refused(
+                lambda: peft_cast.translate(short, lora, target_folder, **{**given, "text": texts}),
+                "A prompt has",
+                "has 64 positions: pass shorter prompts",
+            )
+        assert writes.call_count == 0
+    refused(lambda: peft_cast.probe(short, lora, prompts=["what? " * 64]), "A prompt has", "has 64 positions")
 
 
 @pytest.mark.parametrize("which", ["source", "target"])
