@@ -1235,3 +1235,13 @@ def test_a_bridge_is_not_written_over(source_folder, lora_folder, target_folder,
         lambda: peft_cast.translate(source_folder, lora_folder, target_folder, output_dir=tmp_path, **QUICK),
         "holds a bridge: write to another folder",
     )
+
+
+def test_a_translation_is_not_saved_over_something_else(source_folder, lora_folder, target_folder, tmp_path):
+    result = peft_cast.translate(source_folder, lora_folder, target_folder, **QUICK)
+    refused(lambda: result.save_pretrained(target_folder), "holds a model: write to another folder")
+    folder = shutil.copytree(lora_folder, tmp_path / "lora")
+    refused(lambda: result.save_pretrained(folder), "holds an adapter of type LORA, which would be overwritten")
+    for _ in range(2):  # one of its own kind may be replaced
+        result.save_pretrained(tmp_path / "cast")
+    assert inspect(tmp_path / "cast")["kind"] == "CAST adapter"
