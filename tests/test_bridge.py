@@ -94,6 +94,16 @@ def test_saved_bridges_are_the_same(same, tmp_path):
     assert (tmp_path / "bridge" / BRIDGE_WEIGHTS_NAME).exists() and (tmp_path / "bridge" / "README.md").exists()
 
 
+def test_a_bridge_of_a_model_without_a_limit_is_read(same, tmp_path):
+    model, bridge, _ = same
+    source = copy.deepcopy(model)
+    source.config.time_step_limit = [0.0, float("inf")]  # as Falcon-H1 says
+    open_ended = Bridge(bridge.maps, bridge.modules, Side.of(source, None), bridge.target, bridge.metrics)
+    open_ended.save_pretrained(tmp_path / "bridge")
+    again = Bridge.from_pretrained(tmp_path / "bridge")
+    assert again.source.skeleton().config.time_step_limit == [0.0, float("inf")]
+
+
 def test_bridges_saved_before_maps_were_cut_still_load(same, tmp_path):
     model, bridge, _ = same
     whole = {

@@ -59,6 +59,21 @@ def test_what_is_no_name_is_refused_by_its_type(given):
     refused(lambda: inspect(given), "The adapter could not be read", "pass a hub id or a folder")
 
 
+@pytest.mark.parametrize(
+    ("given", "words"), [("", "its name is empty: pass a hub id"), ({"a": "b"}, "type dict is no name of one: pass")]
+)
+def test_no_name_and_several_are_told_by_every_verb(given, words, source_folder, target_folder, tmp_path):
+    refused(lambda: peft_cast.translate(source_folder, given, target_folder, **QUICK), words)
+    refused(lambda: peft_cast.plan(source_folder, given, target_folder), words)
+    refused(lambda: peft_cast.probe(source_folder, given), words)
+    refused(lambda: inspect(given), words)
+    if given:
+        refused(lambda: inspect([given]), "and to `translate` several as a list, with names as `adapter_name=[...]`")
+    else:
+        refused(lambda: peft_cast.evaluate(target_folder, {"a": given}, [NEXT]), words)
+        assert words in call("translate", source_folder, given, target_folder, "-o", tmp_path / "out", code=1).stderr
+
+
 def test_a_peft_model_is_translated_from_its_own_model(source_folder, lora_folder, target_folder):
     adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), lora_folder)
 
@@ -414,6 +429,15 @@ def test_what_the_configuration_tells_is_told_before_a_model_is_loaded(
     assert loads.call_count == 0 and "Pass a hub id" not in sentence
 
 
+@pytest.mark.parametrize("kind", ["XLORA", "ADALORA"])
+def test_advice_for_training_is_not_told(kind, source_folder, lora_folder, target_folder, tmp_path):
+    unknown = set(json.loads((Path(lora_folder) / "adapter_config.json").read_text())) - {"task_type", "r"}
+    folder = edited(lora_folder, tmp_path / "odd", **{**dict.fromkeys(unknown, ...), "peft_type": kind})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refused(lambda: peft_cast.translate(source_folder, folder, target_folder, **QUICK), kind)
+
+
 @pytest.mark.parametrize("kind", ["LOHA", "ADALORA"])
 def test_a_file_of_another_kind_is_named_everywhere(kind, source_folder, lora_folder, tmp_path):
     """Also where the kind that the configuration names would be refused."""
@@ -670,6 +694,27 @@ def test_a_model_under_the_type_of_another_is_told(target_folder, tmp_path):
     assert "LlamaForCausalLM has no place" in said and "correct `model_type`" in said
 
 
+def test_a_model_type_that_is_none_is_told_at_first_sight(hub, source_folder, lora_folder, target_folder, tmp_path):
+    hub.add("user/odd", folder_of(source_folder, tmp_path / "odd", settings(model_type="foo")))
+    why = "does not know its `model_type`, 'foo': update transformers, or correct it"
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+        for odd in (str(tmp_path / "odd"), "user/odd"):
+            for work in (peft_cast.translate, peft_cast.plan):
+                refused(lambda: work(odd, lora_folder, target_folder), "The source model", why)
+                refused(lambda: work(source_folder, lora_folder, odd), "The target model", why)
+            refused(lambda: peft_cast.probe(odd, lora_folder, prompts=["a"]), "The source model", why)
+            refused(lambda: peft_cast.fit_bridge(odd, target_folder, text=TEXTS), "The source model", why)
+            refused(lambda: peft_cast.evaluate(odd, {}, [NEXT]), "The target model", why)
+    assert loads.call_count == 0
+
+
+def test_a_quantization_that_is_passed_over_is_told(target_folder, tmp_path):
+    folder = folder_of(target_folder, tmp_path / "odd", settings(quantization_config={"quant_method": "foo"}))
+    with pytest.warns(UserWarning, match="does not know the `quant_method` in .*odd', 'foo', and loads") as said:
+        load_model(folder, "target", torch.device("cpu"))
+    assert len(said) == 1
+
+
 def test_a_layer_that_predicts_further_tokens_is_not_missed(target_folder, tmp_path):
     def change(folder):
         settings(num_nextn_predict_layers=1)(folder)
@@ -721,6 +766,18 @@ def test_a_bridge_does_not_write_over_what_it_reads(source_folder, lora_folder, 
     folder = shutil.copytree(lora_folder, tmp_path / "lora")
     refused(lambda: bridge.cast_file(folder, folder), "would be overwritten")
     refused(lambda: bridge.save_pretrained(folder), "holds an adapter of type LORA, which would be overwritten")
+
+
+def test_names_from_the_users_own_folder_are_found(source_folder, lora_folder, target_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, folder in {"source": source_folder, "lora": lora_folder, "target": target_folder}.items():
+        (tmp_path / name).symlink_to(folder)
+    (tmp_path / "text.txt").write_text("\n\n".join(TEXTS))
+    names = "~/source", Path("~/lora"), "~/target"
+    text = {"text": "~/text.txt", "fit_text": peft_cast.Corpus(Path("~/text.txt")), "target_tokenizer": "~/target"}
+    assert peft_cast.translate(*names, **{**QUICK, **text}).metrics["text"]["train"] > 0
+    assert inspect("~/lora")["rank"] == 4 and peft_cast.evaluate("~/target", {}, [NEXT], progress=False).rows
+    refused(lambda: inspect("~/nothing"), "there is no folder '~/nothing'")
 
 
 def test_what_is_kept_for_further_runs_has_a_folder_of_its_own(source_folder, lora_folder, target_folder, tmp_path):
@@ -816,7 +873,10 @@ def more_tokens(folder):
         (written("config.json", '{"model_type": "new"}'), ["does not know its `model_type`, 'new': update"]),
         (written("config.json", "{}"), ["its config.json has no `model_type`, so it is no model's: get it again"]),
         (written("config.json", "[]"), ["its config.json is no model's: get it again"]),
-        (written("generation_config.json", "[1]"), ["its generation_config.json holds no object, get it again"]),
+        *(
+            (written("generation_config.json", held), ["its generation_config.json holds no object, get it again"])
+            for held in ("[1]", "{")
+        ),
         (emptied_index, ["its model.safetensors.index.json is broken, get it again"]),
         (
             written("generation_config.json", '{"eos_token_id": "x"}'),
@@ -921,6 +981,26 @@ def test_texts_longer_than_learned_positions_are_told_before_a_model_is_loaded(
     assert loads.call_count == 0
     check_positions(model, "target", 32)
     check_positions(tiny_model("llama", max_position_embeddings=32), "target", 48)  # rotary ones go on
+
+
+def test_a_model_writes_up_to_its_last_learned_position(target_folder, byte_tokenizer, tmp_path):
+    model = tiny_model("gpt2", len(byte_tokenizer), max_position_embeddings=64)
+    short = save_model(model, byte_tokenizer, tmp_path / "short")
+    lora = make_lora(model, tmp_path / "lora", target_modules="all-linear")
+    given = {**QUICK, "text": None, "fit_text": TEXTS, "max_length": 32, "report_samples": 1}
+    for kind in (peft_cast.SelfWritten, peft_cast.Survey):
+        texts = kind(prompts=("Question: what?",), max_new_tokens=100, samples=8)
+        result = peft_cast.translate(short, lora, target_folder, **{**given, "text": texts})
+        assert result.metrics["text"]["train"] > 0
+        texts = kind(prompts=("Question: what? " * 30,))
+        with mock.patch("peft_cast.text.written.continuations") as writes:
+            refused(
+                lambda: peft_cast.translate(short, lora, target_folder, **{**given, "text": texts}),
+                "A prompt has",
+                "has 64 positions: pass shorter prompts",
+            )
+        assert writes.call_count == 0
+    refused(lambda: peft_cast.probe(short, lora, prompts=["what? " * 64]), "A prompt has", "has 64 positions")
 
 
 @pytest.mark.parametrize("which", ["source", "target"])
@@ -1155,3 +1235,13 @@ def test_a_bridge_is_not_written_over(source_folder, lora_folder, target_folder,
         lambda: peft_cast.translate(source_folder, lora_folder, target_folder, output_dir=tmp_path, **QUICK),
         "holds a bridge: write to another folder",
     )
+
+
+def test_a_translation_is_not_saved_over_something_else(source_folder, lora_folder, target_folder, tmp_path):
+    result = peft_cast.translate(source_folder, lora_folder, target_folder, **QUICK)
+    refused(lambda: result.save_pretrained(target_folder), "holds a model: write to another folder")
+    folder = shutil.copytree(lora_folder, tmp_path / "lora")
+    refused(lambda: result.save_pretrained(folder), "holds an adapter of type LORA, which would be overwritten")
+    for _ in range(2):  # one of its own kind may be replaced
+        result.save_pretrained(tmp_path / "cast")
+    assert inspect(tmp_path / "cast")["kind"] == "CAST adapter"

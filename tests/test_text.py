@@ -113,6 +113,9 @@ def test_missing_and_corrupt_files_are_one_clear_error(tmp_path):
     (tmp_path / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match="pointer.txt' is a pointer of Git LFS"):
         read_corpus(tmp_path / "pointer.txt", 1)
+    (tmp_path / "rows.jsonl").write_bytes('{"text": "caf\xe9"}\n'.encode("latin-1") * 50)
+    with pytest.raises(ValueError, match="rows.jsonl' is no UTF-8: save it as UTF-8"):
+        read_corpus(tmp_path / "rows.jsonl", 5)
     (tmp_path / "wide.txt").write_text(TEXTS[0], encoding="utf-16")
     with pytest.raises(ValueError, match="wide.txt' is no UTF-8, .*: save it as UTF-8"):
         read_corpus(tmp_path / "wide.txt", 1)

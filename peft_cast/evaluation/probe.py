@@ -30,7 +30,7 @@ from ..text import (
     read_corpus,
 )
 from ..tuner.checks import number_of
-from ..utils import distributed, without_secrets
+from ..utils import as_path, distributed, without_secrets
 
 
 FORMS = 32  # that are tried at first: two to three minutes on two cores for a small model
@@ -125,6 +125,7 @@ def probe(
     chosen = Options.of(options, probe, pairing=pairing, run=run)
     pairing, seed = chosen.pairing, chosen.training.seed
     check_prompts_given(prompts)
+    source, adapter = as_path(source), as_path(adapter)
     source, pairing = named_source(source, adapter, pairing)
     check_source(source, adapter, pairing)
     if prompts is None:  # before models are loaded: it may be out of reach

@@ -60,7 +60,8 @@ class Side:
             ValueError: If the configuration is none of a model.
         """
         try:
-            model = skeleton(AutoConfig.for_model(**self.config))
+            values = json.loads(json.dumps(self.config), object_hook=_untagged)
+            model = skeleton(AutoConfig.for_model(**values))
         except Exception as error:  # the values may come from a file, and lead to anything in a model's code
             raise ValueError(
                 f"The model '{self.name}' cannot be built from its configuration in the bridge ({one_line(error)}): "
@@ -92,6 +93,13 @@ class Side:
                     f"'{called}': if that is no copy of it under another name, fit a bridge for this one."
                 )
             )
+
+
+def _untagged(values: dict[str, Any]) -> Any:
+    """An infinite number, such as the lack of a limit, that transformers writes as `{"__float__": "Infinity"}`; other
+    objects as they are.
+    """
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
 
 
 @dataclass

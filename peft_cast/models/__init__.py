@@ -22,7 +22,7 @@ from .loading import (
     skeleton,
     skeleton_of,
 )
-from .positions import check_positions, learned_positions
+from .positions import check_positions, check_prompts_fit, learned_positions
 from .prefixes import Prefix, after_prefixes, keeps_prefixes, read_prefix
 from .restoring import in_eval_mode, moved, seeded, untouched
 from .sharding import is_sharded

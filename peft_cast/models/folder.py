@@ -60,7 +60,7 @@ def read_folder(folder: Path, named: str) -> dict[str, TensorInfo]:
 
 def _check_generation(file: Path, named: str) -> None:
     values = read_json_if_there(file)
-    if not isinstance(values, (dict, type(None))):  # without one it is loaded
+    if file.exists() and not isinstance(values, dict):  # without one it is loaded
         raise OSError(f"{named} could not be loaded: its {file.name} holds no object, get it again.")
     try:
         GenerationConfig.from_dict(values or {})

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..align import sees_or_hears, split_name
-from ..tuner.checks import TensorInfo, number_of
+from ..tuner.checks import TensorInfo, number_of, shown
+from .needs import quantization_of
 
 
 # What a model computes as well without: layers that predict further tokens, and what older versions of transformers
@@ -21,7 +22,8 @@ _FLOAT = re.compile(r"B?F\d|torch\.b?float")  # as safetensors and PyTorch call 
 
 
 def check_found(found: Mapping[str, Any], model: PreTrainedModel, named: str) -> None:
-    """Refuse a model that is not wholly its file's, and warn of tensors in the file that it is loaded without.
+    """Refuse a model that is not wholly its file's, and warn of tensors in the file that it is loaded without, and
+    of a quantization that transformers passes over.
 
     Args:
         found: What transformers tells as `output_loading_info`.
@@ -32,6 +34,13 @@ def check_found(found: Mapping[str, Any], model: PreTrainedModel, named: str) ->
         OSError: If tensors lack, or have other shapes than the model's.
     """
     _check_whole(found, model, named)
+    quantization = quantization_of(model.config)
+    if quantization is not None and getattr(model, "hf_quantizer", None) is None:
+        warnings.warn(
+            f"transformers does not know the `quant_method` in the config.json of {named[0].lower()}{named[1:]}, "
+            f"{shown(dict(quantization).get('quant_method'))}, and loads the tensors of its file as they are: delete "
+            "`quantization_config` there if they are not quantized, else pass the unquantized model."
+        )
     if without := _missed(sorted(found["unexpected_keys"]), model):
         warnings.warn(
             f"{named} is loaded without {number_of(len(without), 'tensor')} of its file ('{without[0]}'), for which "

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .generating import padded
 from .heads import contiguous_head
+from .positions import learned_positions
 
 
 def answer_nats(
@@ -53,6 +54,8 @@ def token_nats(
         )
         for prompt, answer in items
     ]
+    if positions := learned_positions(model):  # behind which no token is read
+        tokens = [(prompt, answer[: max(positions - len(prompt), 0)]) for prompt, answer in tokens]
     whole = [prompt + answer for prompt, answer in tokens]
     nats: list[torch.Tensor] = [torch.empty(0)] * len(tokens)
     for chunk in by_length(whole, batch_size):

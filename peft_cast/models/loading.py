@@ -186,8 +186,8 @@ def _read_model(model: Any, which: str, revision: str | None) -> tuple[Pretraine
     named = f"The {which} model '{without_secrets(model)}'"
     try:
         config = read_model_config(model, which, revision)
-    except OSError:
-        if Path(model).is_dir():
+    except OSError as error:
+        if Path(model).is_dir() or not isinstance(error.__cause__, OSError):  # it was reached
             raise
         return None, {}
     auto_class(config, named)

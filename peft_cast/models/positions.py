@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..align import sees_or_hears
 from ..utils import without_secrets
@@ -23,6 +24,30 @@ def learned_positions(model: PreTrainedModel) -> int | None:
         for name, module in model.named_modules()
     )
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) if learned else None
+
+
+def positions_left(model: PreTrainedModel, longest: int) -> int | None:
+    """How many tokens a model with learned positions can write after a prompt of so many; `None` for any other.
+
+    Raises:
+        ValueError: If it has no position left.
+    """
+    positions = learned_positions(model)
+    if positions and longest >= positions:
+        raise ValueError(
+            f"A prompt has {longest} tokens, and the model '{without_secrets(model.name_or_path)}', which shall write "
+            f"after it, has {positions} positions: pass shorter prompts."
+        )
+    return positions and positions - longest
+
+
+def check_prompts_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: If a model with learned positions has none left after one of the prompts.
+    """
+    if learned_positions(model):
+        positions_left(model, max((len(tokenizer(prompt).input_ids) for prompt in prompts), default=0))
 
 
 def check_positions(model: PreTrainedModel, which: str, max_length: int | None) -> None:

@@ -375,11 +375,10 @@ def _model(config: PretrainedConfig, which: str, dtype: torch.dtype) -> PreTrain
 def _config(model: str | Path | PretrainedConfig, which: str, revision: str | None) -> PretrainedConfig:
     if isinstance(model, PretrainedConfig):
         return model
-    if not isinstance(model, (str, Path)):
+    if not isinstance(model, (str, Path)) or not str(model):
         remedy = f": pass `{which}.config`" if isinstance(model, torch.nn.Module) else ""
-        raise ValueError(
-            f"`{which}` must be a hub id, a folder or a configuration, got {type(model).__name__}{remedy}."
-        )
+        got = repr(model) if isinstance(model, str) else type(model).__name__
+        raise ValueError(f"`{which}` must be a hub id, a folder or a configuration, got {got}{remedy}.")
     if (why := why_no_model(model)) is not None:
         raise ValueError(
             without_secrets(

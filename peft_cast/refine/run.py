@@ -125,7 +125,7 @@ class RunFolder:
             return
         try:
             distributed.on_main_process(partial(result.save_pretrained, self.folder))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # something else may have come there since
             raise NotSavedError(
                 f"The translation is finished but could not be saved to '{self.folder}' ({why_unwritten(error)}): "
                 "mend that and pass `resume_from_checkpoint=True`, or catch this error and call "

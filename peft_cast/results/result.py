@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..align import ModuleMap
 from ..tuner import CastConfig
-from ..utils import change_dtype, distributed, write_json
+from ..utils import as_place, change_dtype, check_place, distributed, write_json
 from .artifacts import METRICS_NAME, REPORT_NAME, replacing_folder
 from .diagnosis import diagnose
 from .publish import Publishable, add_card
@@ -74,25 +74,32 @@ class TranslationResult(Publishable):
             evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
 
         Raises:
-            ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`.
+            ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`; if the folder holds
+                something else than such an adapter.
             OSError: If the files cannot be written, with what was there before intact.
         """
         if not distributed.is_main_process():
             return
+        config = self.model.peft_config[self.adapter_name]
+        check_place(self._in(as_place(folder)), kind=getattr(config.peft_type, "value", config.peft_type))
         with replacing_folder(folder) as partial:
             saved = self._save(partial)
             if dtype is not None:
                 change_dtype(saved / SAFETENSORS_WEIGHTS_NAME, dtype)
-            if isinstance(self.model.peft_config[self.adapter_name], CastConfig):  # distilled LoRAs keep PEFT's card
+            if isinstance(config, CastConfig):  # distilled LoRAs keep PEFT's card
                 add_card(saved, evaluation, evaluated_as)
             # What quotes texts stays in a file of its own, which is never pushed.
             write_json(self.metrics.get("report", {}), saved / REPORT_NAME)
             write_report(self, saved, evaluation=evaluation)
 
+    def _in(self, folder: Path) -> Path:
+        """Where in a folder PEFT saves the adapter."""
+        return folder if self.adapter_name == "default" else folder / self.adapter_name
+
     def _save(self, folder: Path) -> Path:
         """Save adapter and metrics, and return the folder that has them."""
         self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
-        folder = folder if self.adapter_name == "default" else folder / self.adapter_name
+        folder = self._in(folder)
         metrics = {name: part for name, part in self.metrics.items() if name != "report"}
         write_json({"metrics": metrics, "history": self.history}, folder / METRICS_NAME)
         return folder

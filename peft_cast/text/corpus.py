@@ -6,7 +6,7 @@ import codecs
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 
 from ..tuner.checks import number_of, why_pointer
-from ..utils import distributed, looks_like_path, one_line, secrets_removed, without_secrets
+from ..utils import as_path, distributed, looks_like_path, one_line, secrets_removed, without_secrets
 
 
 _SPLIT = (datasets.DatasetDict, datasets.IterableDatasetDict)
@@ -101,9 +101,9 @@ def first_rows(source: str, count: int) -> list[dict[str, Any]]:
 
 
 def _as_corpus(corpus: Any) -> Corpus:
-    if isinstance(corpus, Corpus):
-        return corpus
-    return C4 if corpus is None or corpus == C4.source else Corpus(corpus)
+    if not isinstance(corpus, Corpus):
+        corpus = C4 if corpus is None or corpus == C4.source else Corpus(corpus)
+    return replace(corpus, source=as_path(corpus.source)) if isinstance(corpus.source, (str, Path)) else corpus
 
 
 def _read(corpus: Any, limit: int, argument: str) -> list[str]:
@@ -118,7 +118,11 @@ def _read(corpus: Any, limit: int, argument: str) -> list[str]:
             )
             return found
     corpus = _as_corpus(corpus)
-    texts = list(islice((t for t in _texts(corpus, argument) if len(t.strip()) >= corpus.min_chars), limit))
+    long_enough = (text for text in _texts(corpus, argument) if len(text.strip()) >= corpus.min_chars)
+    try:
+        texts = list(islice(long_enough, limit))
+    except UnicodeDecodeError:  # of a row: the files are taken apart as bytes
+        raise ValueError(f"The text corpus {corpus} is no UTF-8: save it as UTF-8.") from None
     if not texts:
         raise ValueError(
             f"The text corpus {corpus} holds no text of at least {corpus.min_chars} characters: pass more or longer "

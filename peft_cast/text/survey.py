@@ -14,6 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models import check_prompts_fit
 from ..source import Card
 from .corpus import read_corpus
 from .forms import FROM_CORPUS, Contents, Form, drawn_forms, package_forms, taken_apart
@@ -291,6 +292,7 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
         progress: Wrapper around the rounds.
     """
     if at_work.spec.prompts:  # whose form is known
+        check_prompts_fit(at_work.model, at_work.tokenizers[0], at_work.spec.prompts)
         return at_work.ask([taken_apart(prompt) for prompt in at_work.spec.prompts])
     chat = bool(at_work.tokenizers[0].chat_template)
     templates = [Form(frame, "question") for frame in at_work.card.templates]  # first: they are screened too

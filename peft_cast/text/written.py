@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import SampleTopK, continuations, render_chats, seeded
+from ..models import SampleTopK, check_prompts_fit, continuations, render_chats, seeded
 from ..tuner.checks import shown
 from ..utils import distributed
 from ..utils.fields import check_count, check_number
@@ -143,9 +143,10 @@ def write_texts(
         keep: Gives what was written for a key before, or calls its second argument to have it written.
 
     Raises:
-        ValueError: If the model writes nothing but empty texts.
+        ValueError: If the model writes nothing but empty texts, or has too few learned positions for a prompt.
     """
     count = min(limit, spec.samples or limit)
+    check_prompts_fit(model, source_tokenizer, spec.prompts or ())
     if spec.prompts and target is not None:
         wanted = max(0, count - len(spec.prompts)) if spec.more_prompts is None else spec.more_prompts
         how = (seed, spec.batch_size, progress, keep)
@@ -175,10 +176,11 @@ def write_answers(
         seed, progress, keep: As in `write_texts`.
 
     Raises:
-        ValueError: If the model writes nothing but empty texts.
+        ValueError: If the model writes nothing but empty texts, or has too few learned positions for a prompt.
     """
     who, kind = ("translated", "own answers") if spec.on_policy else ("adapted source", "answers")
     texts = [p.target_prompt if spec.on_policy else p.source_prompt for p in prompts]
+    check_prompts_fit(model, tokenizer, texts)
     chunks = []
     for rendered in (False, True):
         alike = [i for i, prompt in enumerate(prompts) if prompt.rendered is rendered]

@@ -20,7 +20,7 @@ from ..refine import check_first_maps, check_folder, check_prompts
 from ..source import check_pair, map_kernels
 from ..text import check_all_reached, check_texts, is_written
 from ..tuner.checks import shown
-from ..utils import distributed
+from ..utils import as_path, distributed
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Job:
     @classmethod
     def of(cls, source: Any, adapter: Any, target: Any, **arguments: Any) -> Job:
         """From what `translate` may be called with, all of it by name."""
-        own = {name: arguments.pop(name) for name in cls.__dataclass_fields__ if name in arguments}
-        return cls(source, adapter, target, **own, options=Options.of(arguments))
+        own = {name: as_path(arguments.pop(name)) for name in cls.__dataclass_fields__ if name in arguments}
+        return cls(*map(as_path, (source, adapter, target)), **own, options=Options.of(arguments))
 
     @property
     def adapters(self) -> list[Any]:

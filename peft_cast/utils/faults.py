@@ -62,7 +62,7 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
             return f"{file} has no `model_type`, so it is no model's: get it again."
         if kind not in CONFIG_MAPPING:
             known = f"transformers {transformers.__version__}"
-            return f"{known} does not know its `model_type`, {shown(kind)}: update transformers."
+            return f"{known} does not know its `model_type`, {shown(kind)}: update transformers, or correct it."
         try:
             check_model_config(values, file)
         except ValueError as found:

@@ -28,10 +28,15 @@ _WHY = {errno.ENOENT: "no folder can be made there", errno.EEXIST: "it is a file
 
 
 def as_path(value: Any) -> Any:
-    """A path of any library as a `Path`, also in a list; all else as it is."""
+    """A path of any library as a `Path`, also in a list, and a name that begins with `~` as what it stands for, if
+    that is there; all else as it is.
+    """
     if isinstance(value, (list, tuple)):
         return [as_path(one) for one in value]
-    return Path(value) if isinstance(value, os.PathLike) else value
+    path = Path(value) if isinstance(value, os.PathLike) else value
+    if isinstance(path, (str, Path)) and str(path).startswith("~") and os.path.exists(own := os.path.expanduser(path)):
+        return type(path)(own)
+    return path
 
 
 def as_place(value: str | Path, argument: str = "folder") -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -166,12 +167,16 @@ def why_no_folder(name: Any, config: str, revision: str | None = None) -> str | 
     if not isinstance(name, (str, Path)):
         if isinstance(getattr(name, "_orig_mod", name), PeftModel):  # as torch.compile wraps it
             return "a PeftModel in memory has no files: save it, with `save_pretrained(folder)`, and pass the folder"
-        return f"an object of type {type(name).__name__} is no name of one: {remedy}"
+        kind = type(name).__name__
+        if config == CONFIG_NAME and isinstance(name, (list, tuple, Mapping)):
+            several = "pass one at a time, and to `translate` several as a list, with names as `adapter_name=[...]`"
+            return f"an object of type {kind} is no name of one: {several}"
+        return f"an object of type {kind} is no name of one: {remedy}"
+    if not str(name).strip():
+        return f"its name is empty: {remedy}"
     if (why := why_no_name(name)) is not None:
         return f"{why}: {remedy}"
     folder = Path(name)
-    if not str(name).strip():
-        return f"there is no folder '{name}': {remedy}"
     if revision is not None and folder.is_dir():
         return f"'{folder}' is a folder, and revisions ('{revision}') are for hub ids: leave it out, or pass a hub id"
     return f"'{folder}' is a file: pass the folder that it is in" if folder.is_file() else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,9 +84,8 @@ def _why_no_adapter(adapter: Any, revision: str | None) -> str | None:
     if (why := why_no_folder(adapter, CONFIG_NAME, revision)) is not None:
         return why
     folder = Path(str(adapter))
-    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
-        return f"'{folder}' {_held_instead(adapter, None)}"
-    return None
+    other = folder.is_dir() and not (folder / CONFIG_NAME).is_file()
+    return f"'{folder}' {_held_instead(adapter, None)}" if other else None
 
 
 def _held_instead(adapter: str | Path, revision: str | None) -> str:
@@ -109,7 +109,9 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
     if (why := _why_no_adapter(adapter, revision)) is not None:
         raise ValueError(without_secrets(f"The adapter could not be read: {why}."))
     try:
-        with secrets_removed():
+        with secrets_removed(), warnings.catch_warnings():
+            # The rest of what PEFT says here is advice for training.
+            warnings.filterwarnings("ignore", "(?!Unexpected keyword)", UserWarning)
             file = find_file(adapter, CONFIG_NAME, revision)
             values = read_json(file)
             check_adapter_values(values)
