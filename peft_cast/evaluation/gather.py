@@ -139,8 +139,8 @@ def continued(tokenizer, model: PeftModel, texts: Sequence[AlignedPair]) -> list
     prompts = [text.target_ids[:end] for text, end in zip(texts, ends)]
     answers = [text.target_ids[end : end + NEW_TOKENS] for text, end in zip(texts, ends)]
     with model.disable_adapter():
-        untouched = continuations(model, tokenizer, prompts, NEW_TOKENS)
-    translated = continuations(model, tokenizer, prompts, NEW_TOKENS)
+        untouched = continuations(model, tokenizer, prompts, NEW_TOKENS, cut=True)
+    translated = continuations(model, tokenizer, prompts, NEW_TOKENS, cut=True)
     prompt, answer = (tokenizer.batch_decode(side, skip_special_tokens=True) for side in (prompts, answers))
     columns = [text[-CHARACTERS:] for text in prompt], untouched, translated, answer
     return [redact(dict(zip(("prompt", "untouched", "translated", "text"), row))) for row in zip(*columns)]

@@ -75,6 +75,7 @@ def continuations(
     sampling: SampleTopK | None = None,
     add_special_tokens: bool = True,
     stop: str | None = None,
+    cut: bool = False,
 ) -> list[str]:
     """What a model writes after each prompt, as one batch; without the prompt and without special tokens.
 
@@ -84,23 +85,24 @@ def continuations(
         model: A causal language model or a PeftModel of one. If it is sharded, all processes must call this.
         tokenizer: Its tokenizer, which is left as it is.
         prompts: n texts, or the token ids of n texts.
-        max_new_tokens (`int`): The most tokens per prompt; fewer where a model has no more learned positions.
+        max_new_tokens (`int`): The most tokens per prompt.
         sampling (`SampleTopK`, *optional*): How tokens are drawn, by torch's global random state. When not given, the
             likeliest one is taken.
         add_special_tokens (`bool`): Whether texts get the tokenizer's special tokens (BOS); a rendered chat template
             holds them already.
         stop (`str`, *optional*): Text behind which a row may end. Rows that come to it late are cut before.
+        cut (`bool`): Whether a model with learned positions writes up to its last one, instead of failing behind it.
 
     Returns:
         `list[str]`: n texts, in the order of `prompts`.
 
     Raises:
-        ValueError: If no prompt has a token, or one as many as the model has learned positions.
+        ValueError: If no prompt has a token, or, with `cut`, one as many as the model has learned positions.
     """
     tokens: Any = prompts
     if isinstance(prompts[0], str):
         tokens = tokenizer(list(prompts), add_special_tokens=add_special_tokens).input_ids
-    if left := positions_left(model, max(map(len, tokens))):
+    if cut and (left := positions_left(model, max(map(len, tokens)))):
         max_new_tokens = min(max_new_tokens, left)
     rows = model.get_input_embeddings().weight.shape[0]  # a token for padding is often added without one
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < rows), 0)

@@ -33,6 +33,7 @@ def token_nats(
     items: Sequence[tuple[str, str]],
     batch_size: int = 16,
     add_special_tokens: bool = True,
+    cut: bool = False,
 ) -> list[torch.Tensor]:
     """−log p of every token of each answer after its prompt, in nats.
 
@@ -43,6 +44,7 @@ def token_nats(
         batch_size (`int`): Items per pass. Items of like length share a pass.
         add_special_tokens (`bool`): Whether special tokens (BOS) are put in front of the prompt, as the tokenizer does
             by itself; a rendered chat template holds them already.
+        cut (`bool`): Whether answers end at a model's last learned position, instead of failing behind it.
 
     Returns:
         `list[torch.Tensor]`: Shape (tokens of the answer,), float64, on the CPU, in the order of `items`.
@@ -54,7 +56,7 @@ def token_nats(
         )
         for prompt, answer in items
     ]
-    if positions := learned_positions(model):  # behind which no token is read
+    if cut and (positions := learned_positions(model)):
         tokens = [(prompt, answer[: max(positions - len(prompt), 0)]) for prompt, answer in tokens]
     whole = [prompt + answer for prompt, answer in tokens]
     nats: list[torch.Tensor] = [torch.empty(0)] * len(tokens)

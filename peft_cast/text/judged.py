@@ -37,6 +37,6 @@ def token_nats_of(
     for rendered in {prompt.rendered for prompt, _ in items}:
         rows = [i for i, (prompt, _) in enumerate(items) if prompt.rendered is rendered]
         some = [(items[i][0].source_prompt, ended(items[i][1])) for i in rows]
-        for i, one in zip(rows, token_nats(model, tokenizer, some, batch_size=8, add_special_tokens=not rendered)):
+        for i, one in zip(rows, token_nats(model, tokenizer, some, 8, not rendered, cut=True)):
             nats[i] = one
     return nats

@@ -322,5 +322,5 @@ def _sample(
     """What the model writes after each text, drawn at random, each process its part of them."""
     own, sampling = distributed.split(texts), SampleTopK(temperature, top_p) if temperature else None
     # A process without a part writes too, because a sharded model needs all.
-    written = continuations(model, tokenizer, own or texts[:1], tokens, sampling, not rendered, stop)
+    written = continuations(model, tokenizer, own or texts[:1], tokens, sampling, not rendered, stop, cut=True)
     return distributed.gather(written[: len(own)])

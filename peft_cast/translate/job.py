@@ -40,7 +40,8 @@ class Job:
     def of(cls, source: Any, adapter: Any, target: Any, **arguments: Any) -> Job:
         """From what `translate` may be called with, all of it by name."""
         own = {name: as_path(arguments.pop(name)) for name in cls.__dataclass_fields__ if name in arguments}
-        return cls(*map(as_path, (source, adapter, target)), **own, options=Options.of(arguments))
+        source, adapter, target = map(as_path, (source, adapter, target))
+        return cls(source, adapter, target, **own, options=Options.of(arguments))
 
     @property
     def adapters(self) -> list[Any]:
