@@ -150,10 +150,8 @@ def judged(task: Aside, steps: int | None = None) -> list:
         return [peft_cast.Classification(task.title, data, prompt, task.labels, limit=limit)]
     found: list = [peft_cast.AnswerLikelihood(task.title, data, prompt, task.answer, limit=limit)]
     if task.pattern:
-        name, more = (
-            f"{task.title}, written",
-            {"limit": limit or GENERATED, "until": "\n", "max_new_tokens": task.new_tokens},
-        )
+        more: dict[str, Any] = {"limit": limit or GENERATED, "until": "\n", "max_new_tokens": task.new_tokens}
+        name = f"{task.title}, written"
         found.append(peft_cast.Generation(name, data, prompt, task.answer, task.pattern, **more))
     return found
 
@@ -182,14 +180,8 @@ def made(task: Aside, row: str, seed: int, steps: int | None = None) -> Path:
         print(f"{task.name}: {row}, seed {seed}", flush=True)
         models = SOURCE.folder(), trained(task, "source", steps), TARGET.folder()
         options = {**DEMO.refinement, **({"steps": steps, "fit_samples": 8} if steps else {})}
-        setting.translated(
-            *models,
-            folder,
-            f"{figure(task, steps)}_{row.replace(' ', '-')}_seed{seed}",
-            text=given(task, row, steps),
-            seed=seed,
-            **options,
-        )
+        run_name = folder.name.replace(task.name, figure(task, steps), 1)
+        setting.translated(*models, folder, run_name, text=given(task, row, steps), seed=seed, **options)
         gc.collect()
     return folder
 
