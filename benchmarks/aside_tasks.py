@@ -76,10 +76,17 @@ TASKS = {
         chat=True,
         system="Read the guest's message and return the booking.",
         pattern=r"^\s*(\{.*\})\s*$",
+        steps=64,
     ),
     "3": Aside("texts of a program in Spanish", "{text}", "{answer}", 48, chat=True),
     "4": Aside(
-        "a table and a question, answered in SQL", "{text}", "{answer}", 48, chat=True, pattern=r"^\s*(.*?);?\s*$"
+        "a table and a question, answered in SQL",
+        "{text}",
+        "{answer}",
+        48,
+        chat=True,
+        pattern=r"^\s*(.*?);?\s*$",
+        steps=64,
     ),
     "5": Aside(
         "who speaks or is spoken of, in words made up", "§ {text}\n§§", " {label}", 8, labels=tuple(LABELS.values())
