@@ -4,6 +4,8 @@
     python examples/train_lora.py --model gemma3 --steps 150 --output gemma-lora
     python examples/train_lora.py --data ag_news_train.jsonl --prompt "Article: {text}" --prompt-chars 400 \\
         --prompt-end "\\nTopic:" --completion " {label}" --steps 100 --output news-lora
+    python examples/train_lora.py --data chats.jsonl --chat smollm2 --system "Be brief." --prompt "{question}" \\
+        --prompt-end "" --completion "{answer}" --output chat-lora
     python examples/train_lora.py --target-modules q_proj v_proj --output my-lora-qv
 
 The loss is on the completion and the end of text alone.
@@ -35,8 +37,19 @@ HERE = Path(__file__).parent
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def tokenize(row: dict, tokenizer, args: argparse.Namespace) -> dict:
-    prompt = tokenizer(args.prompt.format_map(row)[: args.prompt_chars] + args.prompt_end).input_ids
+def folder(model: str) -> str | Path:
+    """Of a model by its short name; a folder or hub id stays as it is."""
+    return {"smollm2": models.smollm2, "gemma3": models.gemma3}.get(model, lambda: model)()
+
+
+def tokenize(row: dict, tokenizer, chat, args: argparse.Namespace) -> dict:
+    asked = args.prompt.format_map(row)[: args.prompt_chars] + args.prompt_end
+    if chat:
+        turns = [{"role": "system", "content": args.system}] if args.system else []
+        turns.append({"role": "user", "content": asked})
+        asked = chat.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    # A model's own template holds its special tokens already.
+    prompt = tokenizer(asked, add_special_tokens=not chat or args.chat != args.model).input_ids
     answer = tokenizer(args.completion.format_map(row), add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
     max_length = args.max_length
     return {
@@ -54,6 +67,8 @@ def main() -> None:
     parser.add_argument("--prompt-chars", type=int, help="what precedes --prompt-end is cut to so many characters")
     parser.add_argument("--prompt-end", default="\nAnswer:", type=lambda text: text.replace("\\n", "\n"))
     parser.add_argument("--completion", default=" {answer}")
+    parser.add_argument("--chat", help="put prompts as a user's turns into the chat template of this model")
+    parser.add_argument("--system", help="with --chat, the system prompt")
     parser.add_argument("--output", required=True)
     parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--alpha", type=int, default=16)
@@ -66,8 +81,9 @@ def main() -> None:
     args = parser.parse_args()
     set_seed(args.seed)
 
-    path = {"smollm2": models.smollm2, "gemma3": models.gemma3}.get(args.model, lambda: args.model)()
+    path = folder(args.model)
     tokenizer = AutoTokenizer.from_pretrained(path)
+    chat = AutoTokenizer.from_pretrained(folder(args.chat)) if args.chat else None
     tokenizer.padding_side = "right"  # Gemma's is on the left, with which its gradient became NaN on an H200
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(path, dtype=default_dtype(default_device()))
@@ -76,7 +92,7 @@ def main() -> None:
     )
     model.print_trainable_parameters()
     data = load_dataset("json", data_files=args.data, split="train")
-    data = data.map(tokenize, fn_kwargs={"tokenizer": tokenizer, "args": args})
+    data = data.map(tokenize, fn_kwargs={"tokenizer": tokenizer, "chat": chat, "args": args})
     data = data.remove_columns([c for c in data.column_names if c not in ("input_ids", "attention_mask", "labels")])
     trainer = Trainer(
         model=model,

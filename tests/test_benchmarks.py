@@ -15,6 +15,7 @@ from peft_cast.text.samples import TextSample
 
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import aside_tasks  # noqa: E402
 import experiments  # noqa: E402
 import gpu  # noqa: E402
 import setting  # noqa: E402
@@ -44,6 +45,18 @@ def test_held_out_tasks_are_whole_and_read_nothing_they_train_on(task):
     text = {value for row in train + test for value in row.values()}
     bodies = {prompt[len(head) : -len(tail)] for prompt in setting.prompts(task)}
     assert bodies and not (bodies & text if task == "kinds" else bodies & {row["word"] for row in test})
+
+
+@pytest.mark.parametrize("name", aside_tasks.TASKS)
+def test_tasks_kept_aside_are_whole_and_read_nothing_they_train_on(name):
+    task = aside_tasks.TASKS[name]
+    train, test = ([json.loads(line) for line in task.data(part).open(encoding="utf-8")] for part in ("train", "test"))
+    assert len(train) >= 400 and len(test) >= 300
+    of_train, of_test = ({task.prompt.format_map(row) for row in rows} for rows in (train, test))
+    assert len(of_test) == len(test) and not of_train & of_test
+    assert len(set(task.prompts())) == 16 and not set(task.prompts()) & (of_train | of_test)
+    answers = {task.answer.format_map(row).strip() for row in test}
+    assert answers == set(task.labels) if task.labels else len(answers) > 200
 
 
 def test_development_problems_are_not_the_tables():
