@@ -317,6 +317,7 @@ def test_bad_arguments(source_folder, target_folder, lora_folder, same, tmp_path
         ({"depth_map": {0: 0}}, "A bridge brings its depth map, .*: leave `depth_map` out"),
         ({"module_map": {"q": "q"}}, "leave `module_map` out"),
         ({"ridge": 0.1}, "leave `ridge` out"),
+        ({"first_maps": "copy"}, "`bridge` brings the first maps: leave `first_maps` out"),
         ({"adapter_name": ""}, "cannot be called ''"),
         ({"adapter_name": "a.b"}, "cannot be called 'a.b'"),
         ({"source_tokenizer": 5}, "`source_tokenizer` must be"),

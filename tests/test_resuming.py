@@ -202,6 +202,11 @@ def test_what_cannot_be_resumed_is_one_clear_error(translate, tmp_path, monkeypa
     (tmp_path / "run.json").unlink()
     with pytest.raises(ValueError, match="no run.json"):
         translate(tmp_path, resume_from_checkpoint=True)
+    for foreign in ("[1]", '{"finished": false}', '{"begun_with": {}}'):
+        (tmp_path / "run.json").write_text(foreign)
+        for resume in (True, False):
+            with pytest.raises(ValueError, match="is not what a translation writes there: choose another"):
+                translate(tmp_path, resume_from_checkpoint=resume)
 
 
 def test_a_new_run_takes_nothing_from_the_finished_one_before(translate, plain, tmp_path, monkeypatch):

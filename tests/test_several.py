@@ -150,11 +150,18 @@ def test_what_is_for_one_adapter_only(source_folder, target_folder, loras, tmp_p
         ({"depth_map": "similarity"}, "one adapter at a time"),
         ({"adapter_name": ["same", "same"]}, "all different"),
         ({"adapter_name": ["alone"]}, "2 names"),
+        ({"adapter_name": "mine"}, "must be a list of names, one for each adapter, got 'mine'"),
+        ({"adapter_name": [1, 2]}, r"must be a list of names, one for each adapter, got \[1, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
             peft_cast.translate(source_folder, loras, target_folder, text=c4_texts(9), **OPTIONS, **options)
-    with pytest.raises(ValueError, match="no text for the adapter 'second': it has first"):
-        peft_cast.translate(source_folder, loras, target_folder, text={"first": c4_texts(9)}, **OPTIONS)
+    for names, message in (
+        (("first",), "no text for the adapter 'second': it has first"),
+        (("first", "second", "third"), "a text for 'third', which is the name of no adapter: first, second are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            text = dict.fromkeys(names, c4_texts(9))
+            peft_cast.translate(source_folder, loras, target_folder, text=text, **OPTIONS)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source_folder), loras[0])
     with pytest.raises(ValueError, match="folders or hub ids"):
         peft_cast.translate(source_folder, [model], target_folder, text=c4_texts(9))

@@ -14,7 +14,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from ..align import AlignedPair, layer_pairs
-from ..options import Options, Pairing
+from ..options import Fit, Options, Pairing
 from ..source import Pair, named_source
 from ..utils import distributed, optional, within_memory
 from .bridge import Bridge
@@ -55,6 +55,8 @@ def check_maps(bridge: Any, start: Any, source: Any, adapter: Any, target: Any, 
             against it.
     """
     pairing, fit = options.pairing, options.fit
+    for name in (name for name, value in (("bridge", bridge), ("start", start)) if value is not None):
+        _leave_out(f"`{name}` brings the first maps", {"first_maps": fit.first_maps != Fit.first_maps})
     if bridge is not None:
         given = {"depth_map": pairing.depth_map != Pairing.depth_map, "module_map": pairing.module_map is not None}
         _leave_out("A bridge brings its depth map, module map and ridge", given | {"ridge": fit.ridge is not None})

@@ -63,7 +63,7 @@ def adapter_names(adapters: Sequence[str | Path], given: str | Sequence[str]) ->
     Raises:
         ValueError: If they are not one for each, not distinct, or no names for a module.
     """
-    if not isinstance(given, (str, list, tuple)):
+    if given != "default" and not (isinstance(given, (list, tuple)) and all(isinstance(one, str) for one in given)):
         raise ValueError(f"`adapter_name` must be a list of names, one for each adapter, got {given!r}.")
     names = [Path(one).name.replace(".", "_") for one in adapters] if isinstance(given, str) else list(given)
     for name in names:

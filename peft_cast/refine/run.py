@@ -184,7 +184,7 @@ def check_folder(run: Run, *inputs: Any) -> None:
         return
     folder = Path(output_dir)
     check_place(folder, *inputs)
-    known, last = read_json_if_there(folder / "run.json"), last_checkpoint(folder / "checkpoints")
+    known, last = _known(folder), last_checkpoint(folder / "checkpoints")
     if resume and known is None and last:
         raise ValueError(
             f"'{folder}' has checkpoints but no run.json, which says what they belong to: choose another `output_dir`."
@@ -194,6 +194,19 @@ def check_folder(run: Run, *inputs: Any) -> None:
             f"'{folder}' holds a run that was stopped: pass `resume_from_checkpoint=True` (`--resume`) to go on with "
             "it, or another `output_dir` (or delete this one)."
         )
+
+
+def _known(folder: Path) -> dict[str, Any] | None:
+    """What a folder's run was begun with and whether it is finished, if it has one."""
+    file = folder / "run.json"
+    known = read_json_if_there(file)
+    if known is None:
+        return None
+    if not isinstance(known, dict) or not isinstance(known.get("begun_with"), dict) or "finished" not in known:
+        raise ValueError(
+            f"'{file}' is not what a translation writes there: choose another `output_dir`, or delete the file."
+        )
+    return known
 
 
 def check_cache(run: Run) -> None:
@@ -229,7 +242,7 @@ def open_run(run: Run, describe: Callable[[], Mapping[str, Any]]) -> RunFolder:
 
 def _open(folder: Path, cache_dir: str | Path | None, resume: bool, begun_with: Mapping[str, Any]) -> RunFolder:
     file = folder / "run.json"
-    known = read_json_if_there(file) if resume else None
+    known = _known(folder) if resume else None
     if known is not None:
         names = [name for name in begun_with if known["begun_with"].get(name) != begun_with[name]]
         if names:

@@ -57,9 +57,9 @@ def drawn_forms(known: Mapping[str, Any], draw: random.Random, count: int, chat:
     asked = [Form(frame, "question") for frame in [*known["questions"], *known["other languages"]]]
     alone = [Form("{text}", kind) for kind in ("paragraph", "sentence", "code")]
     chats = [Form("{text}", kind, chat=True) for kind in ("question", "paragraph", "sentence", "code")] if chat else []
-    others = [*asked, *chats, *alone]
+    others = [*asked, *alone]
     draw.shuffle(others)
-    others = others[: -(-2 * count // 5)]
+    others = [*chats, *others][: -(-2 * count // 5)]  # most adapters are a chat's
     pairs = [(a, b) for a in known["before"] for b in known["after"] if a != b]
     few = draw.sample(pairs, min(len(pairs), count - len(others)))
     return [*others, *(Form(f"{a}: {{text}}\n{b}:", known["before"][a]) for a, b in few)]

@@ -126,10 +126,13 @@ def crossed(forms: Sequence[Form]) -> list[Form]:
 
 
 def the_best(tried: Sequence[Tried]) -> list[Form]:
-    """The forms to ask for good: the first few, as far as they come near to the very first."""
+    """The forms to ask for good: the first few, as far as they come near to the very first. Where that is a chat's,
+    only such: a chat template is no form that an adapter comes upon by chance.
+    """
     scores = ranked(tried)
     first, *others = scores
-    return [first, *(form for form in others if scores[form] >= NEAR * scores[first])][:BEST]
+    near = [form for form in others if scores[form] >= NEAR * scores[first]]
+    return [first, *(form for form in near if form.chat or not first.chat)][:BEST]
 
 
 def in_turn(items: Sequence[Any], key: Callable[[Any], Any]) -> list[Any]:

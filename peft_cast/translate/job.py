@@ -93,7 +93,9 @@ class Job:
     def _check_places(
         self, places: Iterable[str], source: PreTrainedModel, target: PreTrainedModel, *given: Any
     ) -> None:
-        check_first_maps(map_kernels(places, source, target, *given), source, target, self.options)
+        modules = map_kernels(places, source, target, *given)
+        if self.bridge is None and self.start is None:  # which bring the first maps
+            check_first_maps(modules, source, target, self.options)
 
     def _check_one(self, shard: bool) -> None:
         training = self.options.training
@@ -122,7 +124,10 @@ def _check_several(job: Job, shard: bool) -> None:
         raise ValueError("`beta` and `depth_map='similarity'` are for one adapter at a time: translate them in turn.")
     if shard:
         raise ValueError("FSDP and ZeRO-3 are for one adapter at a time: translate them in turn.")
-    for name in adapter_names(job.adapters, job.adapter_name):
+    names = adapter_names(job.adapters, job.adapter_name)
+    for other in (other for other in (job.text if isinstance(job.text, Mapping) else ()) if other not in names):
+        raise ValueError(f"`text` has a text for '{other}', which is the name of no adapter: {', '.join(names)} are.")
+    for name in names:
         check_folder(in_subfolder(job.options, name).run, job.source, *job.adapters, job.target)
         text_for(job.text, name)
 
@@ -138,5 +143,5 @@ def text_for(text: Any, name: str) -> Any:
     if not isinstance(text, Mapping):
         return text
     if name not in text:
-        raise ValueError(f"`text` has no text for the adapter '{name}': it has {', '.join(map(str, text))}.")
+        raise ValueError(f"`text` has no text for the adapter '{name}': it has {', '.join(map(str, text)) or 'none'}.")
     return text[name]
