@@ -725,6 +725,26 @@ def test_a_layer_that_predicts_further_tokens_is_not_missed(target_folder, tmp_p
     assert told_without(folder_of(target_folder, tmp_path / "more", change)) == []
 
 
+@pytest.mark.parametrize("verb", [peft_cast.translate, peft_cast.plan])
+def test_what_the_hub_lacks_is_told_at_first_sight(hub, verb, source_folder, lora_folder, target_folder):
+    for name, folder in (("source", source_folder), ("lora", lora_folder), ("target", target_folder)):
+        hub.add(f"user/{name}", folder)
+    hub.add("other/hidden", target_folder, private=True)
+    models = {"source": "user/source", "adapter": "user/lora", "target": "user/target"}
+    for given, *words in (
+        ({"target": "user/absent"}, "the Hub has no repository 'user/absent', or a private one", "`hf auth login`"),
+        ({"source": "other/hidden"}, "the Hub has no repository 'other/hidden', or a private one"),
+        ({"target_revision": "nope"}, "on the Hub 'user/target' has no revision 'nope': correct it"),
+        ({"target": "user/lora"}, "it holds an adapter, not a model: pass a hub id or a folder with config.json"),
+        ({"adapter": "user/absent"}, "the Hub has no repository 'user/absent', or a private one"),
+        ({"adapter_revision": "nope"}, "on the Hub 'user/lora' has no revision 'nope': correct it"),
+        ({"bridge": "user/absent"}, "the Hub has no repository 'user/absent', or a private one"),
+    ):
+        with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+            refused(lambda given=given: verb(**{**models, **given}), *words)
+        assert loads.call_count == 0
+
+
 @pytest.mark.parametrize("held", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_weights_that_cannot_be_read_are_one_sentence(held, source_folder, lora_folder, target_folder, tmp_path):
     folder = shutil.copytree(target_folder, tmp_path / "broken")

@@ -27,6 +27,7 @@ from ..utils import (
     one_line,
     secrets_removed,
     why_no_folder,
+    why_not_on_hub,
     without_secrets,
 )
 from .maps import ClosedForm, PlaceMaps
@@ -198,7 +199,8 @@ def read_bridge(
         more = "" if why.endswith(WITH_REMEDY) else " Get it again, or fit it anew."
         raise ValueError(f"{named} holds no bridge, or a broken one: {why}{more}") from error
     except OSError as error:
-        raise ValueError(f"The bridge {named} could not be read: {one_line(error)} {remedy}") from error
+        why = why_not_on_hub(error, bridge, options.get("revision")) or f"{one_line(error)} {remedy}"
+        raise ValueError(f"The bridge {named} could not be read: {why}") from error
     kernels = {name: [fit.source_place for fit in fits] for name, fits in maps.kernels.items()}
     if weights and not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):
         raise ValueError(f"{named} holds no bridge, or one on which a module of the source lands twice: fit it anew.")

@@ -37,6 +37,7 @@ from ..utils import (
     one_line,
     secrets_removed,
     why_no_model,
+    why_not_on_hub,
     why_unread,
     without_secrets,
 )
@@ -187,7 +188,8 @@ def _read_model(model: Any, which: str, revision: str | None) -> tuple[Pretraine
     try:
         config = read_model_config(model, which, revision)
     except OSError as error:
-        if Path(model).is_dir() or not isinstance(error.__cause__, OSError):  # it was reached
+        reached = not isinstance(error.__cause__, OSError) or why_not_on_hub(error, model, revision)
+        if Path(model).is_dir() or reached:
             raise
         return None, {}
     auto_class(config, named)

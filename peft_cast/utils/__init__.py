@@ -31,6 +31,7 @@ from .names import (
     why_no_folder,
     why_no_model,
     why_no_name,
+    why_not_on_hub,
 )
 from .out_of_memory import within_memory
 from .phases import Phases, give_back_memory

@@ -8,10 +8,11 @@ from typing import Any
 
 import transformers
 from huggingface_hub import constants
+from peft.utils import CONFIG_NAME
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from ..tuner.checks import is_name, shown, why_no_text
-from .names import find_file
+from .names import files_of, find_file, why_not_on_hub
 from .safety import check_model_config, one_line
 
 
@@ -58,6 +59,11 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
             return f"{file} is no model's: get it again."
         if "model_type" in values and not is_name(values["model_type"]):
             return f"`model_type` in {file} is {shown(values['model_type'])}, no type's name: correct it."
+        if (
+            not values and not Path(model).is_dir()
+        ):  # transformers takes a repository without the file for an empty one
+            held = "an adapter, not a model" if CONFIG_NAME in files_of(model, revision) else "no config.json"
+            return f"it holds {held}: pass a hub id or a folder with config.json."
         if (kind := values.get("model_type")) is None:
             return f"{file} has no `model_type`, so it is no model's: get it again."
         if kind not in CONFIG_MAPPING:
@@ -69,6 +75,8 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
             return str(found)
     if why := explained(error, file, values, lambda v: CONFIG_MAPPING[v["model_type"]].from_dict(v).to_dict()):
         return f"{why}."
+    if not Path(model).is_dir() and (why := why_not_on_hub(error, model, revision)):
+        return why
     said = one_line(error)
     if "valid JSON" in said:
         why = why_no_text(find_file(model, "config.json", revision).read_bytes())

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, list_repo_files
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -39,6 +45,29 @@ def find_file(adapter: str | Path, name: str, revision: str | None = None) -> Pa
         return file
     repo_id, subfolder = hub_parts(adapter)
     return Path(hf_hub_download(repo_id, name, subfolder=subfolder, revision=revision))
+
+
+def why_not_on_hub(error: BaseException, name: str | Path, revision: str | None = None) -> str | None:
+    """Why a repository on the hub could not be read, and what to do; `None` if the error, or what led to it, is none
+    of the hub's.
+    """
+    repo_id, _ = hub_parts(name)
+    if isinstance(error, RevisionNotFoundError):
+        return f"on the Hub '{repo_id}' has no revision '{revision}': correct it."
+    if isinstance(error, GatedRepoError):
+        return (
+            f"on the Hub '{repo_id}' is for those who asked for it: ask on its page, and log in with `hf auth login`."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"there is no such folder here, and the Hub has no repository '{repo_id}', or a private one: correct the "
+            "name, or log in with `hf auth login`."
+        )
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        return "the Hub does not know your token: log in with `hf auth login`."
+    if error.__cause__ is not None:
+        return why_not_on_hub(error.__cause__, name, revision)
+    return None
 
 
 def hub_parts(name: str | Path) -> tuple[str, str | None]:

@@ -28,7 +28,7 @@ from torch import nn
 from ..tuner import CastConfig
 from ..tuner.checks import FLOATS, TensorInfo, check_fields, check_finite, is_name, read_header, read_json, shown
 from ..tuner.quantized import linear_size
-from .names import files_of, find_file, hub_parts, why_no_folder
+from .names import files_of, find_file, why_no_folder, why_not_on_hub
 
 
 MAX_LAYERS = 2048  # of a model that is built from a configuration in a file
@@ -119,15 +119,15 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
     except MemoryError:
         raise
     except Exception as error:  # PEFT's configurations raise whatever their values lead to
-        named, (repo_id, subfolder) = f"The adapter '{without_secrets(adapter)}'", hub_parts(str(adapter))
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             why = f"it {_held_instead(adapter, revision)}."
         elif isinstance(error, (LocalEntryNotFoundError, HTTPError, HFValidationError)):
-            where = f" in the subfolder '{subfolder}' of the repository '{repo_id}'" if subfolder else ""
-            why = f"there is no such folder here, and on the Hub{where} it could not be reached: {one_line(error)}"
+            why = why_not_on_hub(error, adapter, revision) or (
+                f"there is no such folder here, and on the Hub it could not be reached: {one_line(error)}"
+            )
         else:
             why = _of_a_lora(adapter, revision) or one_line(error)
-        raise ValueError(without_secrets(f"{named} could not be read: {why}")) from error
+        raise ValueError(without_secrets(f"The adapter '{adapter}' could not be read: {why}")) from error
 
 
 def _of_a_lora(adapter: str | Path, revision: str | None) -> str | None:
