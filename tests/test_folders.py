@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import c4_texts, make_lora, save_model, tiny_model
-from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, FourierFTConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_cli import call
 from tokenizers import Tokenizer
@@ -487,6 +487,11 @@ def test_numbers_that_a_configuration_does_not_name_are_said(source_folder, lora
     with pytest.warns(UserWarning, match="names no `lora_alpha`: PEFT's default, 8, is taken. Add it"):
         peft_cast.plan(source_folder, adapter, target_folder, steps=1, batch_size=2, max_length=8, fit_samples=4)
     get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
+    config = FourierFTConfig(n_frequency=6, target_modules=["q_proj"], init_weights=False)
+    get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "fourier")
+    adapter = edited(tmp_path / "fourier", tmp_path / "f", scaling=...)
+    with pytest.warns(UserWarning, match="names no `scaling`: PEFT's default, 150.0, is taken. Add it"):
+        peft_cast.plan(source_folder, adapter, target_folder, steps=1, batch_size=2, max_length=8, fit_samples=4)
     words = ["by PEFT's default of `r`, which adapter_config.json does not name, its shape would be (32, 8): add `r`"]
     adapter = edited(loha, tmp_path / "b", r=...)
     refused(lambda: peft_cast.translate(source_folder, adapter, target_folder, **QUICK), *words)

@@ -40,7 +40,7 @@ _IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
 _TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
 # Settings with which PEFT would import a module that the file names.
 _IMPORTS = ("megatron_config",)
-_NUMBERS, _UNNAMED = ("r", "lora_alpha", "alpha"), "_peft_cast_unnamed"
+_NUMBERS, _UNNAMED = ("r", "lora_alpha", "alpha", "scaling", "random_loc_seed"), "_peft_cast_unnamed"
 # What the configurations of other tools' adapters have in a file of the same name.
 _OTHER_TOOLS = {"fine_tune_type": "MLX", "lora_parameters": "MLX", "model_class": "AdapterHub", "swift_type": "swift"}
 
