@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,8 +18,8 @@ from peft_cast.results.report.contents import contents
 from peft_cast.source import Card, read_card
 from peft_cast.text import survey as module_of_the_survey
 from peft_cast.text.effort import PROMPT, effort_of
-from peft_cast.text.forms import Form, taken_apart
-from peft_cast.text.ranking import Tried, crossed, exciting, in_turn, ranked, weighed
+from peft_cast.text.forms import Form, drawn_forms, package_forms, taken_apart
+from peft_cast.text.ranking import Tried, crossed, exciting, in_turn, ranked, the_best, weighed
 from peft_cast.text.rows import read_asked
 from peft_cast.text.survey import SHORT, Survey, Surveyor, compared, write_survey
 
@@ -172,6 +173,28 @@ def test_forms_are_compared_by_the_contents_on_which_the_adapter_acts():
     asked += [tried("{text} B:", str(n), f"{n} x", ratio=0.9) for n in range(4)]
     assert [form.frame for form in ranked(asked)] == ["{text} A:", "{text} B:"]
     assert exciting(asked, [Form("{text} A:", "question")]) == {"question": ["0", "1"]}
+
+
+@pytest.mark.parametrize("chat_first", [True, False])
+def test_where_a_chats_form_is_the_best_only_such_are_asked(chat_first):
+    forms = [
+        Form("{text}", "question", chat=True),
+        Form("Q: {text}\nA:", "question"),
+        Form("{text}", "code", chat=True),
+    ]
+    ratios = (1.0, 0.9, 0.8) if chat_first else (0.9, 1.0, 0.8)
+    asked = [
+        Tried(form, str(n), f"{n} x", (str(n), "x"), (ratio,) * 2)
+        for form, ratio in zip(forms, ratios)
+        for n in range(4)
+    ]
+    best = the_best(asked)
+    assert best == [forms[0], forms[2]] if chat_first else set(best) == set(forms)
+
+
+def test_every_chat_form_is_tried():
+    chats = {form.content for form in drawn_forms(package_forms(), random.Random(3), 12, chat=True) if form.chat}
+    assert chats == {"question", "paragraph", "sentence", "code"}
 
 
 def test_words_of_good_forms_are_tried_in_each_others_places():
