@@ -59,9 +59,8 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
             return f"{file} is no model's: get it again."
         if "model_type" in values and not is_name(values["model_type"]):
             return f"`model_type` in {file} is {shown(values['model_type'])}, no type's name: correct it."
-        if (
-            not values and not Path(model).is_dir()
-        ):  # transformers takes a repository without the file for an empty one
+        # transformers takes a repository without the file for one with an empty file.
+        if not values and not Path(model).is_dir():
             held = "an adapter, not a model" if CONFIG_NAME in files_of(model, revision) else "no config.json"
             return f"it holds {held}: pass a hub id or a folder with config.json."
         if (kind := values.get("model_type")) is None:
