@@ -236,12 +236,20 @@ def table(names: list[str]) -> str:
 
 
 def cell(evaluation: peft_cast.Evaluation, adapter: str, task: str) -> str:
-    """A score and the half of its 95% interval; empty where it was not measured."""
+    """A score and the half of its 95% interval; empty where it was not measured; with lift, if there is one."""
     found = [m for m in evaluation.measurements if (m.adapter, m.task) == (adapter, task)]
     if not found:
         return ""
     row, spread = evaluation.row(adapter, task), 1.96 * found[0].metrics["stderr"]
-    return f"{row.score_text} ± {spread:.3f}" + (f" ({row.lift_text})" if row.lift_text else "")
+    lift = f" ({row.lift_text})" if row.lift_text and gained(evaluation, task) else ""
+    return f"{row.score_text} ± {spread:.3f}{lift}"
+
+
+def gained(evaluation: peft_cast.Evaluation, task: str) -> bool:
+    """Whether the retrained LoRA gained anything: more than chance and than a hundredth. Else lift is of noise."""
+    base = evaluation.row("base", task).scores[0]
+    of = [one for one in evaluation.paired if (one.adapter, one.task) == ("retrained", task)]
+    return any(abs(one.difference) > max(one.margin, 0.01 * base) for one in of)
 
 
 if __name__ == "__main__":
