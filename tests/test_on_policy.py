@@ -57,9 +57,9 @@ def logits(model):
 def test_the_translated_model_answers_the_same_prompts_and_learns_from_it(models, whole, monkeypatch):
     writers, sample = [], peft_cast.text.written._sample
 
-    def noting(model, tokenizer, texts, tokens, **options):
+    def noting(model, tokenizer, texts, tokens, *options):
         writers.append((logits(model), tokenizer.name_or_path, list(texts), tokens))
-        return sample(model, tokenizer, texts, tokens, **options)
+        return sample(model, tokenizer, texts, tokens, *options)
 
     monkeypatch.setattr("peft_cast.text.written._sample", noting)
     before = peft_cast.translate(*models, **{**OPTIONS, "on_policy_steps": 0})

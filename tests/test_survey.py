@@ -392,7 +392,7 @@ def test_a_chat_is_asked_in_the_templates_of_both(adapted, byte_tokenizer, piece
         [(Form("{text}", "question", chat=True), "Why?"), (Form("So: {text}", "word"), "no")]
     )
     assert chat.rendered and chat.source_prompt == "[source] Why? "
-    assert chat.target_prompt == ("[target] Why? " if target_has_template else chat.source_prompt)
+    assert chat.target_prompt == ("[target] Why? " if target_has_template else f"<bos>{chat.source_prompt}")
     assert not plain.rendered and plain.source_prompt == plain.target_prompt == "So: no"
 
 

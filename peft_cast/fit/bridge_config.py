@@ -25,6 +25,7 @@ from ..utils import (
     files_of,
     hub_parts,
     one_line,
+    out_of_reach,
     secrets_removed,
     why_no_folder,
     why_not_on_hub,
@@ -183,7 +184,7 @@ def read_bridge(
         sides, modules, metrics = read_bridge_config(file(BRIDGE_CONFIG_NAME))
         maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME), PlaceMaps) if weights else ClosedForm({}, {}, {}, 0)
     except (LocalEntryNotFoundError, HFValidationError) as error:
-        why = f"there is no such folder here, and on the Hub it could not be reached: {one_line(error)}"
+        why = out_of_reach(bridge, one_line(error))
         raise ValueError(f"The bridge {named} could not be read: {why} {remedy}") from error
     except (EntryNotFoundError, FileNotFoundError) as error:
         files = files_of(bridge, options.get("revision"))

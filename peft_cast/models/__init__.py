@@ -26,4 +26,4 @@ from .positions import check_positions, check_prompts_fit, learned_positions
 from .prefixes import Prefix, after_prefixes, keeps_prefixes, read_prefix
 from .restoring import in_eval_mode, moved, seeded, untouched
 from .sharding import is_sharded
-from .tokenizers import adapter_tokenizer, load_tokenizer, render_chats
+from .tokenizers import adapter_tokenizer, beginning_of, load_tokenizer, render_chats

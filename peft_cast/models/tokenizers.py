@@ -146,6 +146,14 @@ def render_chats(
         ) from error
 
 
+def beginning_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer puts before a text by itself, such as `<bos>`; empty for one that puts nothing there."""
+    text = tokenizer("a", add_special_tokens=False).input_ids
+    ids = tokenizer("a").input_ids
+    start = next((i for i in range(len(ids)) if ids[i : i + len(text)] == text), 0)
+    return tokenizer.decode(ids[:start])
+
+
 def _read(tokenizer: PreTrainedTokenizerBase | str | Path, revision: str | None) -> PreTrainedTokenizerBase:
     """A tokenizer that is given, or lies in a folder or on the hub, `user/repo` or `user/repo/subfolder`."""
     if isinstance(tokenizer, (str, Path)):

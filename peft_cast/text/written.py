@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import SampleTopK, check_prompts_fit, continuations, render_chats, seeded
+from ..models import SampleTopK, beginning_of, check_prompts_fit, continuations, render_chats, seeded
 from ..tuner.checks import shown
 from ..utils import distributed
 from ..utils.fields import check_count, check_number
@@ -228,8 +228,11 @@ def as_turns(
     """
     turns = [[{"role": "user", "content": text}] for text in texts]
     source = render_chats(source_tokenizer, turns, "source")
-    # A target without a template will be prompted as the adapter was trained.
-    target = render_chats(target_tokenizer, turns, "target") if target_tokenizer.chat_template else source
+    if target_tokenizer.chat_template:
+        target = render_chats(target_tokenizer, turns, "target")
+    else:  # it will be prompted as the adapter was trained, and its tokenizer puts its own token before that
+        first = beginning_of(target_tokenizer)
+        target = [one if one.startswith(first) else first + one for one in source]
     return [TextSample("", *asked, rendered=True) for asked in zip(source, target)]
 
 

@@ -28,6 +28,7 @@ from .names import (
     hub_parts,
     hub_revision,
     looks_like_path,
+    out_of_reach,
     why_no_folder,
     why_no_model,
     why_no_name,

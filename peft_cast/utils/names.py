@@ -76,6 +76,13 @@ def hub_parts(name: str | Path) -> tuple[str, str | None]:
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
 
 
+def out_of_reach(name: str | Path, said: str) -> str:
+    """That what has this name is neither here nor to be had from the hub, of which was said so."""
+    repo_id, subfolder = hub_parts(name)
+    where = f" in the subfolder '{subfolder}' of the repository '{repo_id}'" if subfolder else ""
+    return f"there is no such folder here, and on the Hub{where} it could not be reached: {said}"
+
+
 def hub_revision(name: Any, revision: str | None) -> str | None:
     """A revision that was noted beside a name; `None` for a folder here, which has none."""
     return None if isinstance(name, (str, Path)) and Path(name).is_dir() else revision

@@ -28,7 +28,7 @@ from torch import nn
 from ..tuner import CastConfig
 from ..tuner.checks import FLOATS, TensorInfo, check_fields, check_finite, is_name, read_header, read_json, shown
 from ..tuner.quantized import linear_size
-from .names import files_of, find_file, why_no_folder, why_not_on_hub
+from .names import files_of, find_file, out_of_reach, why_no_folder, why_not_on_hub
 
 
 MAX_LAYERS = 2048  # of a model that is built from a configuration in a file
@@ -122,9 +122,7 @@ def read_adapter_config(adapter: str | Path, revision: str | None = None) -> Pef
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             why = f"it {_held_instead(adapter, revision)}."
         elif isinstance(error, (LocalEntryNotFoundError, HTTPError, HFValidationError)):
-            why = why_not_on_hub(error, adapter, revision) or (
-                f"there is no such folder here, and on the Hub it could not be reached: {one_line(error)}"
-            )
+            why = why_not_on_hub(error, adapter, revision) or out_of_reach(adapter, one_line(error))
         else:
             why = _of_a_lora(adapter, revision) or one_line(error)
         raise ValueError(without_secrets(f"The adapter '{adapter}' could not be read: {why}")) from error
