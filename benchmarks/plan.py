@@ -37,6 +37,7 @@ LLAMA_3_70B = LlamaConfig(
     vocab_size=128256,
 )
 OPTIONS = ("steps", "batch_size", "max_length")
+READ = "c4"  # text that no model writes: what writing takes is not compared
 # Runs of the table: pair, task, and how long they were.
 RUNS = (
     ("smollm2-gemma3", "gsm8k", "CAST_seed2", "GSM8K, 120 steps of 8"),
@@ -69,6 +70,7 @@ def compare(run: str, pair: str, task: str, metrics: dict[str, Any], device: Dev
         source.folder(),
         source.adapter(task),
         target.folder(),
+        text=READ,
         on=device,
         tokens=round(text["target_tokens"] / (text["train"] + text["held_out"])),
         aligned=text["aligned_positions"] / text["target_tokens"],
@@ -114,6 +116,7 @@ def compare_gpu() -> list[dict[str, Any]]:
                 used, passes = run["refinement"], run["refinement"]["gradient_accumulation_steps"]
                 planned = peft_cast.plan(
                     *models,
+                    text=READ,
                     on=device,
                     steps=used["steps"] * passes,
                     batch_size=used["batch_size"],
@@ -170,7 +173,7 @@ def elsewhere() -> dict[str, Any]:
             ("Llama-2-7B to Llama-3-70B, one H200", LLAMA_3_70B, "h200", {}),
             ("Llama-2-7B to Llama-3-70B, each of eight H100", LLAMA_3_70B, "h100", sharded),
         ):
-            planned = peft_cast.plan(LLAMA_2_7B, lora, target, on=device, **{**options, **more})
+            planned = peft_cast.plan(LLAMA_2_7B, lora, target, text=READ, on=device, **{**options, **more})
             print(f"\n{name}\n{planned}")
             plans[name] = planned.as_dict()
     return plans

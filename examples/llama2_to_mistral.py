@@ -24,9 +24,10 @@ def main() -> None:
     if len(sys.argv) != 3:
         raise SystemExit("Pass the LoRA (hub id or folder) and a file with a dozen prompts of its kind, one per line.")
     adapter, prompts = sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()
+    text = peft_cast.SelfWritten(prompts=[prompt.replace("\\n", "\n") for prompt in prompts if prompt.strip()])
     sizes = {"steps": STEPS, "batch_size": BATCH_SIZE, "max_length": MAX_LENGTH}
     # Memory and time of every phase, for this GPU or, say, on="h100"; no weights are loaded.
-    plan = peft_cast.plan(SOURCE, adapter, TARGET, **sizes)
+    plan = peft_cast.plan(SOURCE, adapter, TARGET, text=text, **sizes)
     print(plan, flush=True)
     if not plan.fits:
         raise SystemExit("By the plan it does not fit: lower `BATCH_SIZE` or `MAX_LENGTH`, or take a larger GPU.")
@@ -34,7 +35,7 @@ def main() -> None:
         SOURCE,
         adapter,
         TARGET,
-        text=peft_cast.SelfWritten(prompts=[prompt.replace("\\n", "\n") for prompt in prompts if prompt.strip()]),
+        text=text,
         dtype=torch.bfloat16,
         training_args={"gradient_checkpointing": True, "logging_steps": 10},
         cache_dir="cache/llama2-mistral",

@@ -31,21 +31,16 @@ if args.test and not (args.prompt and args.answer):
     parser.error("--test needs --prompt and --answer: how a row becomes a prompt and its right answer.")
 
 lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
-prompts = [line.replace("\\n", "\n") for line in lines if line.strip()]
+# The target writes more prompts like these, the source with its LoRA answers them, and the target learns the answers.
+text = peft_cast.SelfWritten(prompts=[line.replace("\\n", "\n") for line in lines if line.strip()])
 
 # What it will cost, before anything large is loaded.
-print(peft_cast.plan(args.source, args.adapter, args.target), flush=True)
+print(peft_cast.plan(args.source, args.adapter, args.target, text=text), flush=True)
 
-# The target writes more prompts like these, the source with its LoRA answers them, and the target learns the answers.
 # General text (C4, streamed) fits the projections and holds the target in place. Run the script again after it was
 # stopped: it goes on where it was.
 result = peft_cast.translate(
-    args.source,
-    args.adapter,
-    args.target,
-    text=peft_cast.SelfWritten(prompts=prompts),
-    output_dir=args.output,
-    resume_from_checkpoint=True,
+    args.source, args.adapter, args.target, text=text, output_dir=args.output, resume_from_checkpoint=True
 )
 print(result)
 for advice in result.diagnosis():
