@@ -55,8 +55,9 @@ def check_maps(bridge: Any, start: Any, source: Any, adapter: Any, target: Any, 
             against it.
     """
     pairing, fit = options.pairing, options.fit
-    for name in (name for name, value in (("bridge", bridge), ("start", start)) if value is not None):
-        _leave_out(f"`{name}` brings the first maps", {"first_maps": fit.first_maps != Fit.first_maps})
+    for name, maps in (("bridge", bridge), ("start", start)):
+        if maps is not None:
+            _leave_out(f"`{name}` brings the first maps", {"first_maps": fit.first_maps != Fit.first_maps})
     if bridge is not None:
         given = {"depth_map": pairing.depth_map != Pairing.depth_map, "module_map": pairing.module_map is not None}
         _leave_out("A bridge brings its depth map, module map and ridge", given | {"ridge": fit.ridge is not None})

@@ -29,4 +29,4 @@ def writing_cost(effort: Effort, source: PreTrainedModel, target: PreTrainedMode
         # A batch's keys and values, at most as wide as the hidden states, and the logits that are drawn from.
         kept = 4 * effort.length * head.shape[1] * len(paths) + 8 * head.shape[0]
         peak = max(peak, effort.rows * kept)
-    return Cost(int(flops), int(products), peak)
+    return Cost(flops, products, peak)

@@ -50,16 +50,13 @@ def effort_of(text: Any, limit: int) -> Effort:
         limit (`int`): How many texts are read, unless it says less.
     """
     if isinstance(text, Mixture):
-        total = sum(weight for _, weight in text.parts)
-        parts = (effort_of(part, max(1, round(limit * weight / total))) for part, weight in text.parts)
-        return sum(parts, Effort())
+        return sum((effort_of(part, share) for part, share in text.shares(limit)), Effort())
     if not isinstance(text, (SelfWritten, Survey)):
         return Effort()
     count = min(limit, text.samples or limit)
     if isinstance(text, SelfWritten):
-        wanted = max(0, count - len(text.prompts)) if text.prompts else 0
-        further = wanted if text.more_prompts is None else text.more_prompts
-        return _written(text, count, "target" if text.on_policy else "source") + _contents(text, further)
+        by = "target" if text.on_policy else "source"
+        return _written(text, count, by) + _contents(text, text.further(count))
     asked = len(text.prompts or ())
     if not asked:
         forms = min(FORMS, max(8, count // 4))

@@ -31,6 +31,11 @@ class Mixture:
             raise ValueError("A Mixture needs at least one (text, weight) pair, each with a positive weight.")
         object.__setattr__(self, "parts", tuple(parts))
 
+    def shares(self, limit: int) -> list[tuple[Any, int]]:
+        """Each part's text, and how many of `limit` samples are its own, at least one."""
+        total = sum(weight for _, weight in self.parts)
+        return [(part, max(1, round(limit * weight / total))) for part, weight in self.parts]
+
 
 def is_written(text: Any) -> bool:
     """Whether the models write the text, or a part of it, themselves."""
@@ -117,10 +122,7 @@ def read_text(
         argument (`str`): As what it is passed, for messages.
     """
     if isinstance(text, Mixture):
-        total = sum(weight for _, weight in text.parts)
-        columns = [
-            read_text(part, max(1, round(limit * weight / total)), write, argument) for part, weight in text.parts
-        ]
+        columns = [read_text(part, share, write, argument) for part, share in text.shares(limit)]
         # Position within its own part orders the samples, so every stretch of the result has the same shares.
         ordered = sorted((i / len(column), n, i) for n, column in enumerate(columns) for i in range(len(column)))
         return [columns[n][i] for _, n, i in ordered]

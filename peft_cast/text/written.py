@@ -90,6 +90,12 @@ class SelfWritten:
         """Whether the model answers snippets of `corpus`."""
         return self.prefix is None and self.prompts is None
 
+    def further(self, count: int) -> int:
+        """How many prompts the target writes beside the given ones, for `count` texts; none without any."""
+        if self.prompts is None:
+            return 0
+        return max(0, count - len(self.prompts)) if self.more_prompts is None else self.more_prompts
+
 
 def check_prompts_given(prompts: Any) -> None:
     """
@@ -148,10 +154,9 @@ def write_texts(
     count = min(limit, spec.samples or limit)
     check_prompts_fit(model, source_tokenizer, spec.prompts or ())
     if spec.prompts and target is not None:
-        wanted = max(0, count - len(spec.prompts)) if spec.more_prompts is None else spec.more_prompts
         how = (seed, spec.batch_size, progress, keep)
         with target.disable_adapter() if isinstance(target, PeftModel) else nullcontext():
-            further = write_prompts(target, target_tokenizer, spec.prompts, wanted, *how)
+            further = write_prompts(target, target_tokenizer, spec.prompts, spec.further(count), *how)
         spec = replace(spec, prompts=(*spec.prompts, *further))
     prompts = _prompts(spec, source_tokenizer, target_tokenizer, count)
     tokenizer = target_tokenizer if spec.on_policy else source_tokenizer
