@@ -3,7 +3,7 @@
 from .artifacts import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME, REPORT_NAME, Artifact, read_artifact
 from .cards import make_card
 from .diagnosis import diagnose
-from .fold import FoldedLora, to_lora
+from .fold import FORMATS, FoldedLora, to_lora
 from .licenses import read_licenses
 from .paired import Paired
 from .publish import add_card, push, push_saved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..tuner import CastConfig
 from ..utils import as_place, change_dtype, check_place, distributed, write_json
 from .artifacts import METRICS_NAME, REPORT_NAME, replacing_folder
 from .diagnosis import diagnose
+from .fold import FoldedLora, to_lora
 from .publish import Publishable, add_card
 from .report.contents import contents
 from .report.markdown import to_text
@@ -100,9 +101,20 @@ class TranslationResult(Publishable):
         """Save adapter and metrics, and return the folder that has them."""
         self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
         folder = self._in(folder)
-        metrics = {name: part for name, part in self.metrics.items() if name != "report"}
-        write_json({"metrics": metrics, "history": self.history}, folder / METRICS_NAME)
+        write_json(self._account(), folder / METRICS_NAME)
         return folder
+
+    def _account(self) -> dict[str, Any]:
+        """What `cast_metrics.json` holds."""
+        metrics = {name: part for name, part in self.metrics.items() if name != "report"}
+        return {"metrics": metrics, "history": self.history}
+
+    def to_lora(self, rank: int | None = None, *, dtype: torch.dtype = torch.float32) -> FoldedLora:
+        """The adapter as a plain LoRA, for PEFT, vLLM, llama.cpp or MLX; arguments and errors as in
+        `peft_cast.to_lora`.
+        """
+        folded = to_lora(self.model, rank, adapter_name=self.adapter_name, dtype=dtype)
+        return replace(folded, report={**folded.report, **self._account()})
 
     def diagnosis(self) -> list[str]:
         """What limits this translation and what to do about it, a sentence each; empty when nothing stands out."""
