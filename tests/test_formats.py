@@ -1,20 +1,29 @@
 """A folded LoRA as other programs read it, GGUF and MLX, taken apart again; benchmarks/serve_*.py run the programs."""
 
 import json
+import os
+import re
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from adapters import base_model
 from conftest import ROOT, save_model, tiny_model
+from huggingface_hub import HfApi, ModelCard
+from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file
 from test_cli import call
+from test_sharing import CAST_FILES, logits, made
 from test_tuner import random_cast
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_cast import to_lora
+from peft_cast import TranslationResult, push, to_lora
 from peft_cast.results.gguf_file import ARCHITECTURES
 from peft_cast.results.mlx_folder import MODEL_TYPES
 
@@ -201,7 +210,10 @@ def test_the_command_line_writes_each_format(tmp_path, byte_tokenizer):
     assert account["format"] == "mlx" and account["rank"] == 8
     assert (tmp_path / "mlx" / "adapters.safetensors").exists()
     refused = call(*words, tmp_path / "x", "--format", "gguff", code=1)
-    assert "`--format` cannot be 'gguff': did you mean 'gguf'?" in refused.output and not (tmp_path / "x").exists()
+    assert (
+        "There is no format 'gguff' of a LoRA: did you mean 'gguf'?" in refused.output
+        and not (tmp_path / "x").exists()
+    )
 
 
 @pytest.mark.parametrize(("program", "kinds"), [("llamacpp", ARCHITECTURES), ("mlx", MODEL_TYPES)])
@@ -213,3 +225,92 @@ def test_every_architecture_was_run_and_answered_alike(program, kinds):
             assert run[which]["answers_equal"] == run["prompts"], kind
             assert run[which]["tokens_equal_before_first_difference"] == run[which]["tokens"], kind
         assert run["answers_equal_to_the_plain_model"] == 0, kind
+
+
+# One folder for everybody
+
+
+@pytest.fixture
+def published(hub, tmp_path, byte_tokenizer, monkeypatch):
+    """Target and adapter, with its LoRA in all formats, on the hub; the card's text."""
+    save_model(base_model(), byte_tokenizer, tmp_path / "target")
+    HfApi().create_repo("user/target")
+    HfApi().upload_folder(repo_id="user/target", folder_path=tmp_path / "target")
+    result = made(base_model_name_or_path="user/target")
+    result.push_to_hub("user/cast", formats="mlx,peft,gguf")
+    monkeypatch.chdir(tmp_path)
+    return result, hub.repos["user/cast"].files()["README.md"].decode()
+
+
+def snippets(card: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", card, flags=re.DOTALL)
+
+
+def run_bash(lines: str) -> None:
+    """The commands of a snippet: `peft-cast` in this process, `hf` in its own; others are not installed here."""
+    for line in lines.strip().splitlines():
+        program, *words = shlex.split(line, comments=True)
+        if program == "peft-cast":
+            call(*words)
+        elif program == "hf":
+            command = [str(Path(sys.executable).parent / program), *words]
+            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "0"})
+        else:
+            assert program in ("vllm", "llama-cli", "mlx_lm.generate")
+
+
+def test_the_cards_snippets_run_as_they_are(published, tmp_path):
+    result, card = published
+    with_cast, alone = snippets(card, "python")
+    assert "import peft_cast" in with_cast and "peft_cast" not in alone and "KeyError: 'CAST'" in card
+    for snippet in (with_cast, alone):
+        names = {}
+        exec(snippet, names)
+        torch.testing.assert_close(logits(names["model"]), logits(result.model), rtol=1e-4, atol=1e-5)
+    assert names["model"].active_peft_config.peft_type == "LORA"
+    for snippet in snippets(card, "bash"):
+        run_bash(snippet)
+    used = set(re.findall(r"my-adapter/[\w./]+", card))
+    assert used == {"my-adapter/lora", "my-adapter/lora.gguf", "my-adapter/mlx"}
+    assert all((tmp_path / name).exists() for name in used)
+    assert "--max-lora-rank 8 " in card and "ADAPTER ./my-adapter/lora.gguf" in "".join(snippets(card, "text"))
+
+
+def test_without_a_lora_beside_it_the_card_says_how_to_make_one(published, tmp_path):
+    result, _ = published
+    result.push_to_hub("user/bare")
+    (made_with,) = snippets(ModelCard.load("user/bare").content, "bash")
+    run_bash(made_with)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(base_model(), "my-lora")), logits(result.model), rtol=1e-4, atol=1e-5
+    )
+    assert Path("my-lora.gguf").is_file() and Path("my-lora-mlx").is_dir()
+
+
+def test_only_what_was_folded_from_this_adapter_is_published_beside_it(hub, tmp_path):
+    folder = tmp_path / "cast"
+    made().save_pretrained(folder, formats=("peft", "gguf"))
+    assert "subfolder=" in (folder / "README.md").read_text()
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "plot.png").write_text("x")
+    push(folder, "user/cast")
+    beside = {"lora/adapter_config.json", "lora/adapter_model.safetensors", "lora/cast_metrics.json", "lora.gguf"}
+    assert set(hub.repos["user/cast"].files()) == CAST_FILES | beside
+    made(seed=8).save_pretrained(folder)  # another adapter, beside which the old LoRA lies now
+    assert "subfolder=" not in (folder / "README.md").read_text()
+    hub.requests.clear()
+    with pytest.raises(ValueError, match="'lora' in .* was not folded from the adapter as it is now: delete it,"):
+        push(folder, "user/cast")
+    assert not hub.requests
+    with pytest.raises(ValueError, match="There is no format 'ggml' of a LoRA: choose from peft, gguf, mlx"):
+        made().save_pretrained(folder, formats="ggml")
+
+
+def test_what_folds_into_no_lora_of_the_format_leaves_the_folder_as_it_was(tmp_path):
+    model = random_cast(tiny_model("falcon"), target_modules=["dense"])
+    with pytest.raises(ValueError, match="A LoRA of a 'falcon' model is not written as GGUF"):
+        TranslationResult(model, {}, [], None).save_pretrained(tmp_path / "cast", formats="gguf")
+    assert not (tmp_path / "cast").exists()
+    made(adapter_name="lora").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lora' holds an adapter of type CAST, which would be overwritten"):
+        made().save_pretrained(tmp_path, formats="peft")

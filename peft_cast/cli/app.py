@@ -12,12 +12,11 @@ from ..evaluation import HarnessTask, evaluate, probe
 from ..fit import Bridge, fit_bridge
 from ..options import names_taken
 from ..planning import DEVICES, Plan, plan
-from ..results import FORMATS, TranslationResult, push, to_lora, write_report
+from ..results import FORMATS, TranslationResult, check_formats, fold_beside, push, to_lora, write_report
 from ..source import check_is_read
 from ..text import ENOUGH_PROMPTS
 from ..translate import Job, translate
 from ..utils import check_output, check_place, distributed, one_line
-from ..utils.fields import unknown
 from . import inspect as inspection
 from .console import Commands, hush, print_result, say
 from .flags import with_flags
@@ -321,8 +320,7 @@ def to_lora_command(
     as_json: Json = False,
 ) -> None:
     """Fold a CAST adapter into a plain LoRA, for vLLM, llama.cpp and everything else that serves LoRAs."""
-    if format not in FORMATS:
-        raise ValueError(f"`--format` cannot be '{format}': {unknown(format, list(FORMATS))}")
+    (format,) = check_formats([format])
     check, save = FORMATS[format]
     if format == "peft":
         check_place(output, adapter, kind="LORA")
@@ -362,10 +360,15 @@ def push_command(
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")] = None,
     pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
+    formats: Annotated[
+        str | None, typer.Option(help="Fold a CAST adapter first and put the LoRA beside it: `peft,gguf,mlx`.")
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Publish a saved folder on the Hugging Face Hub, with a model card. Log in with `hf auth login` first."""
+    if formats is not None:
+        fold_beside(folder, formats)
     done = push(
         folder, repo_id, private=private or None, revision=revision, commit_message=message, create_pr=pull_request
     )

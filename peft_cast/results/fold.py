@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +32,7 @@ from ..utils import (
     check_model_config,
     check_place,
     check_weights,
+    complete_folder,
     find_file,
     one_line,
     read_adapter_config,
@@ -43,6 +44,7 @@ from ..utils import (
 )
 from ..utils.fields import check_count, check_option
 from .artifacts import METRICS_NAME, Origin, replacing_folder, with_not_carried
+from .beside import FOLDED_FROM, PLACES, check_formats, digest_of
 from .gguf_file import check_gguf, write_gguf
 from .mlx_folder import check_mlx, write_mlx
 from .publish import Publishable, add_card
@@ -66,6 +68,7 @@ class FoldedLora(Publishable):
             and `what`.
         target (`PretrainedConfig`, *optional*): The target model's configuration, for formats that are read without
             it; `None` if it has none.
+        folded_from (`str`, *optional*): SHA-256 of the CAST adapter's weights file, if it was folded from one.
     """
 
     config: LoraConfig
@@ -75,6 +78,7 @@ class FoldedLora(Publishable):
     report: Mapping[str, Any] = field(default_factory=dict)
     not_folded: Sequence[Mapping[str, str]] = ()
     target: PretrainedConfig | None = field(default=None, repr=False)
+    folded_from: str | None = None
 
     @property
     def not_carried(self) -> list[dict[str, str]]:
@@ -113,7 +117,9 @@ class FoldedLora(Publishable):
             ImportError: If the `gguf` package is missing.
             OSError: If the file cannot be written.
         """
-        write_gguf(self._factors(), self._target(), file, name=self._title, about=self._about())
+        named = {"description": "general.description"}
+        about = {named.get(key, key): value for key, value in self._about().items()}
+        write_gguf(self._factors(), self._target(), file, name=self._title, about=about)
 
     def save_mlx(self, folder: str | Path) -> None:
         """Write the LoRA for mlx-lm (`mlx_lm.generate --adapter-path FOLDER`), in the precision that it was folded
@@ -153,13 +159,15 @@ class FoldedLora(Publishable):
         lacks = f"; not carried over: {', '.join(lost)}" if lost else ""
         error = max(self.errors.values(), default=0.0)
         how = f"with a relative error of at most {error:.3f}" if error else "exactly"
-        return {"general.description": f"Translated with peft-cast and folded {how}{lacks}"}
+        said = {"description": f"Translated with peft-cast and folded {how}{lacks}"}
+        return said | ({FOLDED_FROM: self.folded_from} if self.folded_from else {})
 
     def _save(self, folder: Path) -> Path:
         write_tensors(self.weights, folder / SAFETENSORS_WEIGHTS_NAME, format="pt")
         self.config.save_pretrained(str(folder))
         folded = {"rank": self.config.r, "errors": self.errors, "origin": self.origin}
         folded |= {"not_carried": list(self.not_folded)} if self.not_folded else {}
+        folded |= {FOLDED_FROM: self.folded_from} if self.folded_from else {}
         # Scores of the CAST adapter are not those of a LoRA that lost something.
         kept = {k: v for k, v in self.report.items() if k != "evaluation" or not any(self.errors.values())}
         write_json({**kept, "folded": folded}, folder / METRICS_NAME)
@@ -182,12 +190,42 @@ class FoldedLora(Publishable):
         return said
 
 
-# How a folded LoRA is written: what is checked before it is made, and the method.
-FORMATS: dict[str, tuple[Callable[[str], Any], Callable[[FoldedLora, str], None]]] = {
+# How each format is written: what is checked before the LoRA is made, and the method.
+FORMATS: dict[str, tuple[Callable[[str], Any], Callable[[FoldedLora, str | Path], None]]] = {
     "peft": (partial(check_place, kind="LORA"), FoldedLora.save_pretrained),
     "gguf": (check_gguf, FoldedLora.save_gguf),
     "mlx": (check_mlx, FoldedLora.save_mlx),
 }
+
+
+def check_beside(folder: Path, formats: str | Iterable[str]) -> list[str]:
+    """Refuse formats that there are not, or whose places in a folder are taken. Returns their names."""
+    for name in (names := check_formats(formats)):
+        FORMATS[name][0](str(folder / PLACES[name]))
+    return names
+
+
+def fold_beside(folder: Path, formats: str | Iterable[str], folded: FoldedLora | None = None) -> None:
+    """Put the plain LoRA beside a saved CAST adapter, at `PLACES`.
+
+    Args:
+        folder: Of the adapter.
+        formats: Of `FORMATS`, in a sequence or a text with commas.
+        folded: The LoRA, if it is there already.
+
+    Raises:
+        ValueError: If there is no such format; as `to_lora` and the methods of `FORMATS`.
+    """
+    if not (names := check_beside(folder, formats)):
+        return
+    folded = replace(folded or to_lora(folder), folded_from=digest_of(folder / SAFETENSORS_WEIGHTS_NAME))
+    for name in names:
+        place = folder / PLACES[name]
+        if name == "peft":  # without a card: the adapter's tells of it
+            with complete_folder(place) as partly:
+                folded._save(partly)
+        else:
+            FORMATS[name][1](folded, place)
 
 
 def to_lora(
@@ -263,11 +301,14 @@ def to_lora(
         )
     origin = {key: value for key, value in vars(config).items() if key.startswith("source_")}
     report: dict[str, Any] = {}
+    of = None
     if not isinstance(adapter, PeftModel):
+        with suppress(OSError, ValueError, EntryNotFoundError):  # they may be in another format
+            of = digest_of(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision))
         with suppress(OSError, ValueError, EntryNotFoundError):  # it may have none
             report = read_json(find_file(adapter, METRICS_NAME, revision))
     report = with_not_carried(report, config.not_carried)
-    return FoldedLora(lora, weights, errors, origin, report, not_folded, getattr(base, "config", None))
+    return FoldedLora(lora, weights, errors, origin, report, not_folded, getattr(base, "config", None), of)
 
 
 def _besides(model: PeftModel, adapter_name: str) -> list[dict[str, str]]:
