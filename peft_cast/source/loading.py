@@ -279,7 +279,8 @@ def _loaded(
             parameters = {name: parameters[name] for name in kept}
             changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
             back = {} if skeleton else {parameters[name]: value for name, value in changed.items()}
-            model.disable_adapter = disabling(model, back)
+            if back or getattr(file.config, "bias", "none") != "none":
+                model.disable_adapter = disabling(model, back)
             yield model.eval(), changed, file.renamed
         finally:
             unload_adapters(base)
