@@ -307,6 +307,15 @@ def test_what_the_card_shows_is_asked_first(adapted, byte_tokenizer, tmp_path, m
         assert read_card(tmp_path) == Card()
 
 
+def test_an_example_longer_than_learned_positions_is_left_out(byte_tokenizer, tmp_path):
+    model = tiny_model("gpt2", max_position_embeddings=64)
+    make_lora(model, tmp_path, target_modules=["c_attn"])
+    at_work = Surveyor(PeftModel.from_pretrained(model, tmp_path), (byte_tokenizer,) * 2, Survey(corpus=TEXTS))
+    long, short = ((Form("{text}", "given"), text) for text in ("word " * 60, "word"))
+    assert [bool(one.tokens) for one in at_work.ask([long, short])] == [False, True]
+    assert at_work.write(["word " * 60], 4) == [] and len(at_work.plain_answers(at_work.ask([long, short]))) == 2
+
+
 @pytest.mark.parametrize(
     ("quoted", "templates"),
     [

@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import check_prompts_fit
+from ..models import check_prompts_fit, fitting
 from ..source import Card
 from .closings import KINDS, acting_forms
 from .corpus import read_corpus
@@ -186,8 +186,14 @@ class Surveyor:
     def answers(self, asked: Sequence[tuple[Form, str]], how: SelfWritten) -> dict[TextSample, tuple[Form, str]]:
         """What the adapted source answers, where it answers at all, and to what."""
         of = dict(zip(self.prompts(asked), asked))
-        found = write_answers(self.model, self.tokenizers[0], list(of), how, self.seed, keep=self.keep)
+        found = write_answers(self.model, self.tokenizers[0], self._read_whole(of), how, self.seed, keep=self.keep)
         return {one: of[replace(one, text="")] for one in found}
+
+    def _read_whole(self, prompts: Iterable[TextSample]) -> list[TextSample]:
+        """Those that the source has learned positions for; the examples of a card may be of any length."""
+        prompts = list(prompts)
+        fits = fitting(self.model, self.tokenizers[0], [one.source_prompt for one in prompts])
+        return [one for one, fit in zip(prompts, fits) if fit]
 
     def ask(self, asked: Sequence[tuple[Form, str]]) -> list[Tried]:
         """How the adapted source begins its likeliest answers, and what the adapter has to do with it."""
@@ -220,7 +226,7 @@ class Surveyor:
         prompts = self.prompts([(one.form, one.content) for one in tried])
         written: list[TextSample] = []
         with self.model.disable_adapter(), suppress(ValueError):  # it ends everywhere at once
-            written = write_answers(self.model, self.tokenizers[0], prompts, self.short, self.seed)
+            written = write_answers(self.model, self.tokenizers[0], self._read_whole(prompts), self.short, self.seed)
         texts = {replace(one, text=""): one.text for one in written}
         return [texts.get(prompt, "") for prompt in prompts]
 
