@@ -138,6 +138,8 @@ def test_bad_arguments(lora_folder, tmp_path):
     for rank in (0, "16", True):
         with pytest.raises(ValueError, match="at least 1"):
             to_lora(model, rank=rank)
+    with pytest.raises(ValueError, match="`rank` is 20000, and none above 512 is of use: pass a smaller one"):
+        to_lora(model, rank=20000)
     for wrong in (model.get_base_model(), 5, None):
         with pytest.raises(ValueError, match="`adapter` must be the folder or hub id of a CAST adapter, or the Peft"):
             to_lora(wrong)

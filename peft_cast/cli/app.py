@@ -16,7 +16,7 @@ from ..results import FORMATS, TranslationResult, check_formats, fold_beside, pu
 from ..source import check_is_read
 from ..text import ENOUGH_PROMPTS
 from ..translate import Job, translate
-from ..utils import check_output, check_place, distributed, one_line
+from ..utils import as_path, check_output, check_place, distributed, one_line
 from . import inspect as inspection
 from .console import Commands, hush, print_result, say
 from .flags import with_flags
@@ -295,6 +295,7 @@ def cast_command(
     as_json: Json = False,
 ) -> None:
     """Carry a LoRA over a bridge: file to file, no model weights, no text, no training."""
+    bridge, adapter = as_path(bridge), as_path(adapter)
     check_place(output, bridge, adapter)
     over = Bridge.from_pretrained(bridge)
     models = f"{over.source.name} {adapter} {over.target.name}"

@@ -14,6 +14,7 @@ import yaml
 from ..evaluation import AnswerLikelihood, Classification, Generation, HarnessTask
 from ..options import GROUPS, names_taken
 from ..text import C4, Corpus, Mixture, SelfWritten, Survey
+from ..utils import as_path
 from ..utils.fields import unknown
 
 
@@ -159,7 +160,7 @@ def _read(path: Path, what: str) -> str:
         ValueError: If there is no such text file; in words of ours, Python's have numbers in brackets.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")  # as some editors save UTF-8
+        return as_path(path).read_text(encoding="utf-8-sig")  # as some editors save UTF-8
     except FileNotFoundError:
         why = "there is no such file"
     except IsADirectoryError:

@@ -51,6 +51,9 @@ from .publish import Publishable, add_card
 from .rows import Evaluation
 
 
+MOST_SERVED = 512  # the largest rank that a server takes (vLLM)
+
+
 @dataclass(frozen=True)
 class FoldedLora(Publishable):
     """A plain LoRA.
@@ -252,7 +255,8 @@ def to_lora(
         `FoldedLora`
 
     Raises:
-        ValueError: If it is no CAST adapter, has nonlinear projections or biases, or `rank` is not positive.
+        ValueError: If it is no CAST adapter, has nonlinear projections or biases, or `rank` is not positive, or
+            larger than the model is wide and servers take.
     """
     adapter = as_path(adapter)
     check_count("rank", rank, 1)
@@ -277,6 +281,9 @@ def to_lora(
             check_foldable(module, adapter_name)
             factors[name] = tuple(f.detach().float().cpu() for f in module.get_factors(adapter_name))
     r = rank or max(len(A) for A, _ in factors.values())
+    most = max(MOST_SERVED, *(max(A.shape[1], len(B)) for A, B in factors.values()))
+    if r > most:
+        raise ValueError(f"`rank` is {r}, and none above {most} is of use: pass a smaller one, or leave it out.")
     weights, errors = {}, {}
     for name, (A, B) in factors.items():
         A, B, errors[name] = _of_rank(A, B, r)

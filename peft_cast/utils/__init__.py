@@ -1,5 +1,6 @@
 """What all the rest stands on: files, safety, processes, costs."""
 
+from .adapter_config import other_kind, read_adapter_config, unnamed
 from .environment import environment
 from .faults import WITH_REMEDY, FaultError, at_fault, explained, said_by, why_unread
 from .files import (
@@ -25,10 +26,11 @@ from .names import (
     differ,
     files_of,
     find_file,
+    holds_file,
     hub_parts,
     hub_revision,
+    is_out_of_reach,
     looks_like_path,
-    out_of_reach,
     why_no_folder,
     why_no_model,
     why_no_name,
@@ -41,11 +43,9 @@ from .safety import (
     check_model_config,
     check_weights,
     one_line,
-    read_adapter_config,
     read_weights_header,
     replicated_layers,
     secrets_removed,
-    unnamed,
     why_no_weights,
     without_secrets,
 )

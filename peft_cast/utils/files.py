@@ -197,7 +197,7 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
     folder = as_place(folder)
     if any(
         isinstance(name, (str, Path)) and Path(name).exists() and folder.resolve() == Path(name).resolve()
-        for name in inputs
+        for name in map(as_path, inputs)
     ):
         raise ValueError(f"'{folder}' would be overwritten while it is read: write to another folder.")
     if folder.is_file():
