@@ -368,10 +368,9 @@ def _other_keys(model: PeftModel, own: Mapping[str, nn.Parameter], file: Readabl
     """PEFT ignores weights in the file that the model has no place for; here they mean that the two do not match."""
     expected = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
     # With `bias`, PEFT saves the biases of a module that is trained in full under its inner names too.
-    expected -= {name for name in expected if ".original_module." in name}
-    expected -= {
-        key for key in expected if (one := base_name(key.replace(f".{_NAME}.", "."))) != key and one in expected
-    }
+    twice = {name: name.replace(f".modules_to_save.{_NAME}.", ".") for name in expected}
+    expected = {name for name, one in twice.items() if one == name or one not in expected}
+    expected = {name for name in expected if ".original_module." not in name}
 
     def is_copy(key: str) -> bool:
         """Whether a tensor is one of the base model's, or one that the file holds once more under its usual name."""
