@@ -12,7 +12,7 @@ from ..evaluation import HarnessTask, evaluate, probe
 from ..fit import Bridge, fit_bridge
 from ..options import names_taken
 from ..planning import DEVICES, Plan, plan
-from ..results import TranslationResult, push, to_lora, write_report
+from ..results import FORMATS, TranslationResult, check_formats, fold_beside, push, to_lora, write_report
 from ..source import check_is_read
 from ..text import ENOUGH_PROMPTS
 from ..translate import Job, translate
@@ -311,16 +311,24 @@ def to_lora_command(
     adapter: Annotated[str, typer.Argument(help="A CAST adapter: folder or hub id.")],
     output: Output,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA: padded exactly, or cut by SVD.")] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="`peft`, a folder; `gguf`, a file for llama.cpp and Ollama; `mlx`, a folder for mlx-lm."),
+    ] = "peft",
     dtype: Annotated[str, typer.Option(help="Precision of its weights.")] = "float32",
     revision: Revision = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fold a CAST adapter into a plain LoRA, for vLLM and everything else that serves LoRAs."""
-    check_place(output, adapter, kind="LORA")
+    """Fold a CAST adapter into a plain LoRA, for vLLM, llama.cpp and everything else that serves LoRAs."""
+    (format,) = check_formats([format])
+    check, save = FORMATS[format]
+    if format == "peft":
+        check_place(output, adapter, kind="LORA")
+    check(output)
     folded = to_lora(adapter, rank, revision=revision, dtype=dtype_of(dtype))
-    folded.save_pretrained(output)
-    account = {"output": str(output), "rank": folded.config.r, "errors": folded.errors}
+    save(folded, output)
+    account = {"output": str(output), "format": format, "rank": folded.config.r, "errors": folded.errors}
     account |= {"not_carried": folded.not_carried, "not_folded": list(folded.not_folded)}
     print_result(account, f"{folded}\nSaved in {output}", as_json, quiet)
 
@@ -353,10 +361,15 @@ def push_command(
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")] = None,
     pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
+    formats: Annotated[
+        str | None, typer.Option(help="Fold a CAST adapter first and put the LoRA beside it: `peft,gguf,mlx`.")
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Publish a saved folder on the Hugging Face Hub, with a model card. Log in with `hf auth login` first."""
+    if formats is not None:
+        fold_beside(folder, formats)
     done = push(
         folder, repo_id, private=private or None, revision=revision, commit_message=message, create_pr=pull_request
     )

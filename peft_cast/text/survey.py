@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
@@ -16,9 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models import check_prompts_fit, fitting
 from ..source import Card
+from .closings import KINDS, acting_forms
 from .corpus import read_corpus
 from .forms import FROM_CORPUS, Contents, Form, drawn_forms, package_forms, taken_apart
-from .judged import token_nats_of
+from .judged import moved_nats, token_nats_of
 from .ranking import Tried, by_form, crossed, described, exciting, in_turn, ranked, recurring, the_best, weighed
 from .rows import read_asked
 from .samples import TextSample
@@ -215,6 +216,11 @@ class Surveyor:
         few = sorted((form for form in forms if form.content == "question"), key=lambda form: not form.chat)
         return self.ask([(form, one) for form in few[:SCREENING] for one in self.known["everyday"]])
 
+    def acting_forms(self) -> list[Form]:
+        """Forms of which the adapter's own last lines are known: after them it moves the next token most."""
+        moved = partial(moved_nats, self.model, self.tokenizers[0], batch_size=self.spec.batch_size)
+        return acting_forms(moved, self.tokenizers[0], self.known, {kind: self.contents.next(kind) for kind in KINDS})
+
     def plain_answers(self, tried: Sequence[Tried]) -> list[str]:
         """What the source answers to prompts without the adapter, likeliest first; empty where it ends at once."""
         prompts = self.prompts([(one.form, one.content) for one in tried])
@@ -302,8 +308,9 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
         return at_work.ask([taken_apart(prompt) for prompt in at_work.spec.prompts])
     chat = bool(at_work.tokenizers[0].chat_template)
     templates = [Form(frame, "question") for frame in at_work.card.templates]  # first: they are screened too
-    drawn = drawn_forms(at_work.known, at_work.draw, forms, chat)
-    there = [*dict.fromkeys([*templates, *drawn, *(form for form, _ in at_work.examples)])]
+    acting = at_work.acting_forms()
+    drawn = drawn_forms(at_work.known, at_work.draw, max(forms // 2, forms - len(acting)), chat)
+    there = [*dict.fromkeys([*templates, *acting, *drawn, *(form for form, _ in at_work.examples)])]
     rounds = [(len(there), CONTENTS), *((n, each) for n, each in ROUNDS if n < len(there))]
     screened = at_work.screened(there)
     contents = {kind: found[: CONTENTS // 2] for kind, found in exciting(screened, there).items()}
