@@ -6,22 +6,25 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
-from ..evaluation import AnswerLikelihood, Classification, Generation, HarnessTask
+import peft_cast
+
 from ..options import GROUPS, names_taken
-from ..text import C4, Corpus, Mixture, SelfWritten, Survey
 from ..utils.fields import unknown
 
 
+if TYPE_CHECKING:
+    import torch
+
+
 TASKS = {
-    "likelihood": AnswerLikelihood,
-    "classification": Classification,
-    "generation": Generation,
-    "harness": HarnessTask,
+    "likelihood": "AnswerLikelihood",
+    "classification": "Classification",
+    "generation": "Generation",
+    "harness": "HarnessTask",
 }
 
 
@@ -101,6 +104,8 @@ def arguments_for(function: Callable, *layers: Mapping[str, Any]) -> dict[str, A
 
 
 def dtype_of(name: str) -> torch.dtype:
+    import torch
+
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got '{name}'.")
@@ -118,6 +123,8 @@ def text_of(value: Any) -> Any:
     Raises:
         ValueError: For anything else.
     """
+    from ..text import C4, Corpus, Mixture, SelfWritten, Survey
+
     if isinstance(value, str):
         return {"self": SelfWritten(), "survey": Survey(), "c4": C4, "C4": C4}.get(value, value)
     if isinstance(value, list) and value and all(isinstance(part, dict) and "text" in part for part in value):
@@ -185,7 +192,7 @@ def tasks_of(value: Any) -> list:
             raise ValueError(f"A task's `type` must be one of {', '.join(TASKS)}, got {kind!r}.")
         if isinstance(options.get("labels"), list):
             options["labels"] = tuple(options["labels"])
-        tasks.append(_made(TASKS[kind], options, kind))
+        tasks.append(_made(getattr(peft_cast, TASKS[kind]), options, kind))
     return tasks
 
 

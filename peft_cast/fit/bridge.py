@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..align import ModuleMap, align_texts
 from ..models import freeze_adapter, load_model, skeleton_of
-from ..options import Fit, Options, Pairing, Run, Training, takes
+from ..options import OF_COMMANDS, Fit, Options, Pairing, Run, Training, takes
 from ..results import (
     BRIDGE_CONFIG_NAME,
     BRIDGE_WEIGHTS_NAME,
@@ -324,10 +324,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return cls(maps, modules, *sides, metrics)
 
 
-@takes(
-    "source_tokenizer target_tokenizer source_revision target_revision depth_map module_map device "
-    "source_device dtype ridge batch_size max_length progress"
-)
+@takes(OF_COMMANDS["fit_bridge"])
 def fit_bridge(
     source: str | Path | PreTrainedModel,
     target: str | Path | PreTrainedModel,

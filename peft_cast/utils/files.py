@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .names import no_file_is_called
-from .safety import without_secrets
+from .secrets import without_secrets
 
 
 PARTIAL = ".partial-"  # what is being written, or was when a run was killed
