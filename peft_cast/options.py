@@ -244,6 +244,14 @@ class Run(Group):
         "been (docs/resuming.md).",
         decides=False,
     )
+    save_dtype: torch.dtype | None = option(
+        None,
+        "Precision of the saved adapter: bfloat16, float16, float32. When not given that of the source LoRA's file "
+        "(float32 for an adapter in memory that is in float32, as PEFT loads them). It is trained in float32 in any "
+        "case.",
+        decides=False,
+        check=values.dtype,
+    )
     cache_dir: str | Path | None = option(
         None,
         "Folder where the closed form and the teacher's predictions are kept for further runs on the same models, "

@@ -288,7 +288,7 @@ def cast_command(
     adapter: Adapter,
     output: Output,
     gain: Annotated[float | None, typer.Option(help="Factor on the deltas.")] = None,
-    dtype: Annotated[str, typer.Option(help="Precision of the file.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="Precision of the file; the LoRA's own when not given.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -300,7 +300,7 @@ def cast_command(
     models = f"{over.source.name} {adapter} {over.target.name}"
     remedy = f"use `peft-cast translate {models} --bridge {bridge} --steps 0 -o {output}`"
     check_is_read(adapter, remedy=remedy, source=over.source.name)
-    held = over.cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
+    held = over.cast_file(adapter, output, gain=gain, dtype=None if dtype is None else dtype_of(dtype))
     account = {"output": str(output), "not_carried": held.not_carried, "holdings": held.as_dict()}
     print_result(account, "\n".join([*held.lines(), f"CAST adapter saved in {output}"]), as_json, quiet)
 

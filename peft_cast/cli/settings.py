@@ -91,8 +91,9 @@ def arguments_for(function: Callable, *layers: Mapping[str, Any]) -> dict[str, A
     for name in ("text", "fit_text", "drift_text"):
         if name in given:
             given[name] = text_of(given[name])
-    if isinstance(given.get("dtype"), str):
-        given["dtype"] = dtype_of(given["dtype"])
+    for name in ("dtype", "save_dtype"):
+        if isinstance(given.get(name), str):
+            given[name] = dtype_of(given[name], name)
     if isinstance(given.get("depth_map"), dict):
         try:
             given["depth_map"] = {int(source): int(target) for source, target in given["depth_map"].items()}
@@ -103,12 +104,12 @@ def arguments_for(function: Callable, *layers: Mapping[str, Any]) -> dict[str, A
     return given
 
 
-def dtype_of(name: str) -> torch.dtype:
+def dtype_of(name: str, argument: str = "dtype") -> torch.dtype:
     import torch
 
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got '{name}'.")
+        raise ValueError(f"`{argument}` must be float32, bfloat16 or float16, got '{name}'.")
     return dtype
 
 

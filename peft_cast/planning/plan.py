@@ -70,8 +70,8 @@ class Plan:
         device (`Device`): Where.
         weights (`dict[str, int]`): Bytes of the `source` and `target` weights.
         parameters (`dict[str, int]`): `trained` and `source_lora`.
-        files (`dict[str, int]`): Bytes of the `adapter`, of the same `folded` to a LoRA (float32 both), and of the
-            optimizer's `checkpoint`.
+        files (`dict[str, int]`): Bytes of the `adapter`, in the precision of the source LoRA, of the same `folded` to
+            a LoRA in float32, and of the optimizer's `checkpoint`.
         phases (`dict[str, PhasePlan]`): `load`, `text`, `closed_form`, `evaluate`, `refine`: those of
             `TranslationResult.metrics`.
         assumed (`dict`): Tokens per text and what else the plan rests on.
@@ -310,7 +310,8 @@ def plan(
         del phases["closed_form"]
     if not writing.flops:
         del phases["text"]
-    files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
+    size = sum(t.numel() for t in own) * read.dtype.itemsize
+    files = {"adapter": size, "folded": folded * 4, "checkpoint": 12 * trained}
     assumed = {
         "tokens": length,
         "aligned": aligned,
