@@ -74,7 +74,7 @@ class TranslationResult(Publishable):
         Args:
             folder: Where.
             dtype (`torch.dtype`, *optional*): Precision of the file; `self.dtype` when not given. Training goes on in
-                float32 in any case. docs/serving.md says what bfloat16 loses.
+                float32 in any case. docs/how-it-works.md says what bfloat16 loses.
             evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
 
         Raises:
