@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import c4_texts, tiny_model
+from conftest import byte_level_tokenizer, c4_texts, tiny_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_sources import FEW, from_file, lora, opened, outputs, save_adapter
@@ -199,6 +199,26 @@ def test_older_names_of_vision_language_models_are_read(kind, towers, tmp_path):
         assert all("vision" in part["module"] for part in seen) and bool(seen) == ("vision" in towers)
         assert {part["what"] for part in read_holdings(adapter).not_carried} == {part["what"] for part in seen}
         assert ("use the adapter on its own model" in (on_source.holdings.lost("a") or "")) == bool(seen)
+
+
+def test_what_lies_beside_the_decoder_is_lost_and_said_to_be(tmp_path):
+    source = vision_language_model("llava")
+    config = lora(target_modules=r".*language_model.*\.q_proj", modules_to_save=["multi_modal_projector"], bias="all")
+    adapter = save_adapter(source, config, tmp_path / "projector")
+    with opened(source, adapter) as on_source:
+        for held in (read_holdings(adapter), on_source.holdings):
+            lost = {part.what.partition(",")[0] for part in held.parts if "lost, also in `translate`" in part.outcome}
+            assert lost == {"module trained in full (modules_to_save)", "trained bias"}
+            assert held.on("translate") == "yes, names the rest"
+    tower = save_adapter(source, lora(target_modules=r".*vision_tower.*\.q_proj"), tmp_path / "tower")
+    why = (
+        "changes only parts that no text passes through \\(vision, audio\\): pass one that changes the language model"
+    )
+    with pytest.raises(ValueError, match=why):
+        peft_cast.translate(source, tower, tiny_model("llama"))
+    nothing = {"drift_text": c4_texts(2), "target_tokenizer": byte_level_tokenizer(), "progress": False}
+    with pytest.warns(UserWarning, match=f"The adapter 'seeing' {why}"):
+        peft_cast.evaluate(source, {"seeing": tower}, [], **nothing)
 
 
 @pytest.mark.parametrize("older", [True, False])

@@ -79,6 +79,7 @@ def test_from_the_adapters_folder_without_the_models_weights(tmp_path, byte_toke
 def test_the_folder_is_an_ordinary_lora_to_a_process_that_does_not_know_cast(tmp_path, byte_tokenizer):
     base = save_model(tiny_model(), byte_tokenizer, tmp_path / "base")
     model = random_cast(tiny_model(), kernels=KERNELS)
+    model.save_pretrained(tmp_path / "cast")
     to_lora(model, rank=8).save_pretrained(tmp_path / "lora")
     torch.save(logits(model), tmp_path / "logits.pt")
     script = f"""
@@ -90,7 +91,11 @@ with torch.no_grad():
     logits = model(input_ids=torch.arange(3, 17).reshape(2, 7)).logits
 torch.testing.assert_close(logits, torch.load(r"{tmp_path / "logits.pt"}"), rtol=1e-4, atol=1e-5)
 assert "peft_cast" not in sys.modules
-print("same")
+try:  # what the card of a CAST adapter quotes
+    PeftModel.from_pretrained(model, r"{tmp_path / "cast"}")
+except KeyError as error:
+    assert repr(error) == "KeyError('CAST')"
+    print("same")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "same", done.stderr[-2000:]
@@ -133,6 +138,8 @@ def test_bad_arguments(lora_folder, tmp_path):
     for rank in (0, "16", True):
         with pytest.raises(ValueError, match="at least 1"):
             to_lora(model, rank=rank)
+    with pytest.raises(ValueError, match="`rank` is 20000, and none above 512 is of use: pass a smaller one"):
+        to_lora(model, rank=20000)
     for wrong in (model.get_base_model(), 5, None):
         with pytest.raises(ValueError, match="`adapter` must be the folder or hub id of a CAST adapter, or the Peft"):
             to_lora(wrong)

@@ -94,7 +94,7 @@ def test_an_adapter_of_another_model_is_refused_before_a_model_is_loaded(
     for work in (peft_cast.translate, peft_cast.baselines.direct_copy, peft_cast.baselines.distill_lora):
         refused(lambda: work(target_folder, lora_folder, target_folder), "does not fit the source model")
     loha = tmp_path / "loha"
-    get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
+    get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)).save_pretrained(loha)
     wrong = edited(loha, tmp_path / "wrong", r=3)
     refused(lambda: peft_cast.translate(source_folder, wrong, target_folder, **QUICK), "would be (32, 3): correct `r`")
 
@@ -247,8 +247,10 @@ def test_a_broken_tokenizer_of_an_adapter_is_a_warning(chat, source_folder, targ
 
 
 def test_the_revision_of_the_base_in_the_adapters_configuration_is_the_one_loaded(
-    lora_folder, target_folder, tmp_path
+    hub, source_folder, lora_folder, target_folder, tmp_path
 ):
+    refs = hub.add("someone/base", source_folder).refs
+    refs["v2"] = refs["v3"] = refs["main"]
     adapter = edited(lora_folder, tmp_path / "a", base_model_name_or_path="someone/base", revision="v2")
     target = "transformers.AutoModelForCausalLM.from_pretrained"
     with mock.patch(target, side_effect=OSError("stop")) as asked:
@@ -259,6 +261,13 @@ def test_the_revision_of_the_base_in_the_adapters_configuration_is_the_one_loade
     with mock.patch("transformers.AutoConfig.from_pretrained", side_effect=OSError("stop")) as asked:
         refused(lambda: peft_cast.plan(None, adapter, target_folder), "stop")
         assert asked.call_args.kwargs["revision"] == "v2"
+    gone = edited(adapter, tmp_path / "gone", revision="gone")
+    for verb in (peft_cast.translate, peft_cast.plan):
+        refused(
+            lambda: verb(None, gone, target_folder),
+            "no revision 'gone'",
+            f"named in the adapter_config.json of '{gone}'",
+        )
 
 
 @pytest.mark.parametrize("verb", ["translate", "plan"])
@@ -446,7 +455,7 @@ def test_a_file_of_another_kind_is_named_everywhere(kind, source_folder, lora_fo
     refused(lambda: peft_cast.evaluate(source_folder, {"a": wrong}, [], drift_text=TEXTS[:2]), "the file is a LoRA's")
     refused(lambda: check_is_read(wrong), "the file is a LoRA's")
     loha = tmp_path / "loha"
-    get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
+    get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)).save_pretrained(loha)
     assert "the file is a LOHA's" in describe(inspect(edited(loha, tmp_path / "b", peft_type="LORA")))
     dora = edited(lora_folder, tmp_path / "c", use_dora=True)
     refused(lambda: check_is_read(dora), "`use_dora` is set, and no tensor of its file is for it")
@@ -486,7 +495,7 @@ def test_numbers_that_a_configuration_does_not_name_are_said(source_folder, lora
     assert "cannot be a source: it has a configuration that names no rank, for which PEFT takes 8, and" in without_r
     with pytest.warns(UserWarning, match="names no `lora_alpha`: PEFT's default, 8, is taken. Add it"):
         peft_cast.plan(source_folder, adapter, target_folder, steps=1, batch_size=2, max_length=8, fit_samples=4)
-    get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"])).save_pretrained(loha)
+    get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)).save_pretrained(loha)
     config = FourierFTConfig(n_frequency=6, target_modules=["q_proj"], init_weights=False)
     get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "fourier")
     adapter = edited(tmp_path / "fourier", tmp_path / "f", scaling=...)
@@ -601,6 +610,17 @@ def test_a_wrong_task_type_on_a_decoder_is_read_as_what_it_is(
     assert any("read as CAUSAL_LM" in str(one.message) for one in said) == (task_type is not None)
 
 
+def test_an_adapter_of_another_source_in_a_list_is_translated_by_itself(
+    source_folder, lora_folder, target_folder, tmp_path
+):
+    other = make_lora(AutoModelForCausalLM.from_pretrained(target_folder), tmp_path / "other")
+    foreign = edited(other, tmp_path / "foreign", base_model_name_or_path=target_folder)
+    said = "pass that as `source`, with it alone: adapters in a list are all on one source"
+    refused(
+        lambda: peft_cast.translate(source_folder, [lora_folder, foreign], target_folder, **QUICK), "foreign", said
+    )
+
+
 def test_an_adapter_in_a_subfolder_of_a_repository_is_found(hub, source_folder, lora_folder, target_folder, tmp_path):
     shutil.copytree(lora_folder, tmp_path / "repo" / "checkpoint-500")
     shutil.copytree(lora_folder, tmp_path / "repo" / "library" / "math")
@@ -612,16 +632,40 @@ def test_an_adapter_in_a_subfolder_of_a_repository_is_found(hub, source_folder, 
         assert result.model.active_peft_config.source_adapter_name_or_path == name
         assert inspect(name)["rank"] == 4 and peft_cast.plan(source_folder, name, target_folder, steps=1).seconds > 0
     refused(
-        lambda: peft_cast.translate(source_folder, "user/loras/nothing", target_folder, **QUICK), "user/loras/nothing"
+        lambda: peft_cast.translate(source_folder, "user/loras/nothing", target_folder, **QUICK),
+        "is no folder of the repository 'user/loras' on the Hub",
+        "pass 'user/loras/checkpoint-500' or 'user/loras/library/math'",
     )
 
 
-def test_a_subfolder_that_cannot_be_reached_is_named(source_folder, target_folder):
-    refused(
-        lambda: peft_cast.translate(source_folder, "someone/lora/checkpoint-500", target_folder, **QUICK),
-        "subfolder 'checkpoint-500'",
-        "'someone/lora'",
-    )
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"source": "someone/base"}, ["The source model 'someone/base'", "with config.json"]),
+        ({"target": "someone/base"}, ["The target model 'someone/base'", "with config.json"]),
+        ({"adapter": "someone/lora"}, ["The adapter 'someone/lora'", "with adapter_config.json"]),
+        ({"adapter": "someone/lora/step-5"}, ["subfolder 'step-5' of the repository 'someone/lora'"]),
+        ({"start": "someone/cast"}, ["The adapter to start from 'someone/cast'", "with adapter_config.json"]),
+        ({"bridge": "someone/bridge"}, ["The bridge 'someone/bridge'", "with bridge_config.json"]),
+        ({"source_tokenizer": "someone/base"}, ["`source_tokenizer`, 'someone/base',", "tokenizer_config.json"]),
+    ],
+)
+def test_what_is_out_of_reach_is_told_in_one_way_before_a_model_is_loaded(
+    given, words, source_folder, lora_folder, target_folder
+):
+    both = {"source": source_folder, "adapter": lora_folder, "target": target_folder, **given}
+    works = [lambda: peft_cast.translate(**both, **QUICK)]
+    if "source_tokenizer" not in given:
+        works += [lambda: peft_cast.plan(**both)]
+    if "target" in given or "someone/lora" in given.values():
+        adapters = {"a": both["adapter"]}
+        works += [lambda: peft_cast.evaluate(both["target"], adapters, [NEXT], progress=False)]
+    plain = AutoModelForCausalLM.from_pretrained
+    with mock.patch("transformers.AutoModelForCausalLM.from_pretrained", side_effect=plain) as loads:
+        for work in works:
+            said = "could not be reached: HF_HUB_OFFLINE is set, and it was not fetched before, so unset that, or pass"
+            refused(work, said, *words)
+    assert loads.call_count == ("source" in given)  # which is loaded first
 
 
 def test_an_adapter_that_was_merged_and_unloaded_is_said_to_be_gone(source_folder, lora_folder, target_folder):
@@ -750,6 +794,27 @@ def test_what_the_hub_lacks_is_told_at_first_sight(hub, verb, source_folder, lor
         assert loads.call_count == 0
 
 
+def test_what_lacks_beside_a_model_on_the_hub_is_told_before_a_model_is_loaded(
+    hub, both, source_folder, lora_folder, target_folder, tmp_path
+):
+    bare = shutil.copytree(target_folder, tmp_path / "bare")
+    for file in bare.glob("token*"):
+        file.unlink()
+    folders = {"source": source_folder, "lora": lora_folder, "target": target_folder, "bare": bare, "both": both}
+    for name, folder in folders.items():
+        hub.add(f"user/{name}", folder)
+    models = {"source": "user/source", "adapter": "user/lora", "target": "user/target"}
+    for given, *words in (
+        ({"source_tokenizer": "user/absent"}, "`source_tokenizer`, 'user/absent', could not be read", "no repository"),
+        ({"target_tokenizer": "user/lora"}, "`target_tokenizer`, 'user/lora', holds no tokenizer: pass another"),
+        ({"target": "user/bare"}, "tokenizer of the target model ('user/bare')", "pass `target_tokenizer=`"),
+        ({"target": "user/both"}, "The target model 'user/both' is a repository that holds an adapter too"),
+    ):
+        with mock.patch("transformers.AutoModelForCausalLM.from_pretrained") as loads:
+            refused(lambda given=given: peft_cast.translate(**{**models, **given}, **QUICK), *words)
+        assert loads.call_count == 0
+
+
 @pytest.mark.parametrize("held", [b"", b"version https://git-lfs.github.com/spec/v1\n"])
 def test_weights_that_cannot_be_read_are_one_sentence(held, source_folder, lora_folder, target_folder, tmp_path):
     folder = shutil.copytree(target_folder, tmp_path / "broken")
@@ -777,10 +842,11 @@ def test_adapters_in_memory_where_files_are_read_are_to_be_saved(source_folder, 
     refused(lambda: peft_cast.translate(None, [lora_folder, 5], target_folder, **QUICK), "got 5 among them")
 
 
-@pytest.mark.parametrize("given", [{}, 5, [], LoraConfig()])
+@pytest.mark.parametrize("given", [{}, {"a"}, iter("a"), 5, [], LoraConfig()])
 def test_what_is_no_adapter_or_model_is_called_by_its_type(given, source_folder, lora_folder, target_folder):
     said = "empty list" if given == [] else type(given).__name__
-    refused(lambda: peft_cast.translate(source_folder, given, target_folder, **QUICK), "adapter", said)
+    sentence = refused(lambda: peft_cast.translate(source_folder, given, target_folder, **QUICK), "adapter", said)
+    assert ("several as a list" in sentence) == (type(given) not in (int, list, LoraConfig))
     if given != []:
         refused(lambda: peft_cast.plan(source_folder, given, target_folder), "adapter", said)
     refused(lambda: peft_cast.translate(source_folder, lora_folder, given, **QUICK), "`target` must be", "got")
@@ -803,6 +869,13 @@ def test_names_from_the_users_own_folder_are_found(source_folder, lora_folder, t
     assert peft_cast.translate(*names, **{**QUICK, **text}).metrics["text"]["train"] > 0
     assert inspect("~/lora")["rank"] == 4 and peft_cast.evaluate("~/target", {}, [NEXT], progress=False).rows
     refused(lambda: inspect("~/nothing"), "there is no folder '~/nothing'")
+    peft_cast.fit_bridge("~/source", "~/target", text=TEXTS, samples=8, max_length=32, progress=False).save_pretrained(
+        "~/bridge"
+    )
+    call("cast", "~/bridge", "~/lora", "-o", "~/cast")
+    call("to-lora", "~/cast", "-o", "~/folded")
+    assert inspect("~/folded")["rank"] == 8  # two layers on one
+    assert "would be overwritten while it is read" in call("to-lora", "~/cast", "-o", "~/cast", code=1).output
 
 
 def test_what_is_kept_for_further_runs_has_a_folder_of_its_own(source_folder, lora_folder, target_folder, tmp_path):
@@ -1063,10 +1136,20 @@ def test_a_setting_with_which_no_model_can_be_built_is_named(
 def test_a_setting_within_a_part_of_a_model_is_named(vision, source_folder, lora_folder, tmp_path):
     odd = Path(shutil.copytree(vision, tmp_path / "odd"))
     config = json.loads((odd / "config.json").read_text())
-    config["vision_config"]["hidden_act"] = "foo"
-    (odd / "config.json").write_text(json.dumps(config))
-    words = ["correct `hidden_act` ('foo') of `vision_config` in it"]
-    refused(lambda: peft_cast.translate(source_folder, lora_folder, str(odd), **QUICK), *words)
+    for part, name, value, words in (
+        ("vision_config", "hidden_act", "foo", "correct `hidden_act` ('foo') of `vision_config` in it"),
+        ("text_config", "model_type", "foo", "the `model_type` of its `text_config`, 'foo': update transformers"),
+        ("text_config", "num_key_value_heads", 4, "of shape (16"),
+        ("text_config", "num_hidden_layers", 3, "layers.2.input_layernorm.weight'), which would be random"),
+    ):
+        wrong = {**config, part: {**config[part], name: value}}
+        wrong["text_config"].pop("layer_types", None)
+        (odd / "config.json").write_text(json.dumps(wrong))
+        if value == "foo" and name == "model_type" and vision.endswith("qwen2.5-vl"):
+            continue  # which knows the type of its parts
+        with mock.patch("transformers.AutoModelForImageTextToText.from_pretrained") as loads:
+            refused(lambda: peft_cast.translate(source_folder, lora_folder, str(odd), **QUICK), words)
+        assert loads.call_count == 0
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
@@ -1141,6 +1224,8 @@ def test_objects_that_are_no_language_models_are_called_what_they_are(source_fol
         ("https://huggingface.co/user/repo", ["hub id is 'user/repo'"]),
         ("https://huggingface.co/user/repo/tree/main/a/b?x=1", ["hub id is 'user/repo/a/b'"]),
         ("hf.co/user/repo/blob/v2/config.json", ["hub id is 'user/repo'", "revision 'v2'"]),
+        ("user/repo@v2", ["hub id, that is 'user/repo', its revision 'v2'"]),
+        ("user/repo/../x", ["there is no folder 'user/repo/../x'"]),
         ("s3://bucket/model", ["something else than a model or adapter on the Hub"]),
         ("model-Q4_K_M.gguf", ["GGUF"]),
     ],

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from unittest import mock
 
 import peft
 import pytest
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import peft_cast
 from peft_cast import fit_bridge, plan, to_lora
 from peft_cast.planning import DEVICES, Device, this_machine
-from peft_cast.planning.fake import counted
+from peft_cast.planning.fake import _Counter, counted
 from peft_cast.refine.cache import TopKLogProbs
 from peft_cast.refine.losses import Predictions, whole
 
@@ -490,6 +491,26 @@ def test_what_depends_on_the_data_is_estimated_from_the_modules(lora_folder, sou
         assert estimated.phases[phase].flops == pytest.approx(counted.phases[phase].flops, rel=0.3)
         assert estimated.phases[phase].above_weights == pytest.approx(counted.phases[phase].above_weights, rel=0.5)
     assert estimated.parameters == counted.parameters
+
+
+def test_a_model_that_goes_token_by_token_is_estimated_from_its_modules(lora_folder, source_folder):
+    config = transformers.RwkvConfig(
+        vocab_size=300, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=512
+    )
+    steps, counter = [], _Counter.__torch_dispatch__
+
+    def counting(self, *args, **options):
+        steps.append(1)
+        return counter(self, *args, **options)
+
+    counts = []
+    for length in (16, 64):
+        steps.clear()
+        with mock.patch.object(_Counter, "__torch_dispatch__", counting):
+            found = plan(source_folder, lora_folder, config, **{**QUICK, "max_length": length})
+        counts.append(len(steps))
+        assert "passes of the target model, by its linear modules alone" in found.assumed["estimated"]
+    assert counts[1] < 1.2 * counts[0]
 
 
 def test_what_cannot_be_counted_is_one_short_error(lora_folder, source_folder, monkeypatch):

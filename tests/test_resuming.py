@@ -188,6 +188,8 @@ def test_another_run_is_neither_resumed_nor_overwritten(
         with pytest.raises(ValueError, match=re.escape(what)), monkeypatch.context() as patch:
             if "dtype" in options:  # also the source, which the fixture keeps in float32
                 patch.setattr("peft_cast.models.loading.default_dtype", lambda _: torch.bfloat16)
+            else:
+                patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("was loaded"))
             translate(tmp_path, resume_from_checkpoint=True, **options)
     assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
     translate(tmp_path, resume_from_checkpoint=True, training_args={"save_steps": 1, "logging_steps": 2})

@@ -30,6 +30,7 @@ from peft_cast.source.loading import adapted_source, check_adapter
 
 FEW = ["q_proj", "down_proj"]
 IDS = torch.arange(5, 25)[None]
+FILE = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -361,6 +362,39 @@ def reported_source(architecture, vocab_size):
     return model
 
 
+def test_shared_projections_are_in_the_file_or_made_anew(source, tmp_path):
+    kind = {"r": 6, "target_modules": FEW}
+    anew = save_adapter(source, peft.VeraConfig(**kind, save_projection=False), tmp_path / "anew", size=0.4)
+    expected = from_file(source, anew)
+    with pytest.warns(UserWarning, match="made anew from `projection_prng_key`"), opened(source, anew) as on_source:
+        torch.testing.assert_close(outputs(on_source.model), expected)
+    saved = save_adapter(source, peft.VeraConfig(**kind), tmp_path / "saved", size=0.4)
+    tensors, config = load_file(tmp_path / "saved" / FILE), (tmp_path / "saved" / "adapter_config.json").read_text()
+    for lacking, is_saved, words in (
+        (("vera_B",), "true", "a file that is cut: it holds no `vera_B`, which its modules share"),
+        (("vera_A", "vera_B"), "true", "`save_projection` is true, and `vera_A` is not in its file. Correct it"),
+        ((), "false", "`save_projection` is false, and `vera_A` is in its file. Correct it"),
+    ):
+        kept = {name: one for name, one in tensors.items() if name.split(".")[-1] not in lacking}
+        save_file(kept, tmp_path / "saved" / FILE, metadata={"format": "pt"})
+        changed = config.replace('"save_projection": true', f'"save_projection": {is_saved}')
+        (tmp_path / "saved" / "adapter_config.json").write_text(changed)
+        with pytest.raises(ValueError, match=words):
+            check_adapter(saved)
+
+
+@pytest.mark.parametrize("kind", ["bias='all'", "lora_bias", "modules_to_save (head)", "LoRA on the head"])
+def test_what_peft_says_to_who_trains_is_left_out(kind, tmp_path):
+    config, architecture, _ = REPORTED[kind]
+    tied = reported_source({"llama": "gemma3"}.get(architecture, architecture), 300)
+    adapter = save_adapter(tied, config, tmp_path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with opened(tied, adapter) as on_source, on_source.model.disable_adapter():
+            outputs(on_source.model)
+    assert not [str(one.message) for one in said if "/peft/" in one.filename]
+
+
 @pytest.mark.parametrize("kind", ["modules_to_save (head)", "LoRA on the head"])
 def test_the_adapted_head_speaks_in_the_teacher(kind, source, byte_tokenizer, tmp_path):
     # Distances are taken with a head of the shared tokens alone; an adapter on the head must not get lost on the way.
@@ -562,7 +596,17 @@ IDLE = {
     "A": (lora(init_lora_weights=False), filled("lora_A", 0), "changes nothing: all of its A is zero"),
     "alpha": (lora(init_lora_weights=False, lora_alpha=0), lambda model: None, "`lora_alpha` is 0"),
     "DoRA": (lora(use_dora=True), lambda model: None, r"\(use_dora\) adapter.* changes nothing"),
-    "LoHa": (peft.LoHaConfig(r=2, target_modules=FEW), lambda model: None, "LOHA adapter.* changes nothing"),
+    **{
+        type(config).__name__: (config, lambda model: None, f"changes nothing: all of its {part} is zero")
+        for part, config in {
+            "hada_w2_b": peft.LoHaConfig(r=2, target_modules=FEW),
+            "lokr_w1": peft.LoKrConfig(r=4, target_modules=FEW),
+            "oft_R": peft.OFTConfig(oft_block_size=4, target_modules=FEW),
+            "vera_lambda_b": peft.VeraConfig(r=6, target_modules=FEW),
+            "fourierft_spectrum": peft.FourierFTConfig(n_frequency=64, init_weights=True, target_modules=FEW),
+            "E": peft.AdaLoraConfig(target_modules=FEW, total_step=9, task_type="CAUSAL_LM"),
+        }.items()
+    },
     "all but the head": (lora(modules_to_save=["lm_head"]), filled("lm_head", 1), "changes no linear layer: all of"),
     "all but biases": (lora(lora_bias=True), filled("lora_B.default.bias", 1), "Nothing .*: trained bias"),
     "disabled": (

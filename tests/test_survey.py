@@ -17,9 +17,9 @@ import peft_cast
 from peft_cast.results.report.contents import contents
 from peft_cast.source import Card, read_card
 from peft_cast.text import survey as module_of_the_survey
-from peft_cast.text.effort import PROMPT, effort_of
+from peft_cast.text.effort import PROMPT, _lines, effort_of
 from peft_cast.text.forms import Form, drawn_forms, package_forms, taken_apart
-from peft_cast.text.ranking import Tried, crossed, exciting, in_turn, ranked, the_best, weighed
+from peft_cast.text.ranking import Tried, crossed, exciting, in_turn, ranked, recurring, the_best, weighed
 from peft_cast.text.rows import read_asked
 from peft_cast.text.survey import SHORT, Survey, Surveyor, compared, write_survey
 
@@ -66,6 +66,9 @@ def acts_after(monkeypatch, byte_tokenizer):
                 torch.full((9,), 2.0 * plain if words in one.source_prompt else 0.0, dtype=torch.float64)
                 for one, _ in items
             ]
+
+        def moved_nats(model, tokenizer, prompts, batch_size):
+            return torch.tensor([2.0 if prompt.endswith(words) else 0.0 for prompt in prompts])
 
         def write_prompts(model, tokenizer, prompts, count, *rest, **options):
             return [f"{prompts[i % len(prompts)]} {i}" for i in range(count)]
@@ -205,6 +208,17 @@ def test_words_of_good_forms_are_tried_in_each_others_places():
     ]
 
 
+def test_a_word_of_a_classifier_counts_in_one_spelling():
+    texts = ["Ship", "ship", "Boat"]
+    tried = [
+        Tried(Form(f"{{text}} {n}", "word"), f"content {n}", text)
+        for text in texts
+        for n in range(5 if text == "ship" else 4)
+    ]
+    assert recurring(tried) == ["ship", "Boat"]
+    assert recurring([one for one in tried if one.answer != "Boat"]) == []
+
+
 def test_no_answer_is_taken_twice_before_each_was_once():
     form = Form("{text}", "word")
     tried = [*(Tried(form, str(i), "same") for i in range(5)), Tried(form, "x", "other")]
@@ -239,7 +253,7 @@ def test_a_plan_knows_how_much_is_asked(adapted, byte_tokenizer, monkeypatch):
     monkeypatch.setattr(Surveyor, "ask", lambda self, items: asked.append(len(items)) or ask(self, items))
     spec = Survey(corpus=TEXTS, max_new_tokens=6, batch_size=64)
     write_survey(Surveyor(adapted, (byte_tokenizer,) * 2, spec), 80)
-    asking = effort_of(spec, 80).source - 80 * (PROMPT + spec.max_new_tokens)
+    asking = effort_of(spec, 80).source - _lines(spec).source - 80 * (PROMPT + spec.max_new_tokens)
     assert asking / (3 * (PROMPT + SHORT)) == pytest.approx(sum(asked), rel=0.3)
 
 
@@ -291,6 +305,15 @@ def test_what_the_card_shows_is_asked_first(adapted, byte_tokenizer, tmp_path, m
     for broken in ("---\nwidget: [\n---\n", "---\nwidget: {text: x}\ndatasets: {a: b}\n---\n", "---\n- x\n---\n"):
         (tmp_path / "README.md").write_text(broken)
         assert read_card(tmp_path) == Card()
+
+
+def test_an_example_longer_than_learned_positions_is_left_out(byte_tokenizer, tmp_path):
+    model = tiny_model("gpt2", max_position_embeddings=64)
+    make_lora(model, tmp_path, target_modules=["c_attn"])
+    at_work = Surveyor(PeftModel.from_pretrained(model, tmp_path), (byte_tokenizer,) * 2, Survey(corpus=TEXTS))
+    long, short = ((Form("{text}", "given"), text) for text in ("word " * 60, "word"))
+    assert [bool(one.tokens) for one in at_work.ask([long, short])] == [False, True]
+    assert at_work.write(["word " * 60], 4) == [] and len(at_work.plain_answers(at_work.ask([long, short]))) == 2
 
 
 @pytest.mark.parametrize(

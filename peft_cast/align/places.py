@@ -51,7 +51,10 @@ _HINTS = {
 
 
 # In the names of what lies beside the decoder in models that see or hear, which no text passes through.
-SENSES = re.compile("vision|visual|image|audio|speech|multi_?modal|mm_projector")
+SENSES = re.compile(
+    "vision|visual|image|audio|speech|multi_?modal|modality|mm_projector|connector|aligner|merger|q_?former|resampler|"
+    "perceiver|vqmodel|language_projection"
+)
 _LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 _PART = re.compile(r"^(?P<module>.*)\[(?P<start>\d+):(?P<stop>\d+)(?:/(?P<stride>\d+))?\]$")
 

@@ -31,8 +31,6 @@ app = typer.Typer(
 Source = Annotated[
     str, typer.Argument(help="Model the LoRA was trained on: hub id or folder; `-` takes it from the adapter.")
 ]
-
-
 Adapter = Annotated[str, typer.Argument(help="The LoRA: hub id or folder.")]
 Target = Annotated[str, typer.Argument(help="Model it shall work on: hub id or folder.")]
 # As text: an empty word would become the current folder.
@@ -44,8 +42,6 @@ Text = Annotated[
         rich_help_panel="Text",
     ),
 ]
-
-
 Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -54,18 +50,12 @@ Prompts = Annotated[
         rich_help_panel="Text",
     ),
 ]
-
-
 Config = Annotated[
     Path | None, typer.Option(help="YAML or JSON file with any arguments of the function; options override it.")
 ]
-
-
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any other argument of the function, `name=value`; may be repeated.")
 ]
-
-
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
@@ -295,6 +285,7 @@ def cast_command(
     """Carry a LoRA over a bridge: file to file, no model weights, no text, no training."""
     from ..source import check_is_read
 
+    bridge, adapter = utils.as_path(bridge), utils.as_path(adapter)
     utils.check_place(output, bridge, adapter)
     over = peft_cast.Bridge.from_pretrained(bridge)
     models = f"{over.source.name} {adapter} {over.target.name}"
@@ -310,16 +301,26 @@ def to_lora_command(
     adapter: Annotated[str, typer.Argument(help="A CAST adapter: folder or hub id.")],
     output: Output,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA: padded exactly, or cut by SVD.")] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="`peft`, a folder; `gguf`, a file for llama.cpp and Ollama; `mlx`, a folder for mlx-lm."),
+    ] = "peft",
     dtype: Annotated[str, typer.Option(help="Precision of its weights.")] = "float32",
     revision: Revision = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fold a CAST adapter into a plain LoRA, for vLLM and everything else that serves LoRAs."""
-    utils.check_place(output, adapter, kind="LORA")
+    """Fold a CAST adapter into a plain LoRA, for vLLM, llama.cpp and everything else that serves LoRAs."""
+    from ..results import FORMATS, check_formats
+
+    (format,) = check_formats([format])
+    check, save = FORMATS[format]
+    if format == "peft":
+        utils.check_place(output, adapter, kind="LORA")
+    check(output)
     folded = peft_cast.to_lora(adapter, rank, revision=revision, dtype=dtype_of(dtype))
-    folded.save_pretrained(output)
-    account = {"output": str(output), "rank": folded.config.r, "errors": folded.errors}
+    save(folded, output)
+    account = {"output": str(output), "format": format, "rank": folded.config.r, "errors": folded.errors}
     account |= {"not_carried": folded.not_carried, "not_folded": list(folded.not_folded)}
     print_result(account, f"{folded}\nSaved in {output}", as_json, quiet)
 
@@ -354,10 +355,17 @@ def push_command(
     revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Commit message.")] = None,
     pull_request: Annotated[bool, typer.Option("--pull-request", help="Open a pull request instead.")] = False,
+    formats: Annotated[
+        str | None, typer.Option(help="Fold a CAST adapter first and put the LoRA beside it: `peft,gguf,mlx`.")
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Publish a saved folder on the Hugging Face Hub, with a model card. Log in with `hf auth login` first."""
+    if formats is not None:
+        from ..results import fold_beside
+
+        fold_beside(folder, formats)
     done = peft_cast.push(
         folder, repo_id, private=private or None, revision=revision, commit_message=message, create_pr=pull_request
     )

@@ -12,6 +12,7 @@ import yaml
 
 import peft_cast
 
+from .. import utils
 from ..options import GROUPS, names_taken
 from ..utils.fields import unknown
 
@@ -167,7 +168,7 @@ def _read(path: Path, what: str) -> str:
         ValueError: If there is no such text file; in words of ours, Python's have numbers in brackets.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")  # as some editors save UTF-8
+        return utils.as_path(path).read_text(encoding="utf-8-sig")  # as some editors save UTF-8
     except FileNotFoundError:
         why = "there is no such file"
     except IsADirectoryError:

@@ -128,13 +128,13 @@ def probe(
     source, adapter = as_path(source), as_path(adapter)
     source, pairing = named_source(source, adapter, pairing)
     check_source(source, adapter, pairing)
+    tokenizer = source_tokenizer(source, adapter, pairing)
     if prompts is None:  # before models are loaded: it may be out of reach
         spec = Survey(corpus=read_corpus(chosen.fit.fit_text, DOCUMENTS, "fit_text"))
     else:
         spec = Survey(prompts=tuple(prompts))
     device = distributed.init(pairing.device)
     model = load_source(source, adapter, device, pairing.source_revision, pairing.adapter_revision, pairing.dtype)
-    tokenizer = source_tokenizer(model, adapter, pairing)
     adapt = partial(
         adapted_source, adapter=adapter, revision=pairing.adapter_revision, source_rank=pairing.source_rank
     )

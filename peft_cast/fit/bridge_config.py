@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, PreTrainedModel
 
@@ -25,7 +25,6 @@ from ..utils import (
     files_of,
     hub_parts,
     one_line,
-    out_of_reach,
     secrets_removed,
     why_no_folder,
     why_not_on_hub,
@@ -171,7 +170,7 @@ def read_bridge(
     """
     if (why := why_no_folder(bridge, BRIDGE_CONFIG_NAME, options.get("revision"))) is not None:
         raise ValueError(without_secrets(f"The bridge could not be read: {why}."))
-    named, remedy = f"'{without_secrets(bridge)}'", "Pass a folder or hub id of one."
+    named = f"'{without_secrets(bridge)}'"
 
     def file(name: str) -> Path:
         if Path(bridge).is_dir():
@@ -183,9 +182,9 @@ def read_bridge(
     try:
         sides, modules, metrics = read_bridge_config(file(BRIDGE_CONFIG_NAME))
         maps = load_closed_form(file(BRIDGE_WEIGHTS_NAME), PlaceMaps) if weights else ClosedForm({}, {}, {}, 0)
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        why = out_of_reach(bridge, one_line(error))
-        raise ValueError(f"The bridge {named} could not be read: {why} {remedy}") from error
+    except LocalEntryNotFoundError as error:
+        why = why_not_on_hub(error, bridge, options.get("revision"), BRIDGE_CONFIG_NAME)
+        raise ValueError(f"The bridge {named} could not be read: {why}") from error
     except (EntryNotFoundError, FileNotFoundError) as error:
         files = files_of(bridge, options.get("revision"))
         if BRIDGE_CONFIG_NAME in files:
@@ -200,7 +199,8 @@ def read_bridge(
         more = "" if why.endswith(WITH_REMEDY) else " Get it again, or fit it anew."
         raise ValueError(f"{named} holds no bridge, or a broken one: {why}{more}") from error
     except OSError as error:
-        why = why_not_on_hub(error, bridge, options.get("revision")) or f"{one_line(error)} {remedy}"
+        why = why_not_on_hub(error, bridge, options.get("revision"), BRIDGE_CONFIG_NAME)
+        why = why or f"{one_line(error)} Pass a folder or hub id of one."
         raise ValueError(f"The bridge {named} could not be read: {why}") from error
     kernels = {name: [fit.source_place for fit in fits] for name, fits in maps.kernels.items()}
     if weights and not 0 < len({s for names in kernels.values() for s in names}) == sum(map(len, kernels.values())):

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..align import ModuleMap, split_place
-from ..models import skeleton_of
+from ..models import as_skeleton
 from ..options import Options, Pairing
 from ..source import LoraKernel, check_on_target, map_kernels, named_source, planned_source, with_adapter
 from ..tuner import CastConfig
@@ -58,9 +58,9 @@ def check_start(start: Any, source: Any, adapter: Any, target: str | Path | PreT
 def _check_carried(start: str | Path, source: Any, adapter: str | Path, target: Any, pairing: Pairing) -> None:
     """Refuse, by the files of both, an adapter that is not the one that `start` carries, where it can be read so."""
     source, pairing = named_source(source, adapter, pairing)
-    here = _skeleton(source, "source", pairing.source_revision)
-    there = _skeleton(target, "target", pairing.target_revision)
-    if here is None or there is None:
+    here = as_skeleton(source, "source", pairing.source_revision)
+    there = as_skeleton(target, "target", pairing.target_revision)
+    if here is None or there is None or not here.device.type == there.device.type == "meta":
         return
     with warnings.catch_warnings(), suppress(NotImplementedError):  # SHiRA looks at weights: loading it tells more
         warnings.simplefilter("ignore")  # both are loaded once more
@@ -69,13 +69,6 @@ def _check_carried(start: str | Path, source: Any, adapter: str | Path, target: 
             if estimated is None:
                 modules = map_kernels(read.kernels, here, there, pairing)
                 projections_of(translated, read.kernels, modules, without_secrets(start))
-
-
-def _skeleton(model: Any, which: str, revision: str | None) -> PreTrainedModel | None:
-    """A model without weights; `None` if it is loaded, or only loading it tells what it is."""
-    if isinstance(model, PreTrainedModel):
-        return model if model.device.type == "meta" else None
-    return skeleton_of(model, which, revision)
 
 
 @contextmanager

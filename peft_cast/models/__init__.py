@@ -2,12 +2,20 @@
 
 from transformers import AutoModelForCausalLM
 
-from .adapters import as_peft_reads, freeze_adapter, load_on_skeleton, unload_adapters, unloaded_on_error
+from .adapters import (
+    as_peft_reads,
+    freeze_adapter,
+    load_on_skeleton,
+    unload_adapters,
+    unloaded_on_error,
+    without_advice,
+)
 from .capture import Captured, capture, layer_outputs, next_token_loss
 from .generating import SampleTopK, continuations, padded
 from .heads import contiguous_head, ends_in_head, logits_at, shared_head, states_at
 from .likelihood import answer_nats, by_length, choice_nats, token_nats
 from .loading import (
+    as_skeleton,
     auto_class,
     check_loaded,
     check_model,
@@ -22,7 +30,7 @@ from .loading import (
     skeleton,
     skeleton_of,
 )
-from .positions import check_positions, check_prompts_fit, learned_positions
+from .positions import check_positions, check_prompts_fit, fitting, learned_positions
 from .prefixes import Prefix, after_prefixes, keeps_prefixes, read_prefix
 from .restoring import in_eval_mode, moved, seeded, untouched
 from .sharding import is_sharded

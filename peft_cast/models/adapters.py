@@ -61,8 +61,6 @@ def load_on_skeleton(
     with warnings.catch_warnings():
         # PEFT puts the adapter where its base is, on the meta device, and torch warns of every tensor.
         warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
-        # Said of biases too. Tensors that were not gathered are told by us.
-        warnings.filterwarnings("ignore", message=".*LoRA tensor.s. have invalid shape")
         peft_model = PeftModel.from_pretrained(model, folder, adapter_name=adapter_name, config=config)
     if isinstance(start, str):
         config.init_lora_weights = start
@@ -107,6 +105,14 @@ def freeze_adapter(model: PeftModel) -> int:
     model.requires_grad_(False)
     model.active_peft_config.inference_mode = True
     return trained
+
+
+@contextmanager
+def without_advice() -> Iterator[None]:
+    """Within the context PEFT's warnings are left out: advice for training, or said in words of ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"peft(\.|$)")
+        yield
 
 
 @contextmanager

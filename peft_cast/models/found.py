@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -68,7 +69,14 @@ def check_header(header: Mapping[str, TensorInfo], model: PreTrainedModel, named
         unneeded = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
         missing = [name for name, parameter in model.named_parameters() if parameter not in there]
         missing = [name for name in missing if not any(re.search(pattern, name) for pattern in unneeded)]
-    held = {name: info for name, info in header.items() if name in own and not sees_or_hears(name)}
+    deepest = {whose: max(map(_layer, names), default=-1) for whose, names in (("own", own), ("held", header))}
+    if not missing and -1 < deepest["held"] < deepest["own"]:  # as transformers renames all, only their numbers tell
+        missing = [name for name in own if _layer(name) > deepest["held"]]
+    within = {name: _within(name) for name in (*own, *header)}
+    twice = Counter(within[name] for name in header)  # as in a model that speaks with a second decoder
+    inner = {within[name]: name for name in own if within[name] and twice[within[name]] == 1}
+    held = {name if name in own else inner.get(within[name], name): info for name, info in header.items()}
+    held = {name: info for name, info in held.items() if name in own and not sees_or_hears(name)}
     shapes = [(name, info.shape, tuple(own[name].shape)) for name, info in held.items()]
     # Experts are saved transposed, and some other tensors with further dimensions.
     odd = [one for one in shapes if len(one[1]) == len(one[2]) <= 2 and sorted(one[1]) != sorted(one[2])]
@@ -80,6 +88,16 @@ def check_header(header: Mapping[str, TensorInfo], model: PreTrainedModel, named
                 f"{named} has the tensor '{name}' of the type {info.dtype} in its file, and its config.json no "
                 "`quantization_config` that says what it stands for: get both again, or pass the unquantized model."
             )
+
+
+def _layer(name: str) -> int:
+    """The number of the decoder's layer in a tensor's name, -1 without."""
+    return -1 if sees_or_hears(name) else (split_name(name) or (-1,))[0]
+
+
+def _within(name: str) -> str:
+    """A tensor's name from the number of its layer on, which transformers keeps where it renames the way to it."""
+    return "" if _layer(name) < 0 else re.sub(r"^.*?\.(?=\d+\.)", "", name)
 
 
 def _check_whole(found: Mapping[str, Any], model: PreTrainedModel, named: str) -> None:

@@ -34,10 +34,11 @@ from ..utils import (
     check_model_config,
     distributed,
     explained,
+    holds_file,
+    is_out_of_reach,
     one_line,
     secrets_removed,
     why_no_model,
-    why_not_on_hub,
     why_unread,
     without_secrets,
 )
@@ -97,16 +98,12 @@ def load_model(
         raise missing_package(error, config, named, which) from error
     except Exception as error:  # of whatever lies in the folder of a stranger
         check_remote_code(error, named, which)
-        skeleton_of(model, which, revision)  # which says what is wrong with its configuration
+        if skeleton_of(model, which, revision) is None:  # which says what is wrong with its configuration
+            read_model_config(model, which, revision)
         raise OSError(
             f"{named} could not be loaded: {one_line(error)} Pass a hub id, a folder or a loaded model."
         ) from error
     check_found(found, loaded, named)
-    if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise OSError(
-            f"{named} is a repository that holds an adapter too, which transformers loads with the model: download "
-            f"it, remove adapter_config.json, and pass the folder as `{which}`."
-        )
     loaded.name_or_path = loaded.config.name_or_path = str(model)
     loaded = loaded.to(device)
     check_own_weights(loaded, which)
@@ -160,7 +157,7 @@ def check_model(model: Any, which: str, revision: str | None = None) -> Pretrain
     """Refuse, before gigabytes are loaded, what the configuration and the files of a model tell.
 
     Returns:
-        Its configuration; `None` for one on the hub that cannot be reached, which loading says.
+        Its configuration; `None` for a source that is out of reach: it is loaded first, which says it.
 
     Raises:
         ValueError, OSError: As `load_model`.
@@ -188,13 +185,18 @@ def _read_model(model: Any, which: str, revision: str | None) -> tuple[Pretraine
     try:
         config = read_model_config(model, which, revision)
     except OSError as error:
-        reached = not isinstance(error.__cause__, OSError) or why_not_on_hub(error, model, revision)
-        if Path(model).is_dir() or reached:
-            raise
-        return None, {}
+        if which == "source" and is_out_of_reach(error):
+            return None, {}
+        raise
     auto_class(config, named)
-    here = Path(model).is_dir() and not getattr(config, "transformers_weights", None)
-    return config, read_folder(Path(model), named) if here else {}
+    if not Path(model).is_dir():
+        if holds_file(model, CONFIG_NAME, revision):
+            raise OSError(
+                f"{named} is a repository that holds an adapter too, which transformers loads with the model: "
+                f"download it, remove {CONFIG_NAME}, and pass the folder as `{which}`."
+            )
+        return config, {}
+    return config, {} if getattr(config, "transformers_weights", None) else read_folder(Path(model), named)
 
 
 def check_loaded(model: nn.Module, which: str) -> None:
@@ -341,6 +343,15 @@ def skeleton_of(
             )
         check_header(header, built, named)
     return built
+
+
+def as_skeleton(
+    model: str | Path | PreTrainedModel, which: str, revision: str | None = None
+) -> PreTrainedModel | None:
+    """`skeleton_of` that takes a skeleton, such as `plan` works on, as it is."""
+    if isinstance(model, PreTrainedModel) and model.device.type == "meta":
+        return model
+    return skeleton_of(model, which, revision)
 
 
 def fingerprint(*models: nn.Module, extra: Sequence[torch.Tensor] = ()) -> str:

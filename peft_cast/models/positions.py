@@ -41,6 +41,12 @@ def positions_left(model: PreTrainedModel, longest: int) -> int | None:
     return positions and positions - longest
 
 
+def fitting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[bool]:
+    """Of each prompt whether a model has a learned position left after it; one that learns none always has."""
+    positions = learned_positions(model)
+    return [not positions or len(tokenizer(prompt).input_ids) < positions for prompt in prompts]
+
+
 def check_prompts_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:
     """
     Raises:

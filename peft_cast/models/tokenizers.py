@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub.errors import EntryNotFoundError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,16 +17,18 @@ from ..tuner.checks import read_json, shown, why_no_text
 from ..utils import (
     as_path,
     find_file,
+    holds_file,
     hub_parts,
     one_line,
     read_json_if_there,
     said_by,
     secrets_removed,
     why_no_name,
+    why_not_on_hub,
     without_secrets,
 )
 from ..utils.faults import at_fault
-from .loading import check_loaded, check_model, check_remote_code
+from .loading import check_loaded, check_model, check_remote_code, read_model_config
 
 
 _CONFIG = "tokenizer_config.json"
@@ -60,19 +61,25 @@ def load_tokenizer(
         raise ValueError(
             f"`{argument}` must be a tokenizer, or a folder or hub id of one, got {type(tokenizer).__name__}."
         )
-    own = model.name_or_path if isinstance(model, nn.Module) else model
+    own, given = model.name_or_path if isinstance(model, nn.Module) else model, tokenizer is not None
     path = getattr(tokenizer, "name_or_path", tokenizer or own)
-    shown = without_secrets(path)
-    named = f"The tokenizer of the {which} model ('{shown}')" if path else f"`{argument}`"
+    shown, revision = without_secrets(path), revision if str(path) == str(own) else None
+    named = f"`{argument}`" + f", '{shown}'," * bool(path)
+    named = named if given or not path else f"The tokenizer of the {which} model ('{shown}')"
     try:
-        found = _read(tokenizer or own, revision if str(path) == str(own) else None)
+        found = _read(tokenizer or own, revision)
     except Exception as error:  # of files of strangers
         check_remote_code(error, f"The tokenizer of '{shown}'", argument)
-        instead = f"pass `{argument}=`. ({said_by(error)}.)"
+        instead = f"pass {'another' if given else f'`{argument}=`'}. ({said_by(error)}.)"
         if isinstance(error, ImportError):
             why = f"{named} needs a package that is missing: install it, or {instead}"
+        elif not Path(str(path)).is_dir() and (on_hub := why_not_on_hub(error, path, revision, _CONFIG)):
+            why = f"{named} could not be read: {on_hub}"
         elif isinstance(error, OSError):
-            why = f"No tokenizer was found for the {which} model ('{shown}'): {instead}"
+            none = (
+                f"{named} holds no tokenizer" if given else f"No tokenizer was found for the {which} model ('{shown}')"
+            )
+            why = f"{none}: {instead}"
         else:
             again = _broken_file(path) or _wrong_setting(path, revision) or "get its files again"
             why = f"{named} cannot be read: {again}, or {instead}"
@@ -99,9 +106,9 @@ def adapter_tokenizer(
         of_model (`str`, *optional*): Hub revision of the model.
     """
     named = f"The tokenizer in the folder of the adapter '{without_secrets(adapter)}'"
-    if not _holds(adapter, _CONFIG, revision):
+    if not holds_file(adapter, _CONFIG, revision):
         parts = ("tokenizer.json", "tokenizer.model", "chat_template.jinja")
-        if part := next((name for name in parts if _holds(adapter, name, revision)), None):
+        if part := next((name for name in parts if holds_file(adapter, name, revision)), None):
             warnings.warn(
                 f"The folder of the adapter '{without_secrets(adapter)}' holds {part} without {_CONFIG}: "
                 "the source model's own tokenizer is used. Pass `source_tokenizer` if it was trained with another."
@@ -211,21 +218,13 @@ def _wrong_setting(name: Any, revision: str | None) -> str | None:
     return None
 
 
-def _holds(adapter: str | Path, name: str, revision: str | None) -> bool:
-    try:
-        find_file(adapter, name, revision)
-    except (EntryNotFoundError, OSError, ValueError):
-        return False
-    return True
-
-
 def _rows(model: PreTrainedModel | str | Path, which: str, revision: str | None) -> int | None:
     """How many tokens the model has an embedding for; `None` if its configuration does not say."""
     if isinstance(model, nn.Module):
         check_loaded(model, which)  # but not for an adapter, with which a PeftModel's own may come
         return model.get_input_embeddings().weight.shape[0]
-    config = check_model(model, which, revision)
-    return getattr(config.get_text_config(), "vocab_size", None) if config is not None else None
+    config = check_model(model, which, revision) or read_model_config(model, which, revision)
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def _beyond(tokenizer: PreTrainedTokenizerBase, rows: int | None) -> str | None:

@@ -30,7 +30,8 @@ _EXPERT = re.compile(r"(?:^|\.)experts\.(\d+)\.")
 
 
 def counted_or_simplified(work: Callable[[], T], models: Mapping[str, PreTrainedModel]) -> tuple[T, list[str]]:
-    """Do work with passes of models; where they cannot run, simplify them in place and do it again.
+    """Do work with passes of models; where they cannot run, or go through a text token by token, which takes minutes,
+    simplify them in place.
 
     To be called within a `FakeTensorMode` on materialized models.
 
@@ -44,14 +45,17 @@ def counted_or_simplified(work: Callable[[], T], models: Mapping[str, PreTrained
         ValueError: If simplified models do not run either.
     """
     with _quiet():
-        try:
-            return work(), []
-        except Exception:  # whatever the models' code does with values that are not there
-            simplified = [name for name, model in models.items() if not _runs(model)]
+        simplified = [name for name, model in models.items() if _goes_token_by_token(model)]
         for name in simplified:
             _simplify(models[name])
         try:
             return work(), simplified
+        except Exception:  # whatever the models' code does with values that are not there
+            others = [name for name, model in models.items() if name not in simplified and not _runs(model)]
+        for name in others:
+            _simplify(models[name])
+        try:
+            return work(), [*simplified, *others]
         except Exception as error:
             kinds = " and ".join(with_article(type(model).__name__) for model in models.values())
             raise ValueError(
@@ -67,6 +71,22 @@ def _runs(model: PreTrainedModel) -> bool:
     except Exception:
         return False
     return True
+
+
+def _goes_token_by_token(model: PreTrainedModel) -> bool:
+    """Whether a pass is a loop over the tokens, as of a recurrent model whose kernels are not installed."""
+    if not getattr(model, "_is_stateful", False):
+        return False
+    counts = []
+    for length in (_PROBE, 2 * _PROBE):
+        ids = torch.zeros(1, length, dtype=torch.long)
+        try:
+            with torch.no_grad(), counted() as cost:
+                model(input_ids=ids, use_cache=False)
+        except Exception:  # is seen to where it counts
+            return False
+        counts.append(cost.operations)
+    return counts[1] > 1.5 * counts[0]
 
 
 def _simplify(model: PreTrainedModel) -> None:

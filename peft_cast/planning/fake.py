@@ -37,7 +37,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = self.products = 0
+        self.live = self.peak = self.flops = self.products = self.operations = 0
         self.seen: dict[int, weakref.ref] = {}
         self.guessed = False
 
@@ -46,6 +46,7 @@ class _Counter(TorchDispatchMode):
             return args[0].device
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = self._result(func, *args, **(kwargs or {}))
+        self.operations += 1
         if flops := FLOPS.get(func._overloadpacket):
             self.flops += flops(*args, **(kwargs or {}), out_val=result)
             self.products += 1
@@ -90,6 +91,7 @@ class Cost:
     Args:
         flops (`int`): Floating-point operations of matrix products and attention.
         products (`int`): How many of those there are.
+        operations (`int`): How many operations of any kind.
         peak (`int`): Most bytes of tensors made within the work that were alive at once.
         kept (`int`): Bytes of them that are alive at its end.
         guessed (`bool`): Whether the work asked for the value of a tensor, for which 1 was taken.
@@ -97,6 +99,7 @@ class Cost:
 
     flops: int = 0
     products: int = 0
+    operations: int = 0
     peak: int = 0
     kept: int = 0
     guessed: bool = False
@@ -108,7 +111,7 @@ def counted() -> Iterator[Cost]:
     cost = Cost()
     with _Counter() as counter:
         yield cost
-    cost.flops, cost.products = counter.flops, counter.products
+    cost.flops, cost.products, cost.operations = counter.flops, counter.products, counter.operations
     cost.peak, cost.kept = counter.peak, counter.live
     cost.guessed = counter.guessed
 

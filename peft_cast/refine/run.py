@@ -244,13 +244,7 @@ def _open(folder: Path, cache_dir: str | Path | None, resume: bool, begun_with: 
     file = folder / "run.json"
     known = _known(folder) if resume else None
     if known is not None:
-        names = [name for name in begun_with if known["begun_with"].get(name) != begun_with[name]]
-        if names:
-            changes = "; ".join(_change(name, known["begun_with"].get(name), begun_with[name]) for name in names)
-            raise ValueError(
-                f"The run in '{folder}' was begun with something else ({changes}): resume it with the same, or choose "
-                "another `output_dir`."
-            )
+        _compare(folder, known, begun_with)
     try:
         remove_partial(folder)
         if known is None:
@@ -261,6 +255,33 @@ def _open(folder: Path, cache_dir: str | Path | None, resume: bool, begun_with: 
         raise OSError(f"`output_dir`, {unwritten(folder, error)}") from error
     checkpoint = last_checkpoint(folder / "checkpoints") if known else None
     return RunFolder(folder, Path(cache_dir) if cache_dir else _work(folder), checkpoint, begun=known is None)
+
+
+def check_resumed(options: Options, **given: Any) -> None:
+    """Refuse, before anything is loaded, to go on with a run by other arguments than it was begun with.
+
+    Args:
+        options (`Options`): With the run's folder.
+        given: What else decides the result and is no model, as for `described`.
+
+    Raises:
+        ValueError: Naming the arguments that differ.
+    """
+    run = options.run
+    if run.output_dir is None or not run.resume_from_checkpoint:
+        return
+    if (known := _known(Path(run.output_dir))) is not None:
+        _compare(Path(run.output_dir), known, _arguments(options, **given))
+
+
+def _compare(folder: Path, known: Mapping[str, Any], begun_with: Mapping[str, Any]) -> None:
+    names = [name for name in begun_with if known["begun_with"].get(name) != begun_with[name]]
+    if names:
+        changes = "; ".join(_change(name, known["begun_with"].get(name), begun_with[name]) for name in names)
+        raise ValueError(
+            f"The run in '{folder}' was begun with something else ({changes}): resume it with the same, or choose "
+            "another `output_dir`."
+        )
 
 
 def clear_run(folder: Path) -> None:
@@ -280,27 +301,29 @@ def described(options: Options, pair: Pair, *, text: Any, bridge: Any = None, **
         bridge: Maps that were fitted before, a `Bridge` or a `StackedPart`, if there are any.
         others: Further arguments by name.
     """
+    fits = [fit for fits in bridge.maps.kernels.values() for fit in fits] if bridge is not None else ()
+    ids = pair.vocabulary
+    kernels = [(name, k.scaling, _head(k.A), _head(k.B)) for name, k in pair.kernels.items()]
+    return {
+        **_arguments(options, text=text, **others),
+        "bridge": _hash([_head(one) for fit in fits for side in fit.maps for one in side.factors]) if fits else None,
+        "the source model or its adapter": _hash([fingerprint(pair.adapted), kernels, pair.given.identity]),
+        "the target model": fingerprint(pair.target)[:16],
+        "the tokenizers": _hash([ids.source_ids.tolist(), ids.target_ids.tolist()]),
+    }
+
+
+def _arguments(options: Options, *, text: Any, **others: Any) -> dict[str, Any]:
+    """What decides the result of a translation and is no model."""
     found = {**options.deciding(), "text": text, **others}
     for name in ("text", "fit_text"):
         found[name] = None if found[name] is None else _hash(_plain(found[name]))
-    fits = [fit for fits in bridge.maps.kernels.values() for fit in fits] if bridge is not None else ()
-    found["bridge"] = (
-        _hash([_head(tensor) for fit in fits for side in fit.maps for tensor in side.factors]) if fits else None
-    )
     found["training_args"] = {
         name: value
         for name, value in (found["training_args"] or {}).items()
         if not name.startswith(FREE_TRAINING_ARGS)
     }
-    found = json.loads(without_secrets(json.dumps(found, default=str)))
-    ids = pair.vocabulary
-    kernels = [(name, k.scaling, _head(k.A), _head(k.B)) for name, k in pair.kernels.items()]
-    return {
-        **found,
-        "the source model or its adapter": _hash([fingerprint(pair.adapted), kernels, pair.given.identity]),
-        "the target model": fingerprint(pair.target)[:16],
-        "the tokenizers": _hash([ids.source_ids.tolist(), ids.target_ids.tolist()]),
-    }
+    return json.loads(without_secrets(json.dumps(found, default=str)))
 
 
 def _change(name: str, before: Any, now: Any) -> str:

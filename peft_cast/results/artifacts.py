@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..tuner.checks import read_json
 from ..utils import as_place, complete_folder, read_json_if_there
+from .beside import METRICS_NAME, read_beside
 
 
 BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME = "bridge_config.json", "bridge_model.safetensors"
-METRICS_NAME = "cast_metrics.json"
 REPORT_NAME = "cast_report.json"  # quotes texts, so it is never uploaded
 _NAMES = {"cast": "adapter", "lora": "LoRA", "bridge": "bridge"}
 
@@ -62,11 +62,15 @@ class Artifact:
         origins (`dict[str, Origin]`): `source` and `target`, the models, and `adapter`, which bridges have not.
         report (`dict`): What `cast_metrics.json` holds: `metrics` and `history` of the translation, for a folded LoRA
             `folded`, and `evaluation`; each may be missing. For a bridge its `metrics`.
+        beside (`dict`): For a CAST adapter the formats in which the LoRA folded from it lies beside it, with its rank.
+        others (`list[str]`): Where there a LoRA lies that was not folded from this adapter as it is.
     """
 
     kind: Literal["cast", "lora", "bridge"]
     origins: Mapping[str, Origin]
     report: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, int | None] = field(default_factory=dict)
+    others: Sequence[str] = ()
 
     @classmethod
     def of_bridge(cls, config: Mapping[str, Any]) -> Artifact:
@@ -146,6 +150,9 @@ def read_artifact(folder: str | Path) -> Artifact:
     weights = BRIDGE_WEIGHTS_NAME if is_bridge else SAFETENSORS_WEIGHTS_NAME
     if not (folder / weights).is_file():
         raise ValueError(f"'{folder}' has no {weights}: save the {_NAMES[artifact.kind]} again.")
+    if artifact.kind == "cast":
+        beside, others = read_beside(folder)
+        return replace(artifact, beside=beside, others=others)
     return artifact
 
 

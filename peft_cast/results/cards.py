@@ -27,6 +27,7 @@ TEMPLATE = Path(__file__).parent / "card.md"
 # Whoever deletes this line keeps the card: it is not written again.
 MARK = "<!-- Written by peft-cast. Delete this line to keep your own changes when the adapter is saved or pushed "
 MARK += "again. -->"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` may be
 _INHERITED = "which the metadata of"
 _TAGS = {
     "cast": ["cast", "lora-translation", "transformers"],
@@ -88,6 +89,7 @@ def make_card(
         title=title,
         artifact=artifact,
         here=repo_id or f"path or hub id of this {'bridge' if is_bridge else 'adapter'}",
+        served_rank=next((rank for rank in VLLM_RANKS if rank >= (artifact.beside.get("peft") or 1)), None),
         base=target.hub_id or f"path of {target.label}",
         origins={role: _link(origin) for role, origin in artifact.origins.items()},
         roles=ROLES,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,6 +32,7 @@ from ..utils import (
     check_model_config,
     check_place,
     check_weights,
+    complete_folder,
     find_file,
     one_line,
     read_adapter_config,
@@ -41,9 +43,15 @@ from ..utils import (
     write_tensors,
 )
 from ..utils.fields import check_count, check_option
-from .artifacts import METRICS_NAME, replacing_folder, with_not_carried
+from .artifacts import METRICS_NAME, Origin, replacing_folder, with_not_carried
+from .beside import FOLDED_FROM, PLACES, check_formats, digest_of
+from .gguf_file import check_gguf, write_gguf
+from .mlx_folder import check_mlx, write_mlx
 from .publish import Publishable, add_card
 from .rows import Evaluation
+
+
+MOST_SERVED = 512  # the largest rank that a server takes (vLLM)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,9 @@ class FoldedLora(Publishable):
         report (`dict`): What the `cast_metrics.json` of the CAST adapter holds; empty if it has none.
         not_folded (`list[dict]`): Parts of the CAST adapter that a LoRA on these modules has no place for: `module`
             and `what`.
+        target (`PretrainedConfig`, *optional*): The target model's configuration, for formats that are read without
+            it; `None` if it has none.
+        folded_from (`str`, *optional*): SHA-256 of the CAST adapter's weights file, if it was folded from one.
     """
 
     config: LoraConfig
@@ -69,6 +80,8 @@ class FoldedLora(Publishable):
     origin: Mapping[str, str | None] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
     not_folded: Sequence[Mapping[str, str]] = ()
+    target: PretrainedConfig | None = field(default=None, repr=False)
+    folded_from: str | None = None
 
     @property
     def not_carried(self) -> list[dict[str, str]]:
@@ -94,11 +107,70 @@ class FoldedLora(Publishable):
         with replacing_folder(folder) as partial:
             add_card(self._save(partial), evaluation, evaluated_as)
 
+    def save_gguf(self, file: str | Path) -> None:
+        """Write the LoRA for llama.cpp (`llama-cli -m base.gguf --lora FILE`) and what builds on it, in the precision
+        that it was folded with.
+
+        Args:
+            file: Where; it appears complete or not at all.
+
+        Raises:
+            ValueError: If the target's architecture or a module is none for which llama.cpp's tensors are known here,
+                a value does not fit the precision, or the file holds something else than a GGUF LoRA.
+            ImportError: If the `gguf` package is missing.
+            OSError: If the file cannot be written.
+        """
+        named = {"description": "general.description"}
+        about = {named.get(key, key): value for key, value in self._about().items()}
+        write_gguf(self._factors(), self._target(), file, name=self._title, about=about)
+
+    def save_mlx(self, folder: str | Path) -> None:
+        """Write the LoRA for mlx-lm (`mlx_lm.generate --adapter-path FOLDER`), in the precision that it was folded
+        with.
+
+        Args:
+            folder: Where.
+
+        Raises:
+            ValueError: If the modules of the target's architecture are not known to have the same names in mlx-lm, or
+                the folder holds something else.
+            OSError: If the files cannot be written.
+        """
+        about = {"model": str(without_secrets(self.config.base_model_name_or_path)), **self._about()}
+        write_mlx(self._factors(), self._target(), folder, about)
+
+    def _factors(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """A (r, in) and B (out, r) by the full name of the module."""
+        start, end = "base_model.model.", ".lora_A.weight"
+        names = [key[len(start) : -len(end)] for key in self.weights if key.endswith(end)]
+        return {n: (self.weights[f"{start}{n}{end}"], self.weights[f"{start}{n}.lora_B.weight"]) for n in names}
+
+    def _target(self) -> PretrainedConfig:
+        if self.target is None:
+            raise ValueError("The target has no configuration, which GGUF and MLX need: call `save_pretrained`.")
+        return self.target
+
+    @property
+    def _title(self) -> str:
+        source, adapter = (self.origin.get(f"source_{of}_name_or_path") for of in ("model", "adapter"))
+        named = Origin(adapter).label if adapter and adapter != source else f"LoRA of {Origin(source).label}"
+        return f"{named} for {Origin(self.config.base_model_name_or_path).label}"
+
+    def _about(self) -> dict[str, str]:
+        """What it is and what it lacks, in a few words, for formats that keep metadata."""
+        lost = [list_not_carried(parts) for parts in (self.not_carried, self.not_folded) if parts]
+        lacks = f"; not carried over: {', '.join(lost)}" if lost else ""
+        error = max(self.errors.values(), default=0.0)
+        how = f"with a relative error of at most {error:.3f}" if error else "exactly"
+        said = {"description": f"Translated with peft-cast and folded {how}{lacks}"}
+        return said | ({FOLDED_FROM: self.folded_from} if self.folded_from else {})
+
     def _save(self, folder: Path) -> Path:
         write_tensors(self.weights, folder / SAFETENSORS_WEIGHTS_NAME, format="pt")
         self.config.save_pretrained(str(folder))
         folded = {"rank": self.config.r, "errors": self.errors, "origin": self.origin}
         folded |= {"not_carried": list(self.not_folded)} if self.not_folded else {}
+        folded |= {FOLDED_FROM: self.folded_from} if self.folded_from else {}
         # Scores of the CAST adapter are not those of a LoRA that lost something.
         kept = {k: v for k, v in self.report.items() if k != "evaluation" or not any(self.errors.values())}
         write_json({**kept, "folded": folded}, folder / METRICS_NAME)
@@ -119,6 +191,44 @@ class FoldedLora(Publishable):
         if self.not_folded:
             said += f"\nNot carried over from the CAST adapter: {list_not_carried(self.not_folded)}"
         return said
+
+
+# How each format is written: what is checked before the LoRA is made, and the method.
+FORMATS: dict[str, tuple[Callable[[str], Any], Callable[[FoldedLora, str | Path], None]]] = {
+    "peft": (partial(check_place, kind="LORA"), FoldedLora.save_pretrained),
+    "gguf": (check_gguf, FoldedLora.save_gguf),
+    "mlx": (check_mlx, FoldedLora.save_mlx),
+}
+
+
+def check_beside(folder: Path, formats: str | Iterable[str]) -> list[str]:
+    """Refuse formats that there are not, or whose places in a folder are taken. Returns their names."""
+    for name in (names := check_formats(formats)):
+        FORMATS[name][0](str(folder / PLACES[name]))
+    return names
+
+
+def fold_beside(folder: Path, formats: str | Iterable[str], folded: FoldedLora | None = None) -> None:
+    """Put the plain LoRA beside a saved CAST adapter, at `PLACES`.
+
+    Args:
+        folder: Of the adapter.
+        formats: Of `FORMATS`, in a sequence or a text with commas.
+        folded: The LoRA, if it is there already.
+
+    Raises:
+        ValueError: If there is no such format; as `to_lora` and the methods of `FORMATS`.
+    """
+    if not (names := check_beside(folder, formats)):
+        return
+    folded = replace(folded or to_lora(folder), folded_from=digest_of(folder / SAFETENSORS_WEIGHTS_NAME))
+    for name in names:
+        place = folder / PLACES[name]
+        if name == "peft":  # without a card: the adapter's tells of it
+            with complete_folder(place) as partly:
+                folded._save(partly)
+        else:
+            FORMATS[name][1](folded, place)
 
 
 def to_lora(
@@ -145,7 +255,8 @@ def to_lora(
         `FoldedLora`
 
     Raises:
-        ValueError: If it is no CAST adapter, has nonlinear projections or biases, or `rank` is not positive.
+        ValueError: If it is no CAST adapter, has nonlinear projections or biases, or `rank` is not positive, or
+            larger than the model is wide and servers take.
     """
     adapter = as_path(adapter)
     check_count("rank", rank, 1)
@@ -170,6 +281,9 @@ def to_lora(
             check_foldable(module, adapter_name)
             factors[name] = tuple(f.detach().float().cpu() for f in module.get_factors(adapter_name))
     r = rank or max(len(A) for A, _ in factors.values())
+    most = max(MOST_SERVED, *(max(A.shape[1], len(B)) for A, B in factors.values()))
+    if r > most:
+        raise ValueError(f"`rank` is {r}, and none above {most} is of use: pass a smaller one, or leave it out.")
     weights, errors = {}, {}
     for name, (A, B) in factors.items():
         A, B, errors[name] = _of_rank(A, B, r)
@@ -194,10 +308,14 @@ def to_lora(
         )
     origin = {key: value for key, value in vars(config).items() if key.startswith("source_")}
     report: dict[str, Any] = {}
+    of = None
     if not isinstance(adapter, PeftModel):
+        with suppress(OSError, ValueError, EntryNotFoundError):  # they may be in another format
+            of = digest_of(find_file(adapter, SAFETENSORS_WEIGHTS_NAME, revision))
         with suppress(OSError, ValueError, EntryNotFoundError):  # it may have none
             report = read_json(find_file(adapter, METRICS_NAME, revision))
-    return FoldedLora(lora, weights, errors, origin, with_not_carried(report, config.not_carried), not_folded)
+    report = with_not_carried(report, config.not_carried)
+    return FoldedLora(lora, weights, errors, origin, report, not_folded, getattr(base, "config", None), of)
 
 
 def _besides(model: PeftModel, adapter_name: str) -> list[dict[str, str]]:

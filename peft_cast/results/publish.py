@@ -4,10 +4,12 @@ remedy.
 
 from __future__ import annotations
 
+import glob
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..utils import write_json
 from .artifacts import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME, Artifact, Origin, read_artifact
+from .beside import FILES
 from .cards import write_card
 from .licenses import read_license, read_licenses
 from .rows import Evaluation
@@ -58,9 +61,9 @@ def push(
     """Publish a saved CAST adapter, folded LoRA or bridge on the Hugging Face Hub.
 
     A model card is written to the folder first, unless it has one that you wrote or changed. The folder's own files of
-    the artifact, tokenizer, license texts and pictures are uploaded; subfolders, optimizer states and anything else
-    stay here. A warning says if no license could be inherited, or if the target model is a folder that others do not
-    have.
+    the artifact, tokenizer, license texts and pictures are uploaded, and the LoRA that was folded from it and lies
+    beside it (`lora`, `lora.gguf`, `mlx`); other subfolders, optimizer states and anything else stay here. A warning
+    says if no license could be inherited, or if the target model is a folder that others do not have.
 
     Args:
         folder: What `save_pretrained` wrote. For adapters of another name than "default" the subfolder of that name.
@@ -79,14 +82,19 @@ def push(
         `CommitInfo`: The commit (`oid`, `commit_url`, and `pr_url` of a pull request).
 
     Raises:
-        ValueError: If the folder holds nothing of the three kinds, a name is invalid, options exclude each other or
-            `private=True` meets a public repository.
+        ValueError: If the folder holds nothing of the three kinds, or a LoRA that was folded from another adapter, a
+            name is invalid, options exclude each other or `private=True` meets a public repository.
         OSError: If the Hub refuses or cannot be reached. The message says what to do; the folder stays as it is.
     """
     folder = Path(folder)
     token = token.strip() if isinstance(token, str) else token  # a line break would put it into an error message
     _check_ready(repo_id, token, revision, create_pr)
     artifact = _read(folder, evaluation, evaluated_as)
+    if artifact.others:
+        raise ValueError(
+            f"'{artifact.others[0]}' in '{folder}' was not folded from the adapter as it is now: delete it, or fold "
+            f"the adapter again with `peft-cast to-lora {folder} -o {folder / artifact.others[0]}`."
+        )
     api = HfApi(token=token)
     with _explained(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -118,9 +126,15 @@ def push(
             revision=revision,
             commit_message=commit_message or "Upload with peft-cast",
             create_pr=create_pr,
-            allow_patterns=UPLOADED,
-            ignore_patterns=["*/*"],  # subfolders
+            allow_patterns=[glob.escape(name) for name in _uploaded(folder, artifact)],
         )
+
+
+def _uploaded(folder: Path, artifact: Artifact) -> list[str]:
+    """The files that leave the folder; a pattern alone would match those of subfolders as well."""
+    names = [file.name for file in folder.iterdir() if file.is_file()]
+    own = [name for name in names if any(fnmatch(name, pattern) for pattern in UPLOADED)]
+    return own + [file for name in artifact.beside for file in FILES[name]]
 
 
 def push_saved(save: Callable[[Path], Path], repo_id: str, **options) -> CommitInfo:

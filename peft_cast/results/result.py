@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
@@ -15,8 +16,10 @@ from ..align import ModuleMap
 from ..tuner import CastConfig
 from ..utils import as_place, change_dtype, check_place, distributed, write_json
 from .artifacts import METRICS_NAME, REPORT_NAME, replacing_folder
+from .beside import check_formats
 from .diagnosis import diagnose
-from .publish import Publishable, add_card
+from .fold import FoldedLora, check_beside, fold_beside, to_lora
+from .publish import Publishable, add_card, push_saved
 from .report.contents import contents
 from .report.markdown import to_text
 from .report.page import write_report
@@ -62,6 +65,7 @@ class TranslationResult(Publishable):
         dtype: torch.dtype | None = None,
         evaluation: Evaluation | None = None,
         evaluated_as: str | None = None,
+        formats: str | Iterable[str] = (),
     ) -> None:
         """Save an ordinary PEFT adapter folder, and beside it `cast_metrics.json`, a model card and the report
         (`report.html`, `report.md`, see `write_report`).
@@ -76,18 +80,22 @@ class TranslationResult(Publishable):
             dtype (`torch.dtype`, *optional*): Precision of the file; `self.dtype` when not given. Training goes on in
                 float32 in any case. docs/how-it-works.md says what bfloat16 loses.
             evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
+            formats: In which the LoRA that it folds into is put beside it, for programs without this package: `"peft"`
+                (the folder `lora`), `"gguf"` (the file `lora.gguf`), `"mlx"` (the folder `mlx`).
 
         Raises:
             ValueError: If several of the evaluated adapters could be meant: pass `evaluated_as`; if the folder holds
-                something else than such an adapter.
+                something else than such an adapter; if it folds into no LoRA of these `formats`.
             OSError: If the files cannot be written, with what was there before intact.
         """
         if not distributed.is_main_process():
             return
         config = self.model.peft_config[self.adapter_name]
         check_place(self._in(as_place(folder)), kind=getattr(config.peft_type, "value", config.peft_type))
+        check_beside(self._in(as_place(folder)), formats)
         with replacing_folder(folder) as partial:
             saved = self._save(partial, dtype)
+            self._fold_beside(saved, formats, dtype)
             if isinstance(config, CastConfig):  # distilled LoRAs keep PEFT's card
                 add_card(saved, evaluation, evaluated_as)
             # What quotes texts stays in a file of its own, which is never pushed.
@@ -104,9 +112,36 @@ class TranslationResult(Publishable):
         folder = self._in(folder)
         if (dtype := dtype or self.dtype) is not None:
             change_dtype(folder / SAFETENSORS_WEIGHTS_NAME, dtype)
-        metrics = {name: part for name, part in self.metrics.items() if name != "report"}
-        write_json({"metrics": metrics, "history": self.history}, folder / METRICS_NAME)
+        write_json(self._account(), folder / METRICS_NAME)
         return folder
+
+    def _fold_beside(self, folder: Path, formats: str | Iterable[str], dtype: torch.dtype | None = None) -> None:
+        if check_formats(formats):
+            fold_beside(folder, formats, self.to_lora(dtype=dtype or torch.float32))
+
+    def push_to_hub(self, repo_id: str, *, formats: str | Iterable[str] = (), **options: Any) -> CommitInfo:
+        """Publish this with a model card; options, result and errors are those of `peft_cast.push`, `formats` those of
+        `save_pretrained`.
+        """
+
+        def save(folder: Path) -> Path:
+            saved = self._save(folder)
+            self._fold_beside(saved, formats)
+            return saved
+
+        return push_saved(save, repo_id, **options)
+
+    def _account(self) -> dict[str, Any]:
+        """What `cast_metrics.json` holds."""
+        metrics = {name: part for name, part in self.metrics.items() if name != "report"}
+        return {"metrics": metrics, "history": self.history}
+
+    def to_lora(self, rank: int | None = None, *, dtype: torch.dtype = torch.float32) -> FoldedLora:
+        """The adapter as a plain LoRA, for PEFT, vLLM, llama.cpp or MLX; arguments and errors as in
+        `peft_cast.to_lora`.
+        """
+        folded = to_lora(self.model, rank, adapter_name=self.adapter_name, dtype=dtype)
+        return replace(folded, report={**folded.report, **self._account()})
 
     def diagnosis(self) -> list[str]:
         """What limits this translation and what to do about it, a sentence each; empty when nothing stands out."""

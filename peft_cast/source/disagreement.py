@@ -52,6 +52,16 @@ def passed_over(match: Match) -> str | None:
     return None
 
 
+def made_anew(match: Match) -> str | None:
+    """Whether the projections that an adapter's modules share are not in its file."""
+    if getattr(match.config, "save_projection", True):
+        return None
+    return (
+        "`save_projection` in adapter_config.json is false, so its projections are made anew from "
+        "`projection_prng_key`: where another version of PEFT or PyTorch made others, it computes something else."
+    )
+
+
 def left_open(match: Match) -> str | None:
     """Whether the configuration does not say how the adapter is scaled."""
     name = next((name for name in unnamed(match.config) if name != "r"), None)

@@ -19,6 +19,7 @@ from ..utils import (
     differ,
     files_of,
     find_file,
+    other_kind,
     read_adapter_config,
     read_weights_header,
     unnamed,
@@ -58,6 +59,8 @@ _MARKS = {
     "trainable_token_indices": "trainable_tokens_",
     "kasa_config": "lora_diag",
 }
+# Likewise the projections that all modules of a method share, which its file has with `save_projection`.
+_SHARED = {"VERA": ("vera_A", "vera_B"), "RANDLORA": ("randlora_A", "randlora_B")}
 _HEADS = ("lm_head", "embed_out", "output_layer")
 _EXPERT = re.compile(r"\.experts\.\d+(\.|$)")
 
@@ -97,12 +100,22 @@ def of_another_file(config: PeftConfig, header: Mapping[str, TensorInfo]) -> str
     """Which option of a configuration, the kind or one of a LoRA's, is not that of its file: what follows "it" in a
     sentence, without the stop; `None` if all are.
     """
-    found = _kind_of_file(config, header)
-    if found is not None:
+    if (found := other_kind(type_of(config), header)) is not None:
         kind, key = found
         return (
             f"has a configuration that is not its file's: `peft_type` is {type_of(config)}, and the file is a "
             f"{kind}'s ('{key[:200]}' is in it). Correct `peft_type` in {CONFIG_NAME}"
+        )
+    shared = _SHARED.get(type_of(config), ()) if header else ()
+    lacking = [name for name in shared if not any(name in key.split(".") for key in header)]
+    saved = getattr(config, "save_projection", None)
+    if shared and len(lacking) != (0 if saved else len(shared)):
+        if 0 < len(lacking) < len(shared):
+            return f"has a file that is cut: it holds no `{lacking[0]}`, which its modules share. Get the file again"
+        said = f"is true, and `{shared[0]}` is not" if saved else f"is false, and `{shared[0]}` is"
+        return (
+            f"has a configuration that is not its file's: `save_projection` {said} in its file. Correct it in "
+            f"{CONFIG_NAME}"
         )
     for option, mark in _MARKS.items() if header and type(config) is LoraConfig else ():
         one = next((key for key in header if re.search(mark, key)), None)
@@ -121,27 +134,6 @@ def of_another_file(config: PeftConfig, header: Mapping[str, TensorInfo]) -> str
                 f"has a configuration that names no rank, for which PEFT takes {config.r}, and '{other[:200]}' in its "
                 f"file has {ranks[other]}: add `r` to {CONFIG_NAME}"
             )
-    return None
-
-
-def _kind_of_file(config: PeftConfig, header: Mapping[str, TensorInfo]) -> tuple[str, str] | None:
-    """Of which other kind a file is by the names of its tensors, and one of them; `None` if it can be the
-    configuration's own.
-    """
-    own = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type)
-    steps = {step: key for key in header for step in key.split(".")}
-    if own == "lora_":  # AdaLoRA's too, which alone has an E
-        e = next((step for step in steps if step.startswith("lora_E")), None)
-        if type_of(config) == "ADALORA" and e is None and "lora_A" in steps:
-            return "LoRA", steps["lora_A"]
-        if type_of(config) == "LORA" and e is not None:
-            return "ADALORA", steps[e]
-    if own is None or any(step.startswith(own) for step in steps):
-        return None
-    for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items():
-        for step, key in steps.items():
-            if step.startswith(prefix):
-                return "LoRA" if prefix == "lora_" else str(getattr(kind, "value", kind)), key
     return None
 
 

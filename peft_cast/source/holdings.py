@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME
 from ..align import split_name
 from ..tuner.checks import number_of
 from ..utils import unnamed, without_secrets
-from .kinds import BASE, DEFAULT_RANK, EXACT_UP_TO, TOWER
+from .kinds import BASE, DEFAULT_RANK, EXACT_UP_TO, UNHEARD, beside_text
 
 
 Fate = Literal["exact", "approximated", "measured", "left"]
@@ -60,7 +60,7 @@ class Part:
             return f"approximated by rank {self.rank} (`source_rank`){known}"
         if self.fate == "measured":
             return f"carried exactly up to rank {EXACT_UP_TO}, else approximated by rank {self.rank} (`source_rank`)"
-        if self.what == TOWER:
+        if self.what.endswith(UNHEARD):
             return "not carried, no kernel expresses it: lost, also in `translate`, whose texts do not pass through it"
         if self.what == BASE:
             return "not carried where they differ from the base model's: imitated by the refinement, lost on a bridge"
@@ -150,7 +150,7 @@ class Holdings:
         if not self._left:
             return done
         rest = {"Bridge.cast": "warns that the rest is lost"}
-        if any(part.what != TOWER for part in self._left):
+        if not all(part.what.endswith(UNHEARD) for part in self._left):
             rest["translate"] = "the refinement imitates the rest"
         rest["cast_file"] = rest["Bridge.cast"]
         return f"{done}, {rest.get(verb, 'names the rest')}"
@@ -171,7 +171,7 @@ class Holdings:
             remedy: What to do about modules without a place.
         """
         lost = []
-        beside, left = ([p for p in self.not_carried if (p["what"] == TOWER) == one] for one in (True, False))
+        beside, left = ([p for p in self.not_carried if p["what"].endswith(UNHEARD) == one] for one in (True, False))
         if beside:
             lost.append(f"{list_not_carried(beside)}: use the adapter on its own model where that matters")
         if left:
@@ -236,7 +236,8 @@ def left_parts(found: Iterable[tuple[str, str]]) -> list[Part]:
     """
     found = list(found)
     named = {module for module, what in found if what != BASE}
-    reasons = by_reason({"module": m, "what": what} for m, what in found if what != BASE or m not in named)
+    found = [(module, what) for module, what in found if what != BASE or module not in named]
+    reasons = by_reason({"module": module, "what": beside_text(what, module)} for module, what in found)
     return [Part(what, tuple(dict.fromkeys(modules)), "left") for what, modules in reasons.items()]
 
 

@@ -36,6 +36,7 @@ from .kinds import (
     HEAD,
     SAVED,
     TOKENS,
+    beside_text,
     called,
     default_rank,
     is_read,
@@ -218,7 +219,7 @@ def read_adapter(
 def nothing_carried(kind: str, rest: Iterable[tuple[str, str]], where: str | Path | None = None) -> ValueError:
     """The error of an adapter without kernels that do something; `rest` is what it holds besides."""
     named = f"{kind} adapter" + (f" '{without_secrets(where)}'" if where else "")
-    first = {what: module for module, what in reversed(list(rest))}
+    first = {beside_text(what, module): module for module, what in reversed(list(rest))}
     found = ", ".join(f"{module}: {what}" for what, module in first.items())
     if not found:
         return ValueError(f"The {named} changes nothing, as before training: pass one that was trained.")

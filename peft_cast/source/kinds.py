@@ -22,7 +22,8 @@ BIAS = "trained bias"
 BASE = "weights of the base model in the adapter's file"
 HEAD = "adapter on the output head"
 OUTSIDE = "adapter outside the layers"
-TOWER = "adapter on a part that no text passes through (vision, audio)"
+UNHEARD = "a part that no text passes through (vision, audio)"
+TOWER = f"adapter on {UNHEARD}"
 ALORA = "activation after the invocation tokens only (aLoRA)"
 EVERYWHERE = "every adapted module"
 # What PEFT puts before the names of a model's own modules.
@@ -52,6 +53,13 @@ def on_a(layer: Any) -> str:
 def outside(module: str) -> str:
     """What is said of an adapter on a linear layer outside the decoder's layers, by the layer's name."""
     return TOWER if sees_or_hears(module) else OUTSIDE
+
+
+def beside_text(what: str, module: str) -> str:
+    """What is said of a part of an adapter, also where it lies in a module that no text passes through."""
+    if not sees_or_hears(module) or what.endswith(UNHEARD):
+        return what
+    return TOWER if what.startswith("adapter") else f"{what}, in {UNHEARD}"
 
 
 def on_parameter(name: str) -> str:

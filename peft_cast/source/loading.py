@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from ..models import (
     as_peft_reads,
+    as_skeleton,
     check_loaded,
     check_own_weights,
     check_unwrapped,
     load_model,
     load_on_skeleton,
-    skeleton_of,
     unload_adapters,
+    without_advice,
 )
 from ..tuner.checks import TensorInfo, check_finite, shown
 from ..utils import (
@@ -226,8 +227,7 @@ def check_on_target(
     Raises:
         ValueError, OSError: As `with_adapter`, and if the target is none.
     """
-    planned = isinstance(target, PreTrainedModel) and target.device.type == "meta"  # a skeleton already
-    base = target if planned else skeleton_of(target, "target", target_revision)
+    base = as_skeleton(target, "target", target_revision)
     for adapter in adapters:
         config = _config_to_run(adapter)
         if base is not None:
@@ -283,8 +283,9 @@ def _loaded(
             # The others may be spread over processes and given up here.
             parameters = {name: parameters[name] for name in kept}
             changed = {n: v for n, v in kept.items() if v.is_meta or not torch.equal(parameters[n], v)}
-            if changed and not skeleton:  # which has no weights to put back
-                model.disable_adapter = disabling(model, {parameters[name]: value for name, value in changed.items()})
+            back = {} if skeleton else {parameters[name]: value for name, value in changed.items()}
+            if back or getattr(file.config, "bias", "none") != "none":
+                model.disable_adapter = disabling(model, back)
             yield model.eval(), changed, file.renamed
         finally:
             unload_adapters(base)
@@ -303,12 +304,13 @@ def _acting(read: SourceAdapter, where: str | Path | None = None) -> SourceAdapt
 def _load(adapter: str | Path, file: Readable, match: Match, own: Mapping[str, nn.Parameter]) -> PeftModel:
     source = match.source
     try:
-        if source.device.type == "meta":
-            model = load_on_skeleton(source, file.place, _NAME, file.revision, file.config)
-        else:
-            folder = str(adapter_folder(file.place, file.revision))
-            model = PeftModel.from_pretrained(source, folder, adapter_name=_NAME, config=file.config)
-        why = _other_keys(model, own, file, match)
+        with without_advice():
+            if source.device.type == "meta":
+                model = load_on_skeleton(source, file.place, _NAME, file.revision, file.config)
+            else:
+                folder = str(adapter_folder(file.place, file.revision))
+                model = PeftModel.from_pretrained(source, folder, adapter_name=_NAME, config=file.config)
+            why = _other_keys(model, own, file, match)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # PEFT raises whatever a wrong configuration leads to
@@ -370,6 +372,11 @@ def _base_names(header: Iterable[str]) -> set[str]:
 def _other_keys(model: PeftModel, own: Mapping[str, nn.Parameter], file: Readable, match: Match) -> str | None:
     """PEFT ignores weights in the file that the model has no place for; here they mean that the two do not match."""
     expected = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
+    # With `bias`, PEFT saves the biases of a module that is trained in full under its inner names too.
+    expected -= {name for name in expected if ".original_module." in name}
+    expected -= {
+        key for key in expected if (one := base_name(key.replace(f".{_NAME}.", "."))) != key and one in expected
+    }
 
     def is_copy(key: str) -> bool:
         """Whether a tensor is one of the base model's, or one that the file holds once more under its usual name."""

@@ -169,6 +169,7 @@ def _lost(match: Match, astray: list[Part]) -> str:
         )
     missing = sorted({(part.tail or part.head or (part.key,))[-1] for part in astray})
     has = sorted({name.rpartition(".")[2] for name, size in match.modules.items() if size})
+    missing = [name for name in missing if name not in has] or missing  # others may be elsewhere in the model
     return (
         f"it is for a model of another class, with modules named {_list(missing)} ({_named(astray)} is in the file, "
         f"not in the model; {number_of(len(astray), 'such tensor')}), where {match.model} has {_list(has)}: {remedy}"
@@ -292,6 +293,11 @@ def refused_by_peft(match: Match, error: Exception) -> str | None:
         return _no_room_for(match, [part for part in match.parts if part.is_expert])
     if why := other_rank(match) or unsaved(match) or _other_class(match):
         return why
+    if match.layers and "layers attribute" in said:
+        return (
+            f"its `layer_replication` repeats layers, which PEFT cannot do in {match.model}: set it to null in "
+            f"adapter_config.json, or, if it is right, {other_model(match)}"
+        )
     if match.is_lora and "target" in said.lower():
         return disagreement(match, (), [part.key for part in match.parts])
     if isinstance(error, NotImplementedError) and match.source.device.type == "meta":

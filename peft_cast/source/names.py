@@ -273,6 +273,8 @@ class Match:
         if inner[0] == "original_module":
             return None
         if inner[0] == "modules_to_save":
+            if part.key.replace(f".{'.'.join(inner[:2])}.", ".") in self.header:  # as with biases, saved twice
+                return None
             return inner[2:] if len(inner) > 2 else inner
         for at in range(1, len(inner)):
             tuned = inner[at - 1].startswith(self.prefix) or inner[at - 1].startswith("trainable_tokens_")

@@ -38,7 +38,7 @@ from ..models import (
     untouched,
 )
 from ..options import Pairing
-from ..utils import distributed, read_adapter_config
+from ..utils import distributed, read_adapter_config, without_secrets
 from .card import Card, read_card
 from .kernels import LoraKernel, SourceAdapter
 from .loading import adapted_source, base_of, check_adapter, check_on, load_source
@@ -122,12 +122,20 @@ def named_source(source: Any, adapter: Any, pairing: Pairing) -> tuple[Any, Pair
     """The source, or the one that an adapter on disk or on the hub names, with the options for it.
 
     Raises:
-        ValueError: If the adapter does not say.
+        ValueError, OSError: If the adapter does not say, or names what cannot be read.
     """
     if source is not None or not isinstance(adapter, (str, Path)):
         return source, pairing
     named, revision = distributed.on_main_process(partial(base_of, adapter, pairing.adapter_revision))
-    return named, replace(pairing, source_revision=pairing.source_revision or revision)
+    revision = pairing.source_revision or revision
+    try:
+        check_model(named, "source", revision)
+    except (OSError, ValueError) as error:
+        raise type(error)(
+            f"{str(error).rstrip('.')} (it is named in the adapter_config.json of '{without_secrets(adapter)}'; what "
+            "is passed as `source`, and as `source_revision`, goes before)."
+        ) from error
+    return named, replace(pairing, source_revision=revision)
 
 
 def check_pair(
@@ -167,7 +175,12 @@ def check_pair(
             then(places, here, there, pairing)
 
     for adapter in adapters or [None]:
-        check_source(source, adapter, pairing, check)
+        try:
+            check_source(source, adapter, pairing, check)
+        except ValueError as error:
+            if len(adapters) < 2 or not str(error).endswith("as `source`."):
+                raise
+            raise ValueError(f"{str(error)[:-1]}, with it alone: adapters in a list are all on one source.") from error
     if len(adapters) > 1:  # whose models are loaded before pairs are opened
         for adapter in adapters:
             _open_tokenizers(source, adapter, target, pairing)
@@ -230,10 +243,9 @@ def open_pair(
             "FSDP and ZeRO-3 shard models for good, so they take none that are loaded: pass hub ids or folders."
         )
     on_source = None
-    given = (adapter if isinstance(adapter, PeftModel) else source, target)
-    # Before gigabytes are loaded; of models on the hub after, because one out of reach is told as a model.
-    early = all(isinstance(one, torch.nn.Module) or Path(str(one)).is_dir() for one in given)
-    tokenizers = _open_tokenizers(source, adapter, target, chosen) if early else None
+    reached = isinstance(adapter, PeftModel) or check_model(source, "source", chosen.source_revision) is not None
+    # Before gigabytes are loaded; of a source out of reach after, because that is told as a model.
+    tokenizers = _open_tokenizers(source, adapter, target, chosen) if reached else None
     with ExitStack() as stack:
         stack.enter_context(distributed.hide_launcher_settings())
         if adapter is None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..align import layer_paths
-from ..models import unload_adapters
+from ..models import unload_adapters, without_advice
 from ..tuner import CastConfig
 from ..tuner.checks import TensorInfo
 from ..utils import read_adapter_config
@@ -75,7 +75,8 @@ def planned_source(
     others = {f"^{re.escape(module)}": r for module, r in ranks.items() if r != usual}
     stand_in = LoraConfig(r=usual, target_modules=list(ranks), rank_pattern=others)
     try:
-        model = get_peft_model(source, stand_in, adapter_name=_STAND_IN, low_cpu_mem_usage=True)
+        with without_advice():
+            model = get_peft_model(source, stand_in, adapter_name=_STAND_IN, low_cpu_mem_usage=True)
         for layer in model.modules():
             if isinstance(layer, LoraLayer):  # beside the skeleton, as the tensors of a file are
                 layer.lora_A.to_empty(device="cpu")

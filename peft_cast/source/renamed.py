@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from ..align import sees_or_hears
 from ..tuner.checks import TensorInfo
 from ..utils import check_weights, find_file
-from .disagreement import left_open, passed_over
+from .disagreement import left_open, made_anew, passed_over
 from .kinds import PREFIX
 from .names import Match, Part, halves
 
@@ -56,7 +56,7 @@ def readable(adapter: str | Path, revision: str | None, match: Match) -> Iterato
     """
     config, renaming = _following(match), match.renaming
     header = check_weights(adapter, config, revision, match.source)
-    for said in filter(None, (passed_over(match), left_open(match))):
+    for said in filter(None, (passed_over(match), left_open(match), made_anew(match))):
         warnings.warn(said)
     if renaming is None:
         yield Readable(str(adapter), revision, config, header)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from ..models import without_advice
 
 
 def disabling(model: PeftModel, originals: Mapping[nn.Parameter, torch.Tensor]):
@@ -18,7 +20,9 @@ def disabling(model: PeftModel, originals: Mapping[nn.Parameter, torch.Tensor]):
     @contextmanager
     def disable_adapter() -> Iterator[None]:
         changed = {parameter: parameter.data for parameter in originals}
-        with disable():
+        with ExitStack() as stack:
+            with without_advice():  # which is of trained biases, put back here
+                stack.enter_context(disable())
             for parameter, value in originals.items():
                 parameter.data = value
             try:

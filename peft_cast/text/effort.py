@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .closings import AGAIN, KINDS, MARKS, OPENED, WORDS
 from .forms import package_forms
 from .mixture import Mixture
 from .ranking import CROSSED
@@ -14,6 +15,7 @@ from .written import ALIKE, SelfWritten
 
 # Tokens, as they were with three adapters: of a prompt, of a content that is written, and of the list it continues.
 PROMPT, CONTENT, LIST = 32, 30, 100
+LINE = 2  # tokens of a last line, behind the break that all of them begin with
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def effort_of(text: Any, limit: int) -> Effort:
     if isinstance(text, SelfWritten):
         by = "target" if text.on_policy else "source"
         return _written(text, count, by) + _contents(text, text.further(count))
-    asked = len(text.prompts or ())
+    asked, lines = len(text.prompts or ()), Effort()
     if not asked:
+        lines = _lines(text)
         forms = min(FORMS, max(8, count // 4))
         asked = SCREENING * len(package_forms()["everyday"]) + forms * CONTENTS
         later = [n * each for n, each in ROUNDS if n < forms]
@@ -68,7 +71,15 @@ def effort_of(text: Any, limit: int) -> Effort:
     steps = SHORT * -(-asked // text.batch_size)
     asking = Effort(asked * 3 * (PROMPT + SHORT), 0, steps, 0, min(asked, text.batch_size), PROMPT + SHORT)
     focus = count if text.prompts else count - round(text.breadth * count)
-    return asking + _contents(text, focus) + _written(text, count, "source")
+    return lines + asking + _contents(text, focus) + _written(text, count, "source")
+
+
+def _lines(spec: Survey) -> Effort:
+    """Last lines of prompts, each read with the adapter and without."""
+    lines = WORDS + MARKS + AGAIN * (len(KINDS) - 1)
+    passes = 2 * LINE * -(-lines // spec.batch_size)
+    openings = OPENED * len(package_forms()["before"])
+    return Effort(2 * (lines * LINE + openings * PROMPT), 0, passes, 0, spec.batch_size, PROMPT)
 
 
 def _written(spec: SelfWritten | Survey, count: int, by: str) -> Effort:

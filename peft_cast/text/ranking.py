@@ -76,8 +76,8 @@ def weighed(tried: Sequence[Tried]) -> dict[Tried, float]:
 
 
 def recurring(tried: Sequence[Tried]) -> list[str]:
-    """Answers that recur over many forms and contents, most frequent first: a classifier's words. Empty for other
-    adapters.
+    """Answers that recur over many forms and contents, most frequent first: a classifier's words, each in the spelling
+    that recurs most. Empty for other adapters.
     """
     forms, contents = defaultdict(set), defaultdict(set)
     for one in tried:
@@ -85,7 +85,10 @@ def recurring(tried: Sequence[Tried]) -> list[str]:
         contents[answer_of(one)].add(one.content)
     least = max(RECUR, len({one.form for one in tried}) // 10)
     words = [word for word in forms if word and len(forms[word]) >= least and len(contents[word]) >= RECUR]
-    return sorted(words, key=lambda word: -len(forms[word])) if len(words) > 1 else []
+    spelled: dict[str, str] = {}
+    for word in sorted(words, key=lambda word: -len(forms[word])):
+        spelled.setdefault(word.casefold(), word)
+    return list(spelled.values()) if len(spelled) > 1 else []
 
 
 def by_form(tried: Sequence[Tried]) -> dict[Form, list[Tried]]:

@@ -7,18 +7,19 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import check_prompts_fit
+from ..models import check_prompts_fit, fitting
 from ..source import Card
+from .closings import KINDS, acting_forms
 from .corpus import read_corpus
 from .forms import FROM_CORPUS, Contents, Form, drawn_forms, package_forms, taken_apart
-from .judged import token_nats_of
+from .judged import moved_nats, token_nats_of
 from .ranking import Tried, by_form, crossed, described, exciting, in_turn, ranked, recurring, the_best, weighed
 from .rows import read_asked
 from .samples import TextSample
@@ -185,8 +186,14 @@ class Surveyor:
     def answers(self, asked: Sequence[tuple[Form, str]], how: SelfWritten) -> dict[TextSample, tuple[Form, str]]:
         """What the adapted source answers, where it answers at all, and to what."""
         of = dict(zip(self.prompts(asked), asked))
-        found = write_answers(self.model, self.tokenizers[0], list(of), how, self.seed, keep=self.keep)
+        found = write_answers(self.model, self.tokenizers[0], self._read_whole(of), how, self.seed, keep=self.keep)
         return {one: of[replace(one, text="")] for one in found}
+
+    def _read_whole(self, prompts: Iterable[TextSample]) -> list[TextSample]:
+        """Those that the source has learned positions for; the examples of a card may be of any length."""
+        prompts = list(prompts)
+        fits = fitting(self.model, self.tokenizers[0], [one.source_prompt for one in prompts])
+        return [one for one, fit in zip(prompts, fits) if fit]
 
     def ask(self, asked: Sequence[tuple[Form, str]]) -> list[Tried]:
         """How the adapted source begins its likeliest answers, and what the adapter has to do with it."""
@@ -209,12 +216,17 @@ class Surveyor:
         few = sorted((form for form in forms if form.content == "question"), key=lambda form: not form.chat)
         return self.ask([(form, one) for form in few[:SCREENING] for one in self.known["everyday"]])
 
+    def acting_forms(self) -> list[Form]:
+        """Forms of which the adapter's own last lines are known: after them it moves the next token most."""
+        moved = partial(moved_nats, self.model, self.tokenizers[0], batch_size=self.spec.batch_size)
+        return acting_forms(moved, self.tokenizers[0], self.known, {kind: self.contents.next(kind) for kind in KINDS})
+
     def plain_answers(self, tried: Sequence[Tried]) -> list[str]:
         """What the source answers to prompts without the adapter, likeliest first; empty where it ends at once."""
         prompts = self.prompts([(one.form, one.content) for one in tried])
         written: list[TextSample] = []
         with self.model.disable_adapter(), suppress(ValueError):  # it ends everywhere at once
-            written = write_answers(self.model, self.tokenizers[0], prompts, self.short, self.seed)
+            written = write_answers(self.model, self.tokenizers[0], self._read_whole(prompts), self.short, self.seed)
         texts = {replace(one, text=""): one.text for one in written}
         return [texts.get(prompt, "") for prompt in prompts]
 
@@ -296,8 +308,9 @@ def compared(at_work: Surveyor, forms: int, progress: Callable[[Iterable], Itera
         return at_work.ask([taken_apart(prompt) for prompt in at_work.spec.prompts])
     chat = bool(at_work.tokenizers[0].chat_template)
     templates = [Form(frame, "question") for frame in at_work.card.templates]  # first: they are screened too
-    drawn = drawn_forms(at_work.known, at_work.draw, forms, chat)
-    there = [*dict.fromkeys([*templates, *drawn, *(form for form, _ in at_work.examples)])]
+    acting = at_work.acting_forms()
+    drawn = drawn_forms(at_work.known, at_work.draw, max(forms // 2, forms - len(acting)), chat)
+    there = [*dict.fromkeys([*templates, *acting, *drawn, *(form for form, _ in at_work.examples)])]
     rounds = [(len(there), CONTENTS), *((n, each) for n, each in ROUNDS if n < len(there))]
     screened = at_work.screened(there)
     contents = {kind: found[: CONTENTS // 2] for kind, found in exciting(screened, there).items()}

@@ -14,7 +14,15 @@ from typing import Any, TypeAlias
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models import SampleTopK, beginning_of, check_prompts_fit, continuations, render_chats, seeded
+from ..models import (
+    SampleTopK,
+    beginning_of,
+    check_prompts_fit,
+    continuations,
+    learned_positions,
+    render_chats,
+    seeded,
+)
 from ..tuner.checks import shown
 from ..utils import distributed
 from ..utils.fields import check_count, check_number
@@ -269,7 +277,12 @@ def write_prompts(
     # A body ends where the next item of the list begins; within a line, where none of the given ones has a break.
     stop = "\n\n" if any("\n" in body for body in bodies) else "\n"
     lengths = [len(body) for body in bodies]
-    longest = max(len(tokenizer(body, add_special_tokens=False).input_ids) for body in bodies)
+    sizes = [len(tokenizer(body, add_special_tokens=False).input_ids) for body in bodies]
+    if positions := learned_positions(model):  # four of them, and a fifth, are read
+        bodies = [body for body, size in zip(bodies, sizes) if 6 * size < positions]
+        if not bodies:
+            return []
+    longest = max(size for size in sizes if not positions or 6 * size < positions)
     draw, seen = random.Random(seed), set(bodies)
     written: list[str] = []
     most = 2 * -(-count // batch_size) + 2

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..fit import Bridge, StackedPart, adapter_names, check_adapter_name, check_maps
 from ..models import sharding
 from ..options import Options
-from ..refine import check_first_maps, check_folder, check_prompts
+from ..refine import check_first_maps, check_folder, check_prompts, check_resumed
 from ..source import check_pair, map_kernels
 from ..text import check_all_reached, check_texts, is_written
 from ..tuner.checks import shown
@@ -84,6 +84,7 @@ class Job:
             _check_several(self, shard)
         else:
             self._check_one(shard)
+            check_resumed(self.options, text=self.text, start=self.start, adapter_name=self.adapter_name)
         # What lies on disk or on the hub comes last: it may have to be fetched.
         check_pair(self.source, self.adapters, self.target, pairing, self._check_places, training.max_length)
         check_maps(self.bridge, self.start, self.source, self.adapter, self.target, self.options)
@@ -125,6 +126,7 @@ def _check_several(job: Job, shard: bool) -> None:
     if shard:
         raise ValueError("FSDP and ZeRO-3 are for one adapter at a time: translate them in turn.")
     names = adapter_names(job.adapters, job.adapter_name)
+    check_resumed(job.options, text=job.text, adapter_name=names)
     for other in (other for other in (job.text if isinstance(job.text, Mapping) else ()) if other not in names):
         raise ValueError(f"`text` has a text for '{other}', which is the name of no adapter: {', '.join(names)} are.")
     for name in names:

@@ -7,6 +7,7 @@ from .importing import lazily
 
 if TYPE_CHECKING:
     from . import distributed
+    from .adapter_config import other_kind, read_adapter_config, unnamed
     from .environment import environment
     from .faults import WITH_REMEDY, FaultError, at_fault, explained, said_by, why_unread
     from .files import (
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
         differ,
         files_of,
         find_file,
+        holds_file,
         hub_parts,
         hub_revision,
+        is_out_of_reach,
         looks_like_path,
-        out_of_reach,
         why_no_folder,
         why_no_model,
         why_no_name,
@@ -47,10 +49,8 @@ if TYPE_CHECKING:
         check_model_config,
         check_weights,
         one_line,
-        read_adapter_config,
         read_weights_header,
         replicated_layers,
-        unnamed,
         why_no_weights,
     )
     from .secrets import HIDDEN, secrets_removed, without_secrets

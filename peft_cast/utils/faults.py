@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import constants
 from peft.utils import CONFIG_NAME
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -65,16 +64,20 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
             return f"it holds {held}: pass a hub id or a folder with config.json."
         if (kind := values.get("model_type")) is None:
             return f"{file} has no `model_type`, so it is no model's: get it again."
+        known = f"transformers {transformers.__version__} does not know"
         if kind not in CONFIG_MAPPING:
-            known = f"transformers {transformers.__version__}"
-            return f"{known} does not know its `model_type`, {shown(kind)}: update transformers, or correct it."
+            return f"{known} its `model_type`, {shown(kind)}: update transformers, or correct it."
+        kinds = {part: inner.get("model_type", kind) for part, inner in values.items() if isinstance(inner, Mapping)}
+        odd = next((part for part, one in kinds.items() if not is_name(one) or one not in CONFIG_MAPPING), None)
+        if odd and "model type" in str(error):  # others are not looked at
+            return f"{known} the `model_type` of its `{odd}`, {shown(kinds[odd])}: update transformers, or correct it."
         try:
             check_model_config(values, file)
         except ValueError as found:
             return str(found)
     if why := explained(error, file, values, lambda v: CONFIG_MAPPING[v["model_type"]].from_dict(v).to_dict()):
         return f"{why}."
-    if not Path(model).is_dir() and (why := why_not_on_hub(error, model, revision)):
+    if not Path(model).is_dir() and (why := why_not_on_hub(error, model, revision, "config.json")):
         return why
     said = one_line(error)
     if "valid JSON" in said:
@@ -82,8 +85,6 @@ def why_unread(model: str | Path, error: Exception, revision: str | None = None)
         return f"{file} {why}." if why else f"{said} Correct it, or get it again."
     if said.endswith(WITH_REMEDY):
         return said
-    if constants.HF_HUB_OFFLINE and not Path(model).is_dir():
-        return f"{said} HF_HUB_OFFLINE is set: unset it, or pass a folder with config.json."
     return f"{said} Pass a hub id or a folder with config.json."
 
 

@@ -181,8 +181,8 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
     Args:
         folder: Where an adapter shall be written.
         inputs: What it is made from: names, or objects, which are in nobody's way.
-        kind (`str`): PEFT's type of the adapter that is written; one of the same type may be replaced. `None` for a
-            bridge.
+        kind (`str`): PEFT's type of the adapter that is written, "MLX" for one of mlx-lm; one of the same type may be
+            replaced. `None` for a bridge.
 
     Returns:
         `Path`: The folder, see `as_place`.
@@ -197,14 +197,15 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
     folder = as_place(folder)
     if any(
         isinstance(name, (str, Path)) and Path(name).exists() and folder.resolve() == Path(name).resolve()
-        for name in inputs
+        for name in map(as_path, inputs)
     ):
         raise ValueError(f"'{folder}' would be overwritten while it is read: write to another folder.")
     if folder.is_file():
         raise ValueError(f"'{folder}' is a file: write to a folder.")
     check_writable(folder)
     config = read_json_if_there(folder / "adapter_config.json")
-    there = config.get("peft_type") if isinstance(config, dict) else None
+    mlx = {"peft_type": "MLX"} if isinstance(config, dict) and "fine_tune_type" in config else {}
+    there = {**mlx, **config}.get("peft_type") if isinstance(config, dict) else None
     if there not in (None, kind):
         raise ValueError(
             f"'{folder}' holds an adapter of type {there}, which would be overwritten: write to another folder."

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub import constants, hf_hub_download, list_repo_files
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch.nn import Module
 
 from ..tuner.checks import read_json
 
 
-# What follows the Hub's host in an address, or any other address.
 _LONGEST = 255  # letters of a part of a path
+_AT_REVISION = re.compile(r"([\w-][\w.-]*/[\w.-]+(?:/[\w./-]+)?)@([\w./-]+)")  # as other tools write it
+# What follows the Hub's host in an address, or any other address.
 _ADDRESS = re.compile(
     r"(?:https?://)?(?:[^/@]*@)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^?#]*[^?#/])/?(?:[?#].*)?|\w+://.*"
 )
@@ -47,11 +50,27 @@ def find_file(adapter: str | Path, name: str, revision: str | None = None) -> Pa
     return Path(hf_hub_download(repo_id, name, subfolder=subfolder, revision=revision))
 
 
-def why_not_on_hub(error: BaseException, name: str | Path, revision: str | None = None) -> str | None:
-    """Why a repository on the hub could not be read, and what to do; `None` if the error, or what led to it, is none
-    of the hub's.
+def holds_file(name: str | Path, file: str, revision: str | None = None) -> bool:
+    """Whether a folder or repository has a file; not if it is out of reach."""
+    try:
+        find_file(name, file, revision)
+    except (EntryNotFoundError, OSError, ValueError):
+        return False
+    return True
+
+
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether an error came of a hub without a connection."""
+    return isinstance(error, LocalEntryNotFoundError) or (
+        error.__cause__ is not None and is_out_of_reach(error.__cause__)
+    )
+
+
+def why_not_on_hub(error: BaseException, name: str | Path, revision: str | None, config: str) -> str | None:
+    """Why what has this name, a folder with the file `config`, could not be read on the hub, in a sentence that ends
+    with the remedy; `None` if the error, or what led to it, is none of the hub's.
     """
-    repo_id, _ = hub_parts(name)
+    repo_id, subfolder = hub_parts(name)
     if isinstance(error, RevisionNotFoundError):
         return f"on the Hub '{repo_id}' has no revision '{revision}': correct it."
     if isinstance(error, GatedRepoError):
@@ -65,8 +84,17 @@ def why_not_on_hub(error: BaseException, name: str | Path, revision: str | None 
         )
     if getattr(getattr(error, "response", None), "status_code", None) == 401:
         return "the Hub does not know your token: log in with `hf auth login`."
+    if isinstance(error, LocalEntryNotFoundError):
+        where = f" in the subfolder '{subfolder}' of the repository '{repo_id}'" if subfolder else ""
+        why = "check your connection"
+        if constants.HF_HUB_OFFLINE:
+            why = "HF_HUB_OFFLINE is set, and it was not fetched before, so unset that"
+        return (
+            f"there is no such folder here, and on the Hub{where} it could not be reached: {why}, or pass a folder "
+            f"with {config}."
+        )
     if error.__cause__ is not None:
-        return why_not_on_hub(error.__cause__, name, revision)
+        return why_not_on_hub(error.__cause__, name, revision, config)
     return None
 
 
@@ -74,13 +102,6 @@ def hub_parts(name: str | Path) -> tuple[str, str | None]:
     """The repository and the subfolder in it that a name on the hub stands for."""
     parts = str(name).strip("/").split("/")
     return "/".join(parts[:2]), "/".join(parts[2:]) or None
-
-
-def out_of_reach(name: str | Path, said: str) -> str:
-    """That what has this name is neither here nor to be had from the hub, of which was said so."""
-    repo_id, subfolder = hub_parts(name)
-    where = f" in the subfolder '{subfolder}' of the repository '{repo_id}'" if subfolder else ""
-    return f"there is no such folder here, and on the Hub{where} it could not be reached: {said}"
 
 
 def hub_revision(name: Any, revision: str | None) -> str | None:
@@ -109,11 +130,12 @@ def files_of(adapter: str | Path, revision: str | None = None) -> list[str]:
 
 
 def _is_hub_id(name: str) -> bool:
+    repo_id, subfolder = hub_parts(name)
     try:
-        validate_repo_id(hub_parts(name)[0])
+        validate_repo_id(repo_id)
     except HFValidationError:
         return False
-    return True
+    return not {"", ".", ".."} & set((subfolder or "as it is").split("/"))
 
 
 def looks_like_path(name: Any) -> bool:
@@ -140,6 +162,8 @@ def why_no_name(name: str | Path) -> str | None:
         return f"'{text}' is in llama.cpp's format GGUF, made from what is wanted here"
     if folder.exists():
         return None
+    if (found := _AT_REVISION.fullmatch(text)) is not None:
+        return f"'{text}' is no hub id, that is '{found[1]}', its revision '{found[2]}'"
     if (found := _ADDRESS.fullmatch(text)) is None:
         if looks_like_path(name):
             return f"there is no folder '{name}'"
@@ -204,7 +228,7 @@ def why_no_folder(name: Any, config: str, revision: str | None = None) -> str | 
         if isinstance(getattr(name, "_orig_mod", name), PeftModel):  # as torch.compile wraps it
             return "a PeftModel in memory has no files: save it, with `save_pretrained(folder)`, and pass the folder"
         kind = type(name).__name__
-        if config == CONFIG_NAME and isinstance(name, (list, tuple, Mapping)):
+        if config == CONFIG_NAME and isinstance(name, Iterable) and not isinstance(name, Module):
             several = "pass one at a time, and to `translate` several as a list, with names as `adapter_name=[...]`"
             return f"an object of type {kind} is no name of one: {several}"
         return f"an object of type {kind} is no name of one: {remedy}"
