@@ -39,7 +39,7 @@ from ..utils import (
 from .disagreement import other_masks, other_shape, other_tokens, warn_of_base
 from .files import holdings_of, of_another_file, unusable
 from .idle import idle
-from .kernels import SourceAdapter, nothing_carried, read_adapter
+from .kernels import SourceAdapter, nothing_carried, read_adapter, saved_dtype
 from .kinds import ELSEWHERE, MISNAMED, PREFIX, changes_weights, kind_of, refusal, refusal_to_run, type_of
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
 from .names import Match
@@ -194,12 +194,17 @@ def adapted_source(
     if isinstance(adapter, PeftModel):
         adapter.eval()
         with unmerged(adapter):
-            yield _acting(read_adapter(adapter, {}, source_rank))
+            read = _acting(read_adapter(adapter, {}, source_rank))
+            state = get_peft_model_state_dict(
+                adapter, adapter_name=adapter.active_adapter, save_embedding_layers=False
+            )
+            yield dataclasses.replace(read, dtype=saved_dtype(tensor.dtype for tensor in state.values()))
         return
     config = read_adapter_config(adapter, revision)
     with _loaded(source, adapter, revision, config, which) as (model, changed, renamed):
         read = _acting(read_adapter(model, changed, source_rank, adapter), adapter)
-        yield dataclasses.replace(read, renamed=renamed)
+        header = read_weights_header(adapter, revision)
+        yield dataclasses.replace(read, renamed=renamed, dtype=saved_dtype(info.dtype for info in header.values()))
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from ..tuner import CastConfig
 from ..tuner.checks import check_fields, read_header, read_json, shown
 from .names import files_of, find_file, hub_parts, why_no_folder, why_not_on_hub
-from .safety import one_line, secrets_removed, without_secrets
+from .safety import one_line
+from .secrets import secrets_removed, without_secrets
 
 
 # Settings with which PEFT would import a module that the file names.
