@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 import models  # noqa: E402
 
 
-NEW_TOKENS, PROBLEMS = 64, 16
+NEW_TOKENS, PROBLEMS = 32, 8
 TINY_TOKENS, TINY_PROMPTS = 12, 4
 SIZES = {
     "hidden_size": 64,

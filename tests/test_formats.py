@@ -221,6 +221,8 @@ def test_every_architecture_was_run_and_answered_alike(program, kinds):
     cases = json.loads((ROOT / "docs" / "figures" / f"serve_{program}.json").read_text(encoding="utf-8"))["cases"]
     for kind in kinds:
         run = cases[kind]
+        # GPT-2's factors are swapped by llama.cpp's converter, and refused by llama.cpp (docs/serving.md).
+        assert run.get("same_tensors_as_llama.cpp_converts", True) == (kind != "gpt2"), kind
         for which in ("without_the_adapter", "with_the_adapter"):
             assert run[which]["answers_equal"] == run["prompts"], kind
             assert run[which]["tokens_equal_before_first_difference"] == run[which]["tokens"], kind
