@@ -220,7 +220,7 @@ def adapters(bridge: peft_cast.Bridge, folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = {}
     seconds = by_turns(
         {
-            "cast": lambda: bridge.cast_file(LORA, folder / "cast"),
+            "cast": lambda: bridge.cast_file(LORA, folder / "cast", dtype=torch.float32),
             "reading": lambda: load_file(LORA / "adapter_model.safetensors"),
         },
         3,
@@ -252,7 +252,7 @@ def adapters(bridge: peft_cast.Bridge, folder: Path) -> dict[str, Any]:
         seconds = by_turns({name: partial(work, name) for name in ("cast", "lora")}, 20)
         report[verb] = beside(seconds["cast"], seconds["lora"])
     source = (LORA / "adapter_model.safetensors").stat().st_size
-    bridge.cast_file(LORA, folder / "cast_bfloat16", dtype=torch.bfloat16)  # as the source LoRA
+    bridge.cast_file(LORA, folder / "cast_bfloat16")  # as the source LoRA
     folded = peft_cast.to_lora(folder / "cast", dtype=torch.bfloat16)
     folded.save_pretrained(folder / "lora_bfloat16")
     names = "cast", "lora", "cast_bfloat16", "lora_bfloat16"

@@ -11,54 +11,17 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from .tuner import CastConfig
-from .utils import as_place, without_secrets
-from .utils.arguments import check_training_args
-from .utils.fields import Group, describe, is_a, option, unknown
+from .utils import values
+from .utils.fields import Group, describe, option, unknown
+from .utils.secrets import without_secrets
 
 
-def _depth_map(value: Any) -> str | None:
-    if isinstance(value, Mapping):
-        numbers = bool(value) and all(is_a(layer, Integral) for pair in value.items() for layer in pair)
-    else:
-        numbers = isinstance(value, str) and value in ("proportional", "similarity")
-    return None if numbers else "be 'proportional', 'similarity' or a mapping of layer numbers, as `{0: 0, 1: 2}`"
-
-
-def _module_map(value: Any) -> str | None:
-    names = isinstance(value, Mapping) and all(isinstance(name, str) for pair in value.items() for name in pair)
-    return None if names else "be a mapping of module names, as `{fc1: up_proj}`"
-
-
-def _seed(value: Any) -> str | None:
-    return None if is_a(value, Integral) and 0 <= value < 2**32 else "be a whole number from 0 to 2³² − 1"
-
-
-def _dtype(value: Any) -> str | None:
-    fits = isinstance(value, torch.dtype) and value.is_floating_point and value.itemsize > 1  # float8 stores
-    return None if fits else "be torch.float32, torch.bfloat16 or torch.float16"
-
-
-def _source_rank(value: Any) -> str | None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    share = isinstance(value, float) and 0 < value <= 1
-    return None if whole or share else "be a whole number from 1 or a share of the energy from 0 to 1 (such as 0.9)"
-
-
-def _teacher(value: Any) -> str | None:
-    named = (
-        value in ("auto", "source", "shown", "delta")
-        if isinstance(value, str)
-        else is_a(value, Real) and 0 <= value <= 1
-    )
-    return None if named else "be 'auto', 'source', 'shown', 'delta' or a number from 0 to 1"
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -79,21 +42,21 @@ class Pairing(Group):
         "Which target layer each source layer's part of the LoRA lands on. `proportional` keeps the relative depth; "
         "`similarity` is the order-keeping map of the largest linear CKA between hidden states; or a mapping of layer "
         "numbers.",
-        check=_depth_map,
+        check=values.depth_map,
     )
     module_map: Mapping[str, str] | None = option(
         None,
         "Source module to target module, such as `{fc1: up_proj}`, where the map that is found "
         "(`metrics['alignment']['routes']`) is not the one you want. Names are last parts, names within a layer, full "
         "names, roles (`q`, `up`, ...) or rows of a target module (`W_in[0:64]`). See docs/decoders.md.",
-        check=_module_map,
+        check=values.module_map,
     )
     source_rank: int | float | None = option(
         None,
         "Rank to which the weight changes are cut of an adapter that is no plain LoRA, or the share of their squared "
         "singular values to keep. When not given: the exact rank up to 64, else 16 or twice the LoRA's, whichever is "
         "more.",
-        check=_source_rank,
+        check=values.source_rank,
     )
     device: str | torch.device | None = option(
         None,
@@ -111,7 +74,7 @@ class Pairing(Group):
         "is fast at it (GPU, CPU with AMX or AVX512-BF16), else float32.",
         everyday=True,
         decides=False,
-        check=_dtype,
+        check=values.dtype,
     )
 
 
@@ -133,6 +96,8 @@ class Projections(Group):
     )
 
     def __post_init__(self) -> None:
+        from .tuner import CastConfig
+
         super().__post_init__()
         given = {name: value for name, value in vars(self).items() if value is not None}
         CastConfig(**{"projection_type": "factored" if self.projection_sharing else "compact", **given})
@@ -191,7 +156,7 @@ class Training(Group):
     max_length: int = option(
         256, "Most tokens per text, in either model. Longer texts are cut.", everyday=True, least=2
     )
-    seed: int = option(0, "Seed of the sampled text and of the training order.", everyday=True, check=_seed)
+    seed: int = option(0, "Seed of the sampled text and of the training order.", everyday=True, check=values.seed)
     eval_samples: int = option(
         16, "Texts kept out of the refinement, to measure the distance to the teacher on.", least=1
     )
@@ -217,7 +182,7 @@ class Training(Group):
         "knowledge. `delta` adds only what the LoRA changes to the target's own prediction; a number from 0 "
         "(`source`) to 1 (`delta`) mixes them (docs/results.md). `auto` takes `shown` where the target is clearly the "
         "stronger on the text's prompts, `delta` where a survey finds nothing that the adapter does, else `source`.",
-        check=_teacher,
+        check=values.teacher,
     )
     enough: float = option(
         0.98,
@@ -247,7 +212,10 @@ class Training(Group):
             raise ValueError(
                 "With `alpha`, `beta` and `gamma` 0 nothing is learned: leave one above 0, or `steps` at 0."
             )
-        check_training_args(self.training_args or {})
+        if self.training_args:
+            from .utils.arguments import check_training_args
+
+            check_training_args(self.training_args)
 
     @property
     def anchor_weight(self) -> float:
@@ -276,6 +244,14 @@ class Run(Group):
         "been (docs/resuming.md).",
         decides=False,
     )
+    save_dtype: torch.dtype | None = option(
+        None,
+        "Precision of the saved adapter: bfloat16, float16, float32. When not given that of the source LoRA's file "
+        "(float32 for an adapter in memory that is in float32, as PEFT loads them). It is trained in float32 in any "
+        "case.",
+        decides=False,
+        check=values.dtype,
+    )
     cache_dir: str | Path | None = option(
         None,
         "Folder where the closed form and the teacher's predictions are kept for further runs on the same models, "
@@ -293,6 +269,8 @@ class Run(Group):
     progress: bool = option(True, "Show progress bars.", decides=False)
 
     def __post_init__(self) -> None:
+        from .utils import as_place
+
         super().__post_init__()
         for name in ("output_dir", "cache_dir"):
             if (given := getattr(self, name)) is not None:
@@ -365,6 +343,18 @@ class Options:
         return Options.of(changed, **{group: getattr(self, group) for group in GROUPS})
 
 
+# The options of the functions that are commands too, whose flags are made before the functions are imported.
+OF_COMMANDS = {
+    "plan": "source_revision adapter_revision target_revision depth_map module_map source_rank dtype projection_type "
+    "projection_size projection_bias projection_sharing fit_samples steps on_policy_steps batch_size max_length "
+    "eval_samples gamma teacher teacher_top_k training_args",
+    "probe": "source_tokenizer source_revision adapter_revision source_rank device dtype fit_text seed progress",
+    "evaluate": "target_tokenizer target_revision device dtype progress",
+    "fit_bridge": "source_tokenizer target_tokenizer source_revision target_revision depth_map module_map device "
+    "source_device dtype ridge batch_size max_length progress",
+}
+
+
 def takes(names: str) -> Callable[[Callable], Callable]:
     """Note that a function reads these options alone, named in one text; of a group it leaves the others unread."""
 
@@ -375,9 +365,11 @@ def takes(names: str) -> Callable[[Callable], Callable]:
     return note
 
 
-def names_taken(function: Callable | None) -> dict[str, dataclasses.Field]:
-    """The options that a function takes, by name; all for `None` and for one that `takes` says nothing of."""
+def names_taken(function: Callable | str | None) -> dict[str, dataclasses.Field]:
+    """The options that a function, or one of its name, takes, by name; all for `None` and for `translate`."""
     known = {one.name: one for _, one in all_options()}
+    if isinstance(function, str):
+        return {name: known[name] for name in (OF_COMMANDS[function].split() if function in OF_COMMANDS else known)}
     return {name: known[name] for name in getattr(function, "options_taken", known)}
 
 

@@ -26,6 +26,7 @@ from peft_cast.fit.maps import Map
 from peft_cast.options import Pairing
 from peft_cast.refine.losses import kl_divergence
 from peft_cast.results.artifacts import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME
+from peft_cast.utils import change_dtype
 
 
 INPUTS = torch.randint(3, 300, (4, 30), generator=torch.Generator().manual_seed(0))
@@ -35,6 +36,10 @@ def distance(teacher, model, inputs=INPUTS):
     with torch.no_grad():
         teacher, student = (m(inputs).logits.flatten(0, 1) for m in (teacher, model))
     return float(kl_divergence(teacher, student).mean())
+
+
+def dtypes_in(folder) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(folder / "adapter_model.safetensors").values()}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,26 @@ def test_one_bridge_carries_any_adapter_of_the_same_model(same, tmp_path):
         )
 
 
+def test_a_file_has_the_precision_of_its_lora(same, tmp_path):
+    model, bridge, _ = same
+    lora = make_lora(copy.deepcopy(model), tmp_path / "lora", size=0.5)
+    change_dtype(f"{lora}/adapter_model.safetensors", torch.bfloat16)
+    bridge.cast_file(lora, tmp_path / "cast")
+    assert dtypes_in(tmp_path / "cast") == {torch.bfloat16}
+    bridge.cast_file(lora, tmp_path / "whole", dtype=torch.float32)
+    whole = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float32}
+    # What the LoRA gave is kept exactly; what was fitted is rounded.
+    cast = load_file(tmp_path / "cast" / "adapter_model.safetensors")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cast[name].float(), tensor, rtol=0 if name[-2:] in (".A", ".B") else 2**-8, atol=0)
+    too_large = {"x": torch.tensor([1e6])}
+    save_file(too_large, tmp_path / "wide.safetensors")
+    with pytest.warns(UserWarning, match="'x' has numbers beyond the range of torch.float16"):
+        change_dtype(tmp_path / "wide.safetensors", torch.float16)
+    assert load_file(tmp_path / "wide.safetensors") == too_large
+
+
 def test_from_file_to_file_without_either_models_weights(same, tmp_path, monkeypatch):
     model, bridge, folder = same
     lora = make_lora(copy.deepcopy(model), tmp_path / "lora", size=0.5)
@@ -69,8 +94,9 @@ def test_from_file_to_file_without_either_models_weights(same, tmp_path, monkeyp
         patch.setattr("peft_cast.fit.bridge.load_model", lambda *_: pytest.fail("a model was loaded"))
         patch.setattr("peft_cast.source.loading.load_model", lambda *_: pytest.fail("a model was loaded"))
         bridge.cast_file(lora, tmp_path / "cast")
+    assert dtypes_in(tmp_path / "cast") == {torch.float32}  # as the LoRA
     bridge.cast_file(lora, tmp_path / "half", dtype=torch.bfloat16)
-    assert {t.dtype for t in load_file(tmp_path / "half" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    assert dtypes_in(tmp_path / "half") == {torch.bfloat16}
     half = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "half")
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "cast")
     assert 0 < distance(loaded, half) < 0.05 * distance(loaded, model)

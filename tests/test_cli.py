@@ -42,7 +42,7 @@ def call(*words, code: int = 0):
 
 def replace_translate(monkeypatch, function):
     """The command line asks `translate` for its arguments, so the replacement keeps them."""
-    monkeypatch.setattr("peft_cast.cli.app.translate", functools.wraps(peft_cast.translate)(function))
+    monkeypatch.setattr(peft_cast, "translate", functools.wraps(peft_cast.translate)(function))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_translation_without_a_plan_goes_on_and_says_so(
     def fail(*_, **__):
         raise ValueError("There is no telling.")
 
-    monkeypatch.setattr("peft_cast.cli.app.plan", functools.wraps(peft_cast.plan)(fail))
+    monkeypatch.setattr(peft_cast, "plan", functools.wraps(peft_cast.plan)(fail))
     (tmp_path / "text.txt").write_text("\n\n".join(c4_texts(4)), encoding="utf-8")
     words = [source_folder, lora_folder, target_folder, "-o", tmp_path / "out", "--text", tmp_path / "text.txt"]
     result = call("translate", *words, "--steps", 0, "--max-length", 16)

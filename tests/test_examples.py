@@ -200,7 +200,6 @@ def reader(hub, shelves, monkeypatch, tmp_path):
     Path("test.jsonl").write_text("\n".join(problems), encoding="utf-8")
     for name in ("translate", "plan", "fit_bridge"):
         monkeypatch.setattr(peft_cast, name, shortened(getattr(peft_cast, name)))
-        monkeypatch.setattr(f"peft_cast.cli.app.{name}", getattr(peft_cast, name))
     capped(monkeypatch, peft_cast.SelfWritten, "max_new_tokens", 8)
     capped(monkeypatch, peft_cast.SelfWritten, "more_prompts", 0)
     capped(monkeypatch, peft_cast.Generation, "max_new_tokens", 4)

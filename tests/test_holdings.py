@@ -19,6 +19,7 @@ from test_sources import APPROXIMATED, EXACT, FEW, REFUSED, REPORTED, lora, open
 import peft_cast
 from peft_cast.cli.inspect import describe, inspect
 from peft_cast.source import VERBS, read_holdings
+from peft_cast.source.kinds import beside_text
 
 
 KINDS = {**EXACT, **{kind: (config, None) for kind, config in APPROXIMATED.items()}, **REPORTED, **REFUSED}
@@ -258,6 +259,8 @@ def test_without_a_refinement_nothing_is_said_to_imitate_what_kernels_lack():
     assert any("so they are lost: pass `steps`" in sentence for sentence in diagnose(metrics, []))
     metrics["settings"]["steps"] = 5
     assert any("the refinement imitates them" in sentence for sentence in diagnose(metrics, []))
+    metrics["source"]["not_carried"][0]["what"] = beside_text("trained bias", "model.vision_tower.layers.0.fc1")
+    assert any(sentence.endswith("They are lost.") for sentence in diagnose(metrics, []))
 
 
 def test_a_changed_norm_in_the_file_is_named(tmp_path):

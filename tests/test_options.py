@@ -64,7 +64,7 @@ def test_a_new_field_is_checked(novelty):
 def test_a_new_field_is_a_flag_a_key_and_a_row(novelty):
     seen = {}
     app = cli.typer.Typer()
-    app.command()(with_flags(peft_cast.translate)(lambda flags: seen.update(flags)))
+    app.command()(with_flags("translate")(lambda flags: seen.update(flags)))
     assert CliRunner().invoke(app, ["--novelty", "7", "--steps", "2"]).exit_code == 0
     assert seen == {"novelty": 7, "steps": 2}
     assert "How novel." in CliRunner().invoke(app, ["--help"]).stdout

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import peft_cast
 from peft_cast import fit_bridge, plan, to_lora
-from peft_cast.planning.devices import DEVICES, Device, this_machine
+from peft_cast.planning import DEVICES, Device, this_machine
 from peft_cast.planning.fake import _Counter, counted
 from peft_cast.refine.cache import TopKLogProbs
 from peft_cast.refine.losses import Predictions, whole

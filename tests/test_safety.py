@@ -43,7 +43,7 @@ from peft_cast.results.report.redact import redact, redact_pieces
 from peft_cast.source.loading import adapted_source
 from peft_cast.tuner.patterns import check_patterns
 from peft_cast.tuner.quantized import linear_size
-from peft_cast.utils.safety import without_secrets
+from peft_cast.utils import without_secrets
 
 
 resource = pytest.importorskip("resource")  # not on Windows

@@ -24,6 +24,7 @@ from peft_cast.results.diagnosis import diagnose
 from peft_cast.source.pair import open_pair
 from peft_cast.text.reading import read_texts
 from peft_cast.text.samples import TextSample
+from peft_cast.utils import change_dtype
 from peft_cast.utils.distributed import resolve_device, training_device
 
 
@@ -65,6 +66,17 @@ def test_saved_in_half_precision(source_folder, lora_folder, target_folder, tmp_
     loaded = PeftModel.from_pretrained(load(target_folder), tmp_path)
     ids = torch.arange(3, 24).reshape(3, 7)
     torch.testing.assert_close(loaded(ids).logits, result.model(ids).logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("asked", "saved"), [(None, torch.bfloat16), (torch.float32, torch.float32)])
+def test_saved_as_the_lora_or_as_asked(asked, saved, source_folder, lora_folder, target_folder, tmp_path):
+    half = shutil.copytree(lora_folder, tmp_path / "half")
+    change_dtype(half / "adapter_model.safetensors", torch.bfloat16)
+    models, out = (source_folder, half, target_folder), tmp_path / "out"
+    result = peft_cast.translate(*models, steps=0, output_dir=out, save_dtype=asked, **FAST)
+    assert {t.dtype for t in load_file(out / "adapter_model.safetensors").values()} == {saved}
+    # In memory nothing is rounded, for further training.
+    assert any(p.dtype == torch.float32 for n, p in result.model.named_parameters() if "peft_cast_kernels" in n)
 
 
 def test_a_device_that_is_not_there_or_that_trainer_would_not_take_is_refused(monkeypatch):

@@ -7,17 +7,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from .. import __version__
-from ..evaluation import HarnessTask, evaluate, probe
-from ..fit import Bridge, fit_bridge
+import peft_cast
+
+from .. import utils
 from ..options import names_taken
-from ..planning import DEVICES, Plan, plan
-from ..results import FORMATS, TranslationResult, check_formats, fold_beside, push, to_lora, write_report
-from ..source import check_is_read
-from ..text import ENOUGH_PROMPTS
-from ..translate import Job, translate
-from ..utils import as_path, check_output, check_place, distributed, one_line
-from . import inspect as inspection
+from ..planning import DEVICES
 from .console import Commands, hush, print_result, say
 from .flags import with_flags
 from .settings import arguments_for, dtype_of, read_config, read_prompts, read_settings, tasks_of
@@ -37,8 +31,6 @@ app = typer.Typer(
 Source = Annotated[
     str, typer.Argument(help="Model the LoRA was trained on: hub id or folder; `-` takes it from the adapter.")
 ]
-
-
 Adapter = Annotated[str, typer.Argument(help="The LoRA: hub id or folder.")]
 Target = Annotated[str, typer.Argument(help="Model it shall work on: hub id or folder.")]
 # As text: an empty word would become the current folder.
@@ -50,8 +42,6 @@ Text = Annotated[
         rich_help_panel="Text",
     ),
 ]
-
-
 Prompts = Annotated[
     Path | None,
     typer.Option(
@@ -60,18 +50,12 @@ Prompts = Annotated[
         rich_help_panel="Text",
     ),
 ]
-
-
 Config = Annotated[
     Path | None, typer.Option(help="YAML or JSON file with any arguments of the function; options override it.")
 ]
-
-
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Any other argument of the function, `name=value`; may be repeated.")
 ]
-
-
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
@@ -79,7 +63,7 @@ Revision = Annotated[str | None, typer.Option(help="Hub revision.")]
 
 def _say_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"peft-cast {__version__}")
+        typer.echo(f"peft-cast {peft_cast.__version__}")
         raise typer.Exit
 
 
@@ -93,7 +77,7 @@ def peft_cast_command(
 
 
 @app.command("translate")
-@with_flags(translate)
+@with_flags("translate")
 def translate_command(
     source: Source,
     adapter: Adapter,
@@ -124,30 +108,32 @@ def translate_command(
         peft-cast translate HuggingFaceTB/SmolLM2-135M-Instruct you/your-lora google/gemma-3-270m --prompts prompts.txt
         -o out
     """
+    from ..translate import Job
+
     if output is None and not dry_run:
         raise typer.BadParameter("pass the folder that is written, or --dry-run for the plan alone.", param_hint="-o")
     words = {"text": _text(text, prompts), "bridge": bridge, "start": start, **flags}
-    arguments = arguments_for(translate, read_config(config), read_settings(settings), words)
-    quiet = quiet or not distributed.is_main_process()
+    arguments = arguments_for(peft_cast.translate, read_config(config), read_settings(settings), words)
+    quiet = quiet or not utils.distributed.is_main_process()
     hush(quiet)
     arguments = {"output_dir": output, "resume_from_checkpoint": resume, "progress": not quiet, **arguments}
     models = (None if source == "-" else source, adapter, target)
     Job.of(*models, **arguments).check()
     if dry_run:
-        planned = _plan(models, arguments, processes=distributed.launched_processes())
+        planned = _plan(models, arguments, processes=utils.distributed.launched_processes())
         say(str(planned))
         return print_result(planned.as_dict(), "", as_json)
     if not quiet:
         try:
-            say(str(_plan(models, arguments, processes=distributed.launched_processes())))
+            say(str(_plan(models, arguments, processes=utils.distributed.launched_processes())))
         except Exception as error:  # what stands in a plan's way is but a note
-            say(f"There is no plan of this translation, which goes on all the same: {one_line(error)}")
+            say(f"There is no plan of this translation, which goes on all the same: {utils.one_line(error)}")
         say(f"Translating {adapter} to {target}, into {output}\n")
-    translated = translate(*models, **arguments)
-    if not distributed.is_main_process():
+    translated = peft_cast.translate(*models, **arguments)
+    if not utils.distributed.is_main_process():
         return
     assert output is not None, "only a dry run has none"
-    result = cast(TranslationResult, translated)  # of one adapter
+    result = cast(peft_cast.TranslationResult, translated)  # of one adapter
     print_result(
         {"output": str(output), "metrics": result.metrics, "diagnosis": result.diagnosis()},
         f"{result}\nSaved in {output}; the report is {Path(output) / 'report.html'}",
@@ -157,7 +143,7 @@ def translate_command(
 
 
 @app.command("plan")
-@with_flags(plan)
+@with_flags("plan")
 def plan_command(
     source: Source,
     adapter: Adapter,
@@ -174,14 +160,14 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """Tell what a translation will cost: parameters, files, memory and time. Loads no model."""
-    arguments = arguments_for(translate, read_config(config), read_settings(settings), flags)
+    arguments = arguments_for(peft_cast.translate, read_config(config), read_settings(settings), flags)
     models = (None if source == "-" else source, adapter, target)
     planned = _plan(models, arguments, on=on, tokens=tokens, processes=processes, weight_bits=weight_bits)
     print_result(planned.as_dict(), str(planned), as_json)
 
 
 @app.command("probe")
-@with_flags(probe)
+@with_flags("probe")
 def probe_command(
     source: Source,
     adapter: Adapter,
@@ -195,15 +181,17 @@ def probe_command(
     as_json: Json = False,
 ) -> None:
     """Say what an unknown LoRA does: the kinds of prompts it acts on, and its answers beside the plain model's."""
-    arguments = arguments_for(probe, read_config(config), read_settings(settings), flags)
+    arguments = arguments_for(peft_cast.probe, read_config(config), read_settings(settings), flags)
     hush(quiet)
     given = None if prompts is None else read_prompts(prompts)
-    found = probe(None if source == "-" else source, adapter, prompts=given, **{"progress": not quiet, **arguments})
+    found = peft_cast.probe(
+        None if source == "-" else source, adapter, prompts=given, **{"progress": not quiet, **arguments}
+    )
     print_result(found.as_dict(), str(found), as_json)
 
 
 @app.command("evaluate")
-@with_flags(evaluate)
+@with_flags("evaluate")
 def evaluate_command(
     target: Target,
     adapters: Annotated[
@@ -238,26 +226,26 @@ def evaluate_command(
         if not (name and equals and folder):
             raise ValueError(f"An adapter is given as name=folder, got '{word}'.")
         runs.setdefault(name, []).append(folder)
-    chosen = [HarnessTask(task.strip(), limit=limit) for task in harness.split(",")] if harness else []
+    chosen = [peft_cast.HarnessTask(task.strip(), limit=limit) for task in harness.split(",")] if harness else []
     given = read_config(config)
     chosen += tasks_of(given.pop("tasks", []))
     if not chosen:
         raise ValueError("There is nothing to evaluate on: pass `--harness`, or a `--config` with `tasks`.")
     arguments = arguments_for(
-        evaluate, given, {"retrained": retrained, "drift_text": drift_text, "output": output, **flags}
+        peft_cast.evaluate, given, {"retrained": retrained, "drift_text": drift_text, "output": output, **flags}
     )
     if plot is not None:
-        check_output(plot, "plot")
+        utils.check_output(plot, "plot")
         if not arguments.get("retrained"):
             raise ValueError("There would be no recovered lift to plot: name the `--retrained` adapter of the tasks.")
-    found = evaluate(target, runs, chosen, progress=not quiet, **arguments)
+    found = peft_cast.evaluate(target, runs, chosen, progress=not quiet, **arguments)
     print_result(found.to_dict(), str(found), as_json, quiet)
     if plot is not None:
         found.plot(plot)
 
 
 @app.command("bridge")
-@with_flags(fit_bridge)
+@with_flags("fit_bridge")
 def bridge_command(
     source: Annotated[str, typer.Argument(help="Model that adapters come from.")],
     target: Target,
@@ -272,13 +260,13 @@ def bridge_command(
 ) -> None:
     """Fit the adapter-independent part of a model pair once, so that `cast` takes seconds."""
     arguments = arguments_for(
-        fit_bridge, read_config(config), read_settings(settings), {"text": text, "samples": samples, **flags}
+        peft_cast.fit_bridge, read_config(config), read_settings(settings), {"text": text, "samples": samples, **flags}
     )
     hush(quiet)
-    check_place(output, source, target, kind=None)
-    shown = {"progress": not quiet and distributed.is_main_process()}
-    bridge = fit_bridge(source, target, **{**shown, **arguments})
-    if not distributed.is_main_process():
+    utils.check_place(output, source, target, kind=None)
+    shown = {"progress": not quiet and utils.distributed.is_main_process()}
+    bridge = peft_cast.fit_bridge(source, target, **{**shown, **arguments})
+    if not utils.distributed.is_main_process():
         return
     bridge.save_pretrained(output)
     print_result({"output": str(output), "metrics": bridge.metrics}, f"Bridge saved in {output}", as_json, quiet)
@@ -290,18 +278,20 @@ def cast_command(
     adapter: Adapter,
     output: Output,
     gain: Annotated[float | None, typer.Option(help="Factor on the deltas.")] = None,
-    dtype: Annotated[str, typer.Option(help="Precision of the file.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="Precision of the file; the LoRA's own when not given.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Carry a LoRA over a bridge: file to file, no model weights, no text, no training."""
-    bridge, adapter = as_path(bridge), as_path(adapter)
-    check_place(output, bridge, adapter)
-    over = Bridge.from_pretrained(bridge)
+    from ..source import check_is_read
+
+    bridge, adapter = utils.as_path(bridge), utils.as_path(adapter)
+    utils.check_place(output, bridge, adapter)
+    over = peft_cast.Bridge.from_pretrained(bridge)
     models = f"{over.source.name} {adapter} {over.target.name}"
     remedy = f"use `peft-cast translate {models} --bridge {bridge} --steps 0 -o {output}`"
     check_is_read(adapter, remedy=remedy, source=over.source.name)
-    held = over.cast_file(adapter, output, gain=gain, dtype=dtype_of(dtype))
+    held = over.cast_file(adapter, output, gain=gain, dtype=None if dtype is None else dtype_of(dtype))
     account = {"output": str(output), "not_carried": held.not_carried, "holdings": held.as_dict()}
     print_result(account, "\n".join([*held.lines(), f"CAST adapter saved in {output}"]), as_json, quiet)
 
@@ -321,12 +311,14 @@ def to_lora_command(
     as_json: Json = False,
 ) -> None:
     """Fold a CAST adapter into a plain LoRA, for vLLM, llama.cpp and everything else that serves LoRAs."""
+    from ..results import FORMATS, check_formats
+
     (format,) = check_formats([format])
     check, save = FORMATS[format]
     if format == "peft":
-        check_place(output, adapter, kind="LORA")
+        utils.check_place(output, adapter, kind="LORA")
     check(output)
-    folded = to_lora(adapter, rank, revision=revision, dtype=dtype_of(dtype))
+    folded = peft_cast.to_lora(adapter, rank, revision=revision, dtype=dtype_of(dtype))
     save(folded, output)
     account = {"output": str(output), "format": format, "rank": folded.config.r, "errors": folded.errors}
     account |= {"not_carried": folded.not_carried, "not_folded": list(folded.not_folded)}
@@ -340,6 +332,8 @@ def inspect_command(
     as_json: Json = False,
 ) -> None:
     """Say what an adapter is, where it came from, which layers map to which, and its sizes."""
+    from . import inspect as inspection
+
     account = inspection.inspect(adapter, revision)
     print_result(account, inspection.describe(account), as_json)
 
@@ -349,7 +343,7 @@ def report_command(
     folder: Annotated[Path, typer.Argument(help="A saved translation.")], quiet: Quiet = False, as_json: Json = False
 ) -> None:
     """Write a translation's report (`report.html`, `report.md`) again."""
-    page = write_report(folder)
+    page = peft_cast.write_report(folder)
     print_result({"report": str(page)}, f"Report written to {page}", as_json, quiet)
 
 
@@ -369,8 +363,10 @@ def push_command(
 ) -> None:
     """Publish a saved folder on the Hugging Face Hub, with a model card. Log in with `hf auth login` first."""
     if formats is not None:
+        from ..results import fold_beside
+
         fold_beside(folder, formats)
-    done = push(
+    done = peft_cast.push(
         folder, repo_id, private=private or None, revision=revision, commit_message=message, create_pr=pull_request
     )
     account = {"repo_id": repo_id, "url": str(done.pr_url or done.commit_url)}
@@ -388,10 +384,12 @@ def _text(text: str | None, prompts: Path | None) -> Any:
         return text
     if text not in (None, "self"):
         raise ValueError("Pass `--text` or `--prompts`, not both: prompts are for text that the models write.")
+    from ..text import ENOUGH_PROMPTS
+
     given = list(read_prompts(prompts))
     return {"survey" if len(given) < ENOUGH_PROMPTS else "self": {"prompts": given}}
 
 
-def _plan(models: tuple[str | None, str, str], arguments: dict[str, Any], **more: Any) -> Plan:
-    known = {*names_taken(plan), "text", "bridge", "start"}
-    return plan(*models, **{name: value for name, value in arguments.items() if name in known}, **more)
+def _plan(models: tuple[str | None, str, str], arguments: dict[str, Any], **more: Any) -> peft_cast.Plan:
+    known = {*names_taken("plan"), "text", "bridge", "start"}
+    return peft_cast.plan(*models, **{name: value for name, value in arguments.items() if name in known}, **more)

@@ -13,14 +13,12 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO
 
-import datasets
-import torch
-import transformers
 from rich.console import Console
 from typer import Abort
 from typer.core import TyperGroup
 
-from ..utils import without_secrets
+from ..utils.importing import when_imported
+from ..utils.secrets import without_secrets
 
 
 _PACKAGE = Path(__file__).parents[1]
@@ -57,14 +55,15 @@ def print_result(account: dict[str, Any], text: str, as_json: bool, quiet: bool 
 def hush(quiet: bool) -> None:
     """Without the bars of the libraries."""
     if quiet:
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+        when_imported("transformers", lambda: sys.modules["transformers"].logging.disable_progress_bar())
+        when_imported("datasets", lambda: sys.modules["datasets"].disable_progress_bars())
 
 
 @contextmanager
 def _ending_well() -> Iterator[None]:
-    transformers.logging.set_verbosity_error()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what it says of a broken file, the error says too
+    when_imported("transformers", lambda: sys.modules["transformers"].logging.set_verbosity_error())
+    # What it says of a broken file, the error says too.
+    when_imported("datasets", lambda: sys.modules["datasets"].logging.set_verbosity(logging.CRITICAL))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torch|transformers|datasets")
@@ -76,7 +75,7 @@ def _ending_well() -> Iterator[None]:
     except FloatingPointError as error:
         say(str(error), "[red]Error[/red]")
         sys.exit(3)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
+    except _foreseen() as error:
         say(str(error), "[red]Error[/red]")
         sys.exit(1)
     except Exception as error:
@@ -84,6 +83,12 @@ def _ending_well() -> Iterator[None]:
             raise
         say(_unforeseen(error), "[red]Error[/red]")
         sys.exit(1)
+
+
+def _foreseen() -> tuple[type[Exception], ...]:
+    """The errors whose message is a sentence; PyTorch's own can be among them where it has been imported."""
+    torch = sys.modules.get("torch")
+    return (ValueError, OSError, ImportError, *([torch.OutOfMemoryError] if torch else []))
 
 
 def _unforeseen(error: Exception) -> str:

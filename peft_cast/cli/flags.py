@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..options import GROUPS, names_taken
-from ..utils.fields import kinds_of
 
 
-def with_flags(function: Callable) -> Callable[[Callable], Callable]:
+# By the first word of an option's annotation, which is not evaluated: that would import PyTorch.
+_KINDS = {"int": int, "float": float, "bool": bool}
+
+
+def with_flags(function: str) -> Callable[[Callable], Callable]:
     """Give a command a flag for each everyday option of a function; those that are given reach it as `flags`.
 
     Args:
-        function: The function of the package that the command calls.
+        function (`str`): Name of the function of the package that the command calls.
     """
 
     def decorate(command: Callable) -> Callable:
@@ -43,8 +45,8 @@ def with_flags(function: Callable) -> Callable[[Callable], Callable]:
 
 def _flag(name: str) -> Any:
     group = next(kind for kind in GROUPS.values() if name in kind.__dataclass_fields__)
-    field, kinds = group.__dataclass_fields__[name], kinds_of(group)[name]  # type: ignore[arg-type]
-    kind = kinds[0] if kinds and kinds[0] in (int, float, bool, Path) else str
+    field = group.__dataclass_fields__[name]
+    kind = _KINDS.get(str(getattr(field.type, "__name__", field.type)).partition(" ")[0], str)
     sentence = field.metadata["help"].split(". ")[0].rstrip(".") + "."
     flag = typer.Option(help=sentence, rich_help_panel=group.__name__)
     return Annotated[kind | None, flag]  # type: ignore[operator]

@@ -14,7 +14,6 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..align import split_name
-from ..fit import Bridge
 from ..results import BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME, METRICS_NAME
 from ..results.artifacts import not_carried
 from ..source import list_not_carried, read_files, weights_file
@@ -177,6 +176,8 @@ def _cast(config: CastConfig) -> dict[str, Any]:
 
 
 def _bridge(folder: str | Path, revision: str | None) -> dict[str, Any]:
+    from ..fit import Bridge
+
     bridge = Bridge.from_pretrained(str(folder), revision=revision)
     found = Counter(sum((fits for fits in bridge.modules.kernels.values()), []))
     return {

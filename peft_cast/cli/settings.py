@@ -6,23 +6,26 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
 
-from ..evaluation import AnswerLikelihood, Classification, Generation, HarnessTask
+import peft_cast
+
+from .. import utils
 from ..options import GROUPS, names_taken
-from ..text import C4, Corpus, Mixture, SelfWritten, Survey
-from ..utils import as_path
 from ..utils.fields import unknown
 
 
+if TYPE_CHECKING:
+    import torch
+
+
 TASKS = {
-    "likelihood": AnswerLikelihood,
-    "classification": Classification,
-    "generation": Generation,
-    "harness": HarnessTask,
+    "likelihood": "AnswerLikelihood",
+    "classification": "Classification",
+    "generation": "Generation",
+    "harness": "HarnessTask",
 }
 
 
@@ -89,8 +92,9 @@ def arguments_for(function: Callable, *layers: Mapping[str, Any]) -> dict[str, A
     for name in ("text", "fit_text", "drift_text"):
         if name in given:
             given[name] = text_of(given[name])
-    if isinstance(given.get("dtype"), str):
-        given["dtype"] = dtype_of(given["dtype"])
+    for name in ("dtype", "save_dtype"):
+        if isinstance(given.get(name), str):
+            given[name] = dtype_of(given[name], name)
     if isinstance(given.get("depth_map"), dict):
         try:
             given["depth_map"] = {int(source): int(target) for source, target in given["depth_map"].items()}
@@ -101,10 +105,12 @@ def arguments_for(function: Callable, *layers: Mapping[str, Any]) -> dict[str, A
     return given
 
 
-def dtype_of(name: str) -> torch.dtype:
+def dtype_of(name: str, argument: str = "dtype") -> torch.dtype:
+    import torch
+
     dtype = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"`dtype` must be float32, bfloat16 or float16, got '{name}'.")
+        raise ValueError(f"`{argument}` must be float32, bfloat16 or float16, got '{name}'.")
     return dtype
 
 
@@ -119,6 +125,8 @@ def text_of(value: Any) -> Any:
     Raises:
         ValueError: For anything else.
     """
+    from ..text import C4, Corpus, Mixture, SelfWritten, Survey
+
     if isinstance(value, str):
         return {"self": SelfWritten(), "survey": Survey(), "c4": C4, "C4": C4}.get(value, value)
     if isinstance(value, list) and value and all(isinstance(part, dict) and "text" in part for part in value):
@@ -160,7 +168,7 @@ def _read(path: Path, what: str) -> str:
         ValueError: If there is no such text file; in words of ours, Python's have numbers in brackets.
     """
     try:
-        return as_path(path).read_text(encoding="utf-8-sig")  # as some editors save UTF-8
+        return utils.as_path(path).read_text(encoding="utf-8-sig")  # as some editors save UTF-8
     except FileNotFoundError:
         why = "there is no such file"
     except IsADirectoryError:
@@ -186,7 +194,7 @@ def tasks_of(value: Any) -> list:
             raise ValueError(f"A task's `type` must be one of {', '.join(TASKS)}, got {kind!r}.")
         if isinstance(options.get("labels"), list):
             options["labels"] = tuple(options["labels"])
-        tasks.append(_made(TASKS[kind], options, kind))
+        tasks.append(_made(getattr(peft_cast, TASKS[kind]), options, kind))
     return tasks
 
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..models import check_unwrapped, learned_positions, load_model, load_tokenizer, moved, skeleton_of, untouched
-from ..options import Options, Pairing, Run, takes
+from ..options import OF_COMMANDS, Options, Pairing, Run, takes
 from ..results import BASE, Evaluation, Measurement, TranslationResult, is_base
 from ..source import check_on_target, refusal_to_run, why_idle, with_adapter
 from ..text import read_corpus
@@ -32,7 +32,7 @@ _DRIFT = ("drift", "drift", False)  # task, metric, whether more is better
 _SIZES = ("hidden_size", "num_hidden_layers")  # by which models of a type are told apart
 
 
-@takes("target_tokenizer target_revision device dtype progress")
+@takes(OF_COMMANDS["evaluate"])
 def evaluate(
     target: str | Path | PreTrainedModel,
     adapters: Mapping[str, Adapter | Sequence[Adapter]],

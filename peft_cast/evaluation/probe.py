@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..models import moved, untouched
-from ..options import Options, Pairing, Run, takes
+from ..options import OF_COMMANDS, Options, Pairing, Run, takes
 from ..source import Card, adapted_source, check_source, load_source, named_source, read_card, source_tokenizer
 from ..text import (
     DOCUMENTS,
@@ -93,7 +93,7 @@ def _short(text: str) -> str:
     return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
 
 
-@takes("source_tokenizer source_revision adapter_revision source_rank device dtype fit_text seed progress")
+@takes(OF_COMMANDS["probe"])
 def probe(
     source: str | Path | PreTrainedModel | None,
     adapter: str | Path | PeftModel,

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..align import ModuleMap, align_texts
 from ..models import freeze_adapter, load_model, skeleton_of
-from ..options import Fit, Options, Pairing, Run, Training, takes
+from ..options import OF_COMMANDS, Fit, Options, Pairing, Run, Training, takes
 from ..results import (
     BRIDGE_CONFIG_NAME,
     BRIDGE_WEIGHTS_NAME,
@@ -170,7 +170,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         Args:
             adapter: The LoRA: hub id or path.
             folder: Where the CAST adapter is saved.
-            gain, pairing, options: As in `cast`, but `dtype` is that of the file, float32 when not given.
+            gain, pairing, options: As in `cast`, but `dtype` is that of the file, the LoRA's own when not given.
 
         Returns:
             `Holdings`: What the LoRA holds and what became of it.
@@ -186,12 +186,11 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         check_is_read(adapter, chosen.adapter_revision, source=self.source.name)
         check_adapter(adapter, chosen.adapter_revision)
         on, load = self.source.skeleton(), self.target.skeleton
-        model, held, metrics = self._cast(adapter, on, load, gain, "default", chosen)
+        model, held, metrics, dtype = self._cast(adapter, on, load, gain, "default", chosen)
         # PEFT would save embeddings that differ from those the target has on disk, and a skeleton has none.
         with replacing_folder(folder) as partial_folder:
             model.save_pretrained(partial_folder, save_embedding_layers=False)
-            if chosen.dtype is not None:
-                change_dtype(partial_folder / SAFETENSORS_WEIGHTS_NAME, chosen.dtype)
+            change_dtype(partial_folder / SAFETENSORS_WEIGHTS_NAME, chosen.dtype or dtype)
             write_json({"metrics": metrics}, partial_folder / METRICS_NAME)
             add_card(partial_folder)
         return held
@@ -236,8 +235,10 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         adapter_name,
         pairing: Pairing,
         which: str = BRIDGED,
-    ) -> tuple[PeftModel, Holdings, dict[str, Any]]:
-        """The target, loaded once the adapter was read on the source, with it, what that held, and the metrics."""
+    ) -> tuple[PeftModel, Holdings, dict[str, Any], torch.dtype]:
+        """The target, loaded once the adapter was read on the source, with it, what that held, the metrics, and the
+        precision it is kept in.
+        """
         with adapted_source(source, adapter, pairing.adapter_revision, pairing.source_rank, which) as read:
             closed_form, modules = self.closed_form(read.kernels)
             held = read.holdings
@@ -259,12 +260,13 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
                 adapter_name=adapter_name,
                 revision=self.target.revision,
             )
-            metrics = {"source": read.metrics, "alignment": modules.metrics}
+            metrics: dict[str, Any] = {"source": read.metrics, "alignment": modules.metrics}
         named = None if isinstance(adapter, PeftModel) else adapter
         if (lost := held.lost(named, modules.metrics["unmapped"])) is not None:
             warnings.warn(lost, stacklevel=3)
         freeze_adapter(model)
-        return model, held, {**metrics, "bridge": {"source": self.source.name, "target": self.target.name}}
+        metrics["bridge"] = {"source": self.source.name, "target": self.target.name}
+        return model, held, metrics, read.dtype
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """The mixin's, which raises an error in words if the folder cannot be written or holds something else."""
@@ -324,10 +326,7 @@ class Bridge(ModelHubMixin, library_name="peft-cast", tags=["cast", "bridge", "p
         return cls(maps, modules, *sides, metrics)
 
 
-@takes(
-    "source_tokenizer target_tokenizer source_revision target_revision depth_map module_map device "
-    "source_device dtype ridge batch_size max_length progress"
-)
+@takes(OF_COMMANDS["fit_bridge"])
 def fit_bridge(
     source: str | Path | PreTrainedModel,
     target: str | Path | PreTrainedModel,

@@ -1,4 +1,13 @@
 """What a translation will cost, told beforehand from configurations."""
 
-from .devices import DEVICES, Device, this_machine
-from .plan import PhasePlan, Plan, plan
+from typing import TYPE_CHECKING
+
+from ..utils.importing import lazily
+
+
+if TYPE_CHECKING:
+    from .data_sheets import DEVICES, Device
+    from .devices import this_machine
+    from .plan import PhasePlan, Plan, plan
+
+lazily(__name__)

@@ -27,13 +27,14 @@ from ..fit import (
     texts_per_pass,
 )
 from ..models import check_positions, default_dtype, read_model_config, sharding, skeleton
-from ..options import Fit, Options, Pairing, Projections, Training, takes
+from ..options import OF_COMMANDS, Fit, Options, Pairing, Projections, Training, takes
 from ..source import list_not_carried, map_kernels, named_source, planned_source
 from ..text import ANCHOR_EVERY, Survey, anchor_length, effort_of
 from ..utils import FaultError, as_path, one_line, why_no_model, without_secrets
 from ..utils.fields import check_count, check_number
 from .bodies import counted_or_simplified
-from .devices import DEVICES, SHAPES_KEPT, Device, device_of
+from .data_sheets import DEVICES, Device
+from .devices import SHAPES_KEPT, device_of
 from .fake import Cost, materialize
 from .passes import closed_form_costs, refinement_costs, texts_of
 from .writing import writing_cost
@@ -69,8 +70,8 @@ class Plan:
         device (`Device`): Where.
         weights (`dict[str, int]`): Bytes of the `source` and `target` weights.
         parameters (`dict[str, int]`): `trained` and `source_lora`.
-        files (`dict[str, int]`): Bytes of the `adapter`, of the same `folded` to a LoRA (float32 both), and of the
-            optimizer's `checkpoint`.
+        files (`dict[str, int]`): Bytes of the `adapter`, in the precision of the source LoRA, of the same `folded` to
+            a LoRA in float32, and of the optimizer's `checkpoint`.
         phases (`dict[str, PhasePlan]`): `load`, `text`, `closed_form`, `evaluate`, `refine`: those of
             `TranslationResult.metrics`.
         assumed (`dict`): Tokens per text and what else the plan rests on.
@@ -130,11 +131,7 @@ class Plan:
         return "\n".join(lines)
 
 
-@takes(
-    "source_revision adapter_revision target_revision depth_map module_map source_rank dtype projection_type "
-    "projection_size projection_bias projection_sharing fit_samples steps on_policy_steps batch_size "
-    "max_length eval_samples gamma teacher teacher_top_k training_args"
-)
+@takes(OF_COMMANDS["plan"])
 def plan(
     source: str | Path | PretrainedConfig | None,
     adapter: str | Path,
@@ -313,7 +310,8 @@ def plan(
         del phases["closed_form"]
     if not writing.flops:
         del phases["text"]
-    files = {"adapter": sum(t.numel() for t in own) * 4, "folded": folded * 4, "checkpoint": 12 * trained}
+    size = sum(t.numel() for t in own) * read.dtype.itemsize
+    files = {"adapter": size, "folded": folded * 4, "checkpoint": 12 * trained}
     assumed = {
         "tokens": length,
         "aligned": aligned,

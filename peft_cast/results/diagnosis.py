@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ..source import TOWER, list_not_carried
+from ..source import UNHEARD, list_not_carried
 from .settings import is_comparable, settings_of
 
 
@@ -57,7 +57,7 @@ def diagnose(metrics: Mapping[str, Any], history: Sequence[Mapping[str, float]])
         )
     if source.get("not_carried"):
         imitated = "They are lost."
-        if any(part["what"] != TOWER for part in source["not_carried"]):
+        if not all(part["what"].endswith(UNHEARD) for part in source["not_carried"]):
             imitated = (
                 "The teacher has them, so that the refinement imitates them as far as the other parts' kernels can: "
                 "judge the result on your task."

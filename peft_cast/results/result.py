@@ -47,6 +47,8 @@ class TranslationResult(Publishable):
         history (`list[dict]`): Trainer's log of the refinement.
         module_map (`ModuleMap`): Which source modules landed where, and which found no place.
         adapter_name (`str`): Its name on the model.
+        dtype (`torch.dtype`, *optional*): The precision it is saved in: the option `save_dtype`, else that of the
+            source LoRA's file. As trained, float32, where it is `None`.
     """
 
     model: PeftModel
@@ -54,6 +56,7 @@ class TranslationResult(Publishable):
     history: Sequence[dict[str, float]]
     module_map: ModuleMap
     adapter_name: str = "default"
+    dtype: torch.dtype | None = None
 
     def save_pretrained(
         self,
@@ -74,7 +77,8 @@ class TranslationResult(Publishable):
 
         Args:
             folder: Where.
-            dtype (`torch.dtype`, *optional*): Precision of the file; as trained, float32, when not given.
+            dtype (`torch.dtype`, *optional*): Precision of the file; `self.dtype` when not given. Training goes on in
+                float32 in any case. docs/how-it-works.md says what bfloat16 loses.
             evaluation, evaluated_as: What `evaluate` measured, for the card, as in `push_to_hub`.
             formats: In which the LoRA that it folds into is put beside it, for programs without this package: `"peft"`
                 (the folder `lora`), `"gguf"` (the file `lora.gguf`), `"mlx"` (the folder `mlx`).
@@ -90,9 +94,7 @@ class TranslationResult(Publishable):
         check_place(self._in(as_place(folder)), kind=getattr(config.peft_type, "value", config.peft_type))
         check_beside(self._in(as_place(folder)), formats)
         with replacing_folder(folder) as partial:
-            saved = self._save(partial)
-            if dtype is not None:
-                change_dtype(saved / SAFETENSORS_WEIGHTS_NAME, dtype)
+            saved = self._save(partial, dtype)
             self._fold_beside(saved, formats, dtype)
             if isinstance(config, CastConfig):  # distilled LoRAs keep PEFT's card
                 add_card(saved, evaluation, evaluated_as)
@@ -104,10 +106,12 @@ class TranslationResult(Publishable):
         """Where in a folder PEFT saves the adapter."""
         return folder if self.adapter_name == "default" else folder / self.adapter_name
 
-    def _save(self, folder: Path) -> Path:
+    def _save(self, folder: Path, dtype: torch.dtype | None = None) -> Path:
         """Save adapter and metrics, and return the folder that has them."""
         self.model.save_pretrained(folder, selected_adapters=[self.adapter_name])
         folder = self._in(folder)
+        if (dtype := dtype or self.dtype) is not None:
+            change_dtype(folder / SAFETENSORS_WEIGHTS_NAME, dtype)
         write_json(self._account(), folder / METRICS_NAME)
         return folder
 

@@ -69,7 +69,7 @@ def idle(config: PeftConfig, names: Sequence[str], tensor: Callable[[str], torch
         return f"changes {what}: its `{alpha}` is 0. Give it the one that it was trained with"
     zero: set[str] = set()
     for own in factors.values():
-        empty = {part for part, tensors in own.items() if not any(tensor(name).any() for name in tensors)}
+        empty = {part for part, tensors in own.items() if not any(tensor(name).float().any() for name in tensors)}
         if not empty:
             return None
         zero |= empty

@@ -63,6 +63,21 @@ def count_parameters(kernels: Mapping[str, LoraKernel]) -> int:
     return sum(parts.values()) + sum(kernel.B.numel() for kernel in kernels.values())
 
 
+_PRECISIONS: dict[Any, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_PRECISIONS |= {dtype: dtype for dtype in _PRECISIONS.values()}
+
+
+def saved_dtype(dtypes: Iterable[str | torch.dtype]) -> torch.dtype:
+    """The precision in which a translation of an adapter is saved: the half precision of its tensors, else float32.
+
+    Args:
+        dtypes: Of the tensors of a file, as safetensors calls them, or in memory. Whole numbers and 8-bit ones, in
+            which no projection can be kept, count for nothing.
+    """
+    found = {_PRECISIONS[dtype] for dtype in dtypes if dtype in _PRECISIONS}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
 # Relative error below which a cut loses nothing but rounding.
 _EXACT = 1e-5
 
@@ -81,6 +96,7 @@ class SourceAdapter:
         not_carried (`tuple[tuple[str, str], ...]`): Module name and what of it no kernel expresses. The teacher has
             it.
         renamed (`str`, *optional*): As what the tensors of its file were read, if they had other names, in a sentence.
+        dtype (`torch.dtype`): The precision it is kept in, see `saved_dtype`.
     """
 
     model: PeftModel
@@ -89,6 +105,7 @@ class SourceAdapter:
     converted: dict[str, float]
     not_carried: tuple[tuple[str, str], ...]
     renamed: str | None = None
+    dtype: torch.dtype = torch.float32
 
     @property
     def has_effect(self) -> bool:

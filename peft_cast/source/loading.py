@@ -39,7 +39,7 @@ from ..utils import (
 from .disagreement import other_masks, other_shape, other_tokens, warn_of_base
 from .files import holdings_of, of_another_file, unusable
 from .idle import idle
-from .kernels import SourceAdapter, nothing_carried, read_adapter
+from .kernels import SourceAdapter, nothing_carried, read_adapter, saved_dtype
 from .kinds import ELSEWHERE, MISNAMED, PREFIX, changes_weights, kind_of, refusal, refusal_to_run, type_of
 from .mismatch import deeper, disagreement, misplaced, refused_by_peft, resized
 from .names import Match
@@ -194,12 +194,17 @@ def adapted_source(
     if isinstance(adapter, PeftModel):
         adapter.eval()
         with unmerged(adapter):
-            yield _acting(read_adapter(adapter, {}, source_rank))
+            read = _acting(read_adapter(adapter, {}, source_rank))
+            state = get_peft_model_state_dict(
+                adapter, adapter_name=adapter.active_adapter, save_embedding_layers=False
+            )
+            yield dataclasses.replace(read, dtype=saved_dtype(tensor.dtype for tensor in state.values()))
         return
     config = read_adapter_config(adapter, revision)
     with _loaded(source, adapter, revision, config, which) as (model, changed, renamed):
         read = _acting(read_adapter(model, changed, source_rank, adapter), adapter)
-        yield dataclasses.replace(read, renamed=renamed)
+        header = read_weights_header(adapter, revision)
+        yield dataclasses.replace(read, renamed=renamed, dtype=saved_dtype(info.dtype for info in header.values()))
 
 
 @contextmanager
@@ -368,10 +373,9 @@ def _other_keys(model: PeftModel, own: Mapping[str, nn.Parameter], file: Readabl
     """PEFT ignores weights in the file that the model has no place for; here they mean that the two do not match."""
     expected = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
     # With `bias`, PEFT saves the biases of a module that is trained in full under its inner names too.
-    expected -= {name for name in expected if ".original_module." in name}
-    expected -= {
-        key for key in expected if (one := base_name(key.replace(f".{_NAME}.", "."))) != key and one in expected
-    }
+    twice = {name: name.replace(f".modules_to_save.{_NAME}.", ".") for name in expected}
+    expected = {name for name, one in twice.items() if one == name or one not in expected}
+    expected = {name for name in expected if ".original_module." not in name}
 
     def is_copy(key: str) -> bool:
         """Whether a tensor is one of the base model's, or one that the file holds once more under its usual name."""

@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from ..tuner.checks import TensorInfo
 from ..utils import read_adapter_config
 from .disagreement import warn_of_base
 from .files import holdings_of
-from .kernels import SourceAdapter, read_adapter
+from .kernels import SourceAdapter, read_adapter, saved_dtype
 from .kinds import PREFIX, default_rank, is_read, kept_rank, kind_of, rank_of_change, variants_of
 from .loading import adapted_source, base_name, check_adapter, check_on, matched, nothing_of
 from .renamed import readable
@@ -82,7 +83,8 @@ def planned_source(
                 layer.lora_B.to_empty(device="cpu")
         model.requires_grad_(False)
         estimated = f"the {kind_of(config)} adapter, as a LoRA of rank {max(ranks.values())}"
-        yield read_adapter(model.eval(), {}), holdings_of(config, header).not_carried, estimated
+        read = replace(read_adapter(model.eval(), {}), dtype=saved_dtype(info.dtype for info in header.values()))
+        yield read, holdings_of(config, header).not_carried, estimated
     finally:
         unload_adapters(source)
 

@@ -43,8 +43,9 @@ class Survey:
     """Text for an adapter of which nothing is known, found out by asking.
 
     The adapted source answers prompts of many forms (`Question: …`, `Review: … Sentiment:`, its chat template, code,
-    several languages) on many things. The forms and contents on which the adapter changes its answers most are asked
-    more; the rest of the texts stay broad.
+    several languages) on many things, among them forms with the last lines after which the adapter moves the next
+    token most. The forms and contents on which it changes its answers most are asked more; the rest of the texts stay
+    broad.
 
     Args:
         prompts (`tuple[str, ...]`, *optional*): One to three prompts of the kind the adapter answers, if you have any:

@@ -94,7 +94,8 @@ def translate_one(job: Job) -> TranslationResult:
         "report": report,
     }
     metrics, history = distributed.broadcast((metrics, reached.refinement.history))  # seconds differ
-    result = TranslationResult(model, metrics, history, pair.modules, str(job.adapter_name))
+    dtype = options.run.save_dtype or pair.given.dtype
+    result = TranslationResult(model, metrics, history, pair.modules, str(job.adapter_name), dtype)
     run.save(result)
     return result
 

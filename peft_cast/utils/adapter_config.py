@@ -16,12 +16,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from ..tuner import CastConfig
 from ..tuner.checks import check_fields, read_header, read_json, shown
 from .names import files_of, find_file, hub_parts, why_no_folder, why_not_on_hub
-from .safety import one_line, secrets_removed, without_secrets
+from .safety import one_line
+from .secrets import secrets_removed, without_secrets
 
 
 # Settings with which PEFT would import a module that the file names.
 _IMPORTS = ("megatron_config",)
-_UNSET = (None, False, "", [], {})  # values of settings that ask for nothing
+_UNSET: tuple[Any, ...] = (None, False, "", [], {})  # values of settings that ask for nothing
 _NUMBERS, _UNNAMED = ("r", "lora_alpha", "alpha", "scaling", "random_loc_seed"), "_peft_cast_unnamed"
 # What the configurations of other tools' adapters have in a file of the same name.
 _OTHER_TOOLS = {"fine_tune_type": "MLX", "lora_parameters": "MLX", "model_class": "AdapterHub", "swift_type": "swift"}

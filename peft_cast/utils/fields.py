@@ -13,10 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
-
-from ..tuner.checks import with_article
-from .safety import HIDDEN
+from .secrets import HIDDEN
 
 
 def option(
@@ -56,7 +53,10 @@ class Group:
 @cache
 def _alternatives(group: type) -> dict[str, tuple[Any, ...]]:
     """For each option of a group what its annotation lists, one by one."""
-    hints = get_type_hints(group).items()
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    hints = get_type_hints(group, localns={"torch": torch, "PreTrainedTokenizerBase": PreTrainedTokenizerBase}).items()
     return {name: get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,) for name, hint in hints}
 
 
@@ -87,6 +87,8 @@ def check_option(name: str, value: Any, group: type[Group]) -> None:
     """
     if value is None:
         return
+    import torch
+
     rules, shown = group.__dataclass_fields__[name].metadata, repr(value)[:200]
     kinds = kinds_of(group)[name]  # type: ignore[arg-type]
     if rules["check"] is not None:
@@ -105,6 +107,8 @@ def check_option(name: str, value: Any, group: type[Group]) -> None:
     elif kinds == (Mapping,) and not isinstance(value, Mapping):
         raise ValueError(f"`{name}` must be a mapping, got {shown}.")
     elif str in kinds and torch.device not in kinds and not isinstance(value, (*kinds, os.PathLike)):
+        from ..tuner.checks import with_article
+
         words = " or ".join("a string" if kind is str else with_article(kind.__name__) for kind in kinds)
         raise ValueError(f"`{name}` must be {words}, got {shown}.")
 
@@ -151,6 +155,8 @@ def describe(value: Any) -> Any:
         return value
     if isinstance(value, str):
         return value if len(value) <= 300 else value[:300] + "…"
+    import torch
+
     if isinstance(value, (Path, torch.dtype, torch.device)):
         return str(value)
     if dataclasses.is_dataclass(value):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .names import no_file_is_called
-from .safety import without_secrets
+from .secrets import without_secrets
 
 
 PARTIAL = ".partial-"  # what is being written, or was when a run was killed
@@ -228,12 +228,20 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], file: str | Path, **metad
 
 
 def change_dtype(file: str | Path, dtype: torch.dtype) -> None:
-    """Write a safetensors file again with its floating-point tensors in another precision."""
+    """Write a safetensors file again with its floating-point tensors in another precision.
+
+    Where they are in it already, nothing is done. A warning says if a number is out of its range: the file is left as
+    it is.
+    """
     with safe_open(file, framework="pt") as saved:
         metadata = saved.metadata() or {}
         tensors = {name: saved.get_tensor(name) for name in saved.keys()}
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    write_tensors(tensors, file, **metadata)
+    others = {name: t.to(dtype) for name, t in tensors.items() if t.is_floating_point() and t.dtype != dtype}
+    wide = next((name for name, t in others.items() if t.isinf().any() and not tensors[name].isinf().any()), None)
+    if wide is not None:
+        warnings.warn(f"'{wide}' has numbers beyond the range of {dtype}: the file is saved in {tensors[wide].dtype}.")
+    elif others:
+        write_tensors({**tensors, **others}, file, **metadata)
 
 
 def write_json(value: Any, file: str | Path, indent: int | None = 1) -> None:
