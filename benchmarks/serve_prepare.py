@@ -60,12 +60,13 @@ OWN = {
 
 
 def real(folder: Path, adapter: Path) -> None:
-    """A CAST adapter that somebody translated."""
+    """A CAST adapter that somebody translated, as a case of its target's name."""
     base = peft_cast.CastConfig.from_pretrained(adapter).base_model_name_or_path
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = (HERE.parent / "examples" / "data" / "gsm8k_test_200.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [f"Question: {json.loads(row)['question']}\nAnswer:" for row in rows[:PROBLEMS]]
+    folder = folder / Path(base).name
     write(folder, PeftModel.from_pretrained(model, adapter), base, tokenizer(prompts).input_ids, NEW_TOKENS)
 
 
@@ -144,7 +145,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.what == "real":
         for adapter in map(Path, args.given):
-            real(args.folder / adapter.resolve().parent.name, adapter)
+            real(args.folder, adapter)
     else:
         for architecture in args.given or sorted({*ARCHITECTURES, *MODEL_TYPES}):
             tiny(args.folder / architecture, architecture)

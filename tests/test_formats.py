@@ -221,6 +221,7 @@ def test_every_architecture_was_run_and_answered_alike(program, kinds):
     cases = json.loads((ROOT / "docs" / "figures" / f"serve_{program}.json").read_text(encoding="utf-8"))["cases"]
     for kind in kinds:
         run = cases[kind]
+        assert run["kind"] == kind
         # GPT-2's factors are swapped by llama.cpp's converter, and refused by llama.cpp (docs/serving.md).
         assert run.get("same_tensors_as_llama.cpp_converts", True) == (kind != "gpt2"), kind
         for which in ("without_the_adapter", "with_the_adapter"):
