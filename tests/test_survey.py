@@ -217,6 +217,8 @@ def test_a_word_of_a_classifier_counts_in_one_spelling():
     ]
     assert recurring(tried) == ["ship", "Boat"]
     assert recurring([one for one in tried if one.answer != "Boat"]) == []
+    long = [replace(one, answer=f'{{"name": "{one.answer}", "city": null, "date": null}}') for one in tried]
+    assert recurring(long) == []
 
 
 def test_no_answer_is_taken_twice_before_each_was_once():

@@ -255,7 +255,7 @@ class Continues:
         return [next(self.texts) for _ in texts]
 
 
-def test_further_prompts_follow_the_given_ones(monkeypatch, byte_tokenizer):
+def test_further_prompts_follow_the_given_ones(monkeypatch, writer, byte_tokenizer):
     answers = [
         " 9 and 9?\n\nQuestion:",
         " 30 and 4?\n",
@@ -267,7 +267,7 @@ def test_further_prompts_follow_the_given_ones(monkeypatch, byte_tokenizer):
     ]
     answers += [f" 3 and {i}?\n" for i in range(20)]
     monkeypatch.setattr(written, "_sample", fake := Continues(answers))
-    found = written.write_prompts(None, byte_tokenizer, PROMPTS, 3, batch_size=4)
+    found = written.write_prompts(writer, byte_tokenizer, PROMPTS, 3, batch_size=4)
     # not: one of the given, an unfinished one, an empty one, a repeated one, one far too long
     assert found == [f"Question: how many are {x}?\nAnswer:" for x in ("9 and 9", "2 and 90", "3 and 0")]
     assert all(text.count("Question: how many are") == 5 and text.endswith("how many are") for text in fake.asked)
@@ -278,9 +278,9 @@ def test_a_model_without_a_first_token_cannot_write_from_nothing(writer, byte_to
         write_texts(writer, byte_tokenizer, piece_tokenizer, SelfWritten(prefix=""), 2)
 
 
-def test_a_model_that_writes_no_prompts_ends_in_a_few_rounds(monkeypatch, byte_tokenizer):
+def test_a_model_that_writes_no_prompts_ends_in_a_few_rounds(monkeypatch, writer, byte_tokenizer):
     monkeypatch.setattr(written, "_sample", fake := Continues([""] * 1000))
-    assert written.write_prompts(None, byte_tokenizer, PROMPTS, 10, batch_size=4) == []
+    assert written.write_prompts(writer, byte_tokenizer, PROMPTS, 10, batch_size=4) == []
     assert len(fake.asked) <= 40
 
 

@@ -15,6 +15,7 @@ from .forms import Form
 CROSSED = 3  # best forms whose words are tried in each other's places
 BEST, NEAR = 6, 0.4  # forms that are asked for good: how many at most, and how near to the best
 RECUR = 4  # forms in which, and contents after which, an answer is given at least, to be a word of a classifier's
+WORD = 32  # characters of such a word, at most
 SEEDS, EXCITING = 12, 0.5  # contents that further ones follow: how many at most, and how near to the most exciting
 FEWEST = 2  # of them at least
 FAVORED, HALF = 0.5, 8  # nats by which an adapter favors a token; forms and contents where it then counts half
@@ -76,15 +77,16 @@ def weighed(tried: Sequence[Tried]) -> dict[Tried, float]:
 
 
 def recurring(tried: Sequence[Tried]) -> list[str]:
-    """Answers that recur over many forms and contents, most frequent first: a classifier's words, each in the spelling
-    that recurs most. Empty for other adapters.
+    """Short answers that recur over many forms and contents, most frequent first: a classifier's words, each in the
+    spelling that recurs most. Empty for other adapters, whose longer answers may recur where they are asked nonsense.
     """
     forms, contents = defaultdict(set), defaultdict(set)
     for one in tried:
         forms[answer_of(one)].add(one.form)
         contents[answer_of(one)].add(one.content)
     least = max(RECUR, len({one.form for one in tried}) // 10)
-    words = [word for word in forms if word and len(forms[word]) >= least and len(contents[word]) >= RECUR]
+    short = [word for word in forms if 0 < len(word) <= WORD]
+    words = [word for word in short if len(forms[word]) >= least and len(contents[word]) >= RECUR]
     spelled: dict[str, str] = {}
     for word in sorted(words, key=lambda word: -len(forms[word])):
         spelled.setdefault(word.casefold(), word)
