@@ -306,6 +306,7 @@ def test_nothing_is_written_over_what_is_read_or_of_another_kind(
         (["translate", *models, "--config", quick, "-o", target_folder], "would be overwritten while it is read"),
         (["translate", *models, "--config", quick, "-o", tmp_path / "file"], "is a file"),
         (["to-lora", kept, "-o", kept], "would be overwritten while it is read"),
+        (["to-lora", kept, "-o", lora_folder], "holds a LoRA that is no result of peft-cast"),
         (["to-lora", translated[0], "-o", kept], "holds an adapter of type CAST"),
         (["to-lora", kept, "-o", source_folder], "holds a model"),
         (["bridge", source_folder, target_folder, "-o", plain], "holds an adapter of type LORA"),

@@ -43,3 +43,10 @@ def test_every_public_name_is_there_and_is_no_folder_of_its_name():
         assert getattr(peft_cast, name).__name__.endswith(name), name
     with pytest.raises(AttributeError, match="module 'peft_cast' has no attribute 'translat'"):
         peft_cast.translat
+
+
+def test_several_may_wait_for_one_module():
+    wait = "when_imported('colorsys', lambda: print('first'))\nwhen_imported('colorsys', lambda: print('second'))"
+    code = f"from peft_cast.utils.importing import when_imported\n{wait}\nimport colorsys"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert sorted(done.stdout.split()) == ["first", "second"], done.stderr

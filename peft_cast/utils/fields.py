@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
+from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
@@ -126,13 +127,13 @@ def check_count(name: str, value: Any, least: float = 0) -> None:
 def check_number(name: str, value: Any, least: float | None = None, above: float | None = None) -> None:
     """
     Raises:
-        ValueError: If a value is no number, below `least` or not above `above`. `None` passes.
+        ValueError: If a value is no finite number, below `least` or not above `above`. `None` passes.
     """
     if value is None:
         return
     bound = f"of at least {least:g}" if least is not None else f"above {above:g}"
     fits = is_a(value, Real) and (value >= least if least is not None else value > above)  # type: ignore[operator]
-    if not fits:
+    if not fits or not isfinite(value):  # type: ignore[arg-type]
         raise ValueError(f"`{name}` must be a number {bound}, got {repr(value)[:200]}.")
 
 

@@ -188,8 +188,8 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
         `Path`: The folder, see `as_place`.
 
     Raises:
-        ValueError: If the folder is empty text, one of the inputs, holds a model or an adapter of another type, or is
-            a file.
+        ValueError: If the folder is empty text, one of the inputs, holds a model, an adapter of another type or a LoRA
+            that training made, or is a file.
         OSError: If it cannot be written.
     """
     if not isinstance(folder, (str, os.PathLike)):
@@ -209,6 +209,11 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
     if there not in (None, kind):
         raise ValueError(
             f"'{folder}' holds an adapter of type {there}, which would be overwritten: write to another folder."
+        )
+    if there == "LORA" and not (folder / "cast_metrics.json").exists():  # training made it, and nothing makes it again
+        raise ValueError(
+            f"'{folder}' holds a LoRA that is no result of peft-cast, which would be overwritten: write to another "
+            "folder."
         )
     others = {"config.json": "a model"} | ({} if kind is None else {"bridge_config.json": "a bridge"})
     for name, what in others.items():

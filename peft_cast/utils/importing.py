@@ -81,16 +81,16 @@ class _Notice:
     ) -> ModuleSpec | None:
         if name != self.name:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
+        others = (finder for finder in sys.meta_path if not hasattr(finder, "act"))  # two would ask each other forever
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_act(module: ModuleType) -> None:
                 load(module)
-                if self in sys.meta_path:
-                    sys.meta_path.remove(self)
-                    self.act()
+                for notice in [one for one in sys.meta_path if hasattr(one, "act") and one.name == name]:
+                    sys.meta_path.remove(notice)
+                    notice.act()
 
             spec.loader.exec_module = load_and_act  # type: ignore[method-assign]
         return spec
