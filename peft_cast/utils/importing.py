@@ -88,7 +88,8 @@ class _Notice:
 
             def load_and_act(module: ModuleType) -> None:
                 load(module)
-                for notice in [one for one in sys.meta_path if hasattr(one, "act") and one.name == name]:
+                notices: list[Any] = [one for one in sys.meta_path if hasattr(one, "act")]
+                for notice in (one for one in notices if one.name == name):
                     sys.meta_path.remove(notice)
                     notice.act()
 
