@@ -469,7 +469,7 @@ def test_a_plan_says_what_peft_cannot_replicate(byte_tokenizer, tmp_path):
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "dora")
     file = tmp_path / "dora" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "layer_replication": [[0, 2], [1, 2]]}))
-    with pytest.raises(ValueError, match="`layer_replication` repeats layers, which PEFT cannot do in the model .GPT2"):
+    with pytest.raises(ValueError, match="`layer_replication` repeats layers, which PEFT cannot do"):
         plan(source, tmp_path / "dora", source, **QUICK)
 
 
