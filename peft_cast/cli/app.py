@@ -317,7 +317,8 @@ def to_lora_command(
     check, save = FORMATS[format]
     if format == "peft":
         utils.check_place(output, adapter, kind="LORA")
-    check(output)
+    else:
+        check(output)
     folded = peft_cast.to_lora(adapter, rank, revision=revision, dtype=dtype_of(dtype))
     save(folded, output)
     account = {"output": str(output), "format": format, "rank": folded.config.r, "errors": folded.errors}

@@ -15,8 +15,8 @@ from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..tuner.checks import read_json
-from ..utils import as_place, complete_folder, read_json_if_there
-from .beside import METRICS_NAME, read_beside
+from ..utils import METRICS_NAME, as_place, complete_folder, read_json_if_there
+from .beside import read_beside
 
 
 BRIDGE_CONFIG_NAME, BRIDGE_WEIGHTS_NAME = "bridge_config.json", "bridge_model.safetensors"

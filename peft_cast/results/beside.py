@@ -13,14 +13,13 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..utils import read_json_if_there
+from ..utils import METRICS_NAME, read_json_if_there
 from ..utils.fields import unknown
 from .mlx_folder import MLX_WEIGHTS_NAME
 
 
 # Where each format of the LoRA lies in the adapter's folder, and of which files it consists.
 PLACES = {"peft": "lora", "gguf": "lora.gguf", "mlx": "mlx"}
-METRICS_NAME = "cast_metrics.json"
 FILES = {
     "peft": [f"lora/{name}" for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, METRICS_NAME)],
     "gguf": ["lora.gguf"],

@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..utils import as_place, check_output, replacing
+from .formats import INSTEAD, check_type
 
 
 # By transformers' `model_type`: llama.cpp's architecture, and whether its converter reorders the rows of q and k: what
@@ -38,7 +39,6 @@ ARCHITECTURES: dict[str, tuple[str, bool]] = {
     "smollm3": ("smollm3", True),
     "starcoder2": ("starcoder2", False),
 }
-_INSTEAD = "write a LoRA folder (`save_pretrained`), or merge the adapter into the model and convert that"
 
 
 def check_gguf(file: str | Path, config: PretrainedConfig | None = None) -> Path:
@@ -65,11 +65,7 @@ def check_gguf(file: str | Path, config: PretrainedConfig | None = None) -> Path
             head = opened.read(2**16)
         if not head.startswith(b"GGUF") or b"adapter.type" not in head:
             raise ValueError(f"'{place}' holds something else than a GGUF LoRA: write to another file.")
-    if config is not None and config.model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"A LoRA of a '{config.model_type}' model is not written as GGUF, only of {', '.join(ARCHITECTURES)}: "
-            f"{_INSTEAD}."
-        )
+    check_type(config, ARCHITECTURES, "as GGUF")
     return place
 
 
@@ -136,7 +132,7 @@ def _tensors(
     if lacking:
         raise ValueError(
             f"llama.cpp has no tensor for {', '.join(lacking[:3])}{', ...' if len(lacking) > 3 else ''} of a "
-            f"'{config.model_type}' model, so no LoRA there: {_INSTEAD}."
+            f"'{config.model_type}' model, so no LoRA there: {INSTEAD}."
         )
     for module, (A, B) in factors.items():
         role = module.rpartition(".")[-1]

@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME
 from transformers import PretrainedConfig
 
 from ..utils import check_place, complete_folder, write_json, write_tensors
+from .formats import INSTEAD, check_type
 
 
 MLX_WEIGHTS_NAME = "adapters.safetensors"
@@ -51,11 +52,7 @@ def check_mlx(folder: str | Path, config: PretrainedConfig | None = None) -> Pat
         ValueError: If the folder holds something else, or the target's architecture is none of `MODEL_TYPES`.
         OSError: If nothing can be written there.
     """
-    if config is not None and config.model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"A LoRA of a '{config.model_type}' model is not written for MLX, only of {', '.join(MODEL_TYPES)}: "
-            "write a LoRA folder (`save_pretrained`), or merge the adapter into the model and convert that."
-        )
+    check_type(config, MODEL_TYPES, "for MLX")
     return check_place(folder, kind="MLX")
 
 
@@ -83,8 +80,7 @@ def write_mlx(
     folder = check_mlx(folder, config)
     if "lm_head" in factors and getattr(config, "tie_word_embeddings", False):
         raise ValueError(
-            "mlx-lm has no module 'lm_head' of a model with tied embeddings, so no LoRA there: write a LoRA folder "
-            "(`save_pretrained`), or merge the adapter into the model and convert that."
+            f"mlx-lm has no module 'lm_head' of a model with tied embeddings, so no LoRA there: {INSTEAD}."
         )
     within = (_IN_LAYER.fullmatch(name) for name in factors)
     keys = sorted({match[1] if match else name for name, match in zip(factors, within)})

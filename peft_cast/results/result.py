@@ -92,7 +92,7 @@ class TranslationResult(Publishable):
             return
         config = self.model.peft_config[self.adapter_name]
         check_place(self._in(as_place(folder)), kind=getattr(config.peft_type, "value", config.peft_type))
-        check_beside(self._in(as_place(folder)), formats)
+        formats = check_beside(self._in(as_place(folder)), formats)
         with replacing_folder(folder) as partial:
             saved = self._save(partial, dtype)
             self._fold_beside(saved, formats, dtype)
@@ -115,8 +115,8 @@ class TranslationResult(Publishable):
         write_json(self._account(), folder / METRICS_NAME)
         return folder
 
-    def _fold_beside(self, folder: Path, formats: str | Iterable[str], dtype: torch.dtype | None = None) -> None:
-        if check_formats(formats):
+    def _fold_beside(self, folder: Path, formats: Sequence[str], dtype: torch.dtype | None = None) -> None:
+        if formats:
             fold_beside(folder, formats, self.to_lora(dtype=dtype or torch.float32))
 
     def push_to_hub(self, repo_id: str, *, formats: str | Iterable[str] = (), **options: Any) -> CommitInfo:
@@ -124,9 +124,11 @@ class TranslationResult(Publishable):
         `save_pretrained`.
         """
 
+        names = check_formats(formats)
+
         def save(folder: Path) -> Path:
             saved = self._save(folder)
-            self._fold_beside(saved, formats)
+            self._fold_beside(saved, names)
             return saved
 
         return push_saved(save, repo_id, **options)

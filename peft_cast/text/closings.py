@@ -75,9 +75,9 @@ def acting_lines(
     best = tried(list(tried(lines, [first]))[:AGAIN], others)
     frequent = marks([line.removeprefix("\n") for line in lines])[:FOLLOW]
     for line in [line for line in list(best)[:GROWN] if not line.endswith(":")]:
-        best = dict(list(tried(grown(line, frequent), others).items())[:1]) | {
-            other: nats for other, nats in best.items() if other != line
-        }
+        del best[line]
+        longer, nats = next(iter(tried(grown(line, frequent), others).items()))
+        best[longer] = nats
     found = sorted(best.items(), key=lambda item: -item[1])[:KEPT]
     return {line: nats for line, nats in found if nats >= max(LEAST, NEAR * found[0][1])}
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .environment import environment
     from .faults import WITH_REMEDY, FaultError, at_fault, explained, said_by, why_unread
     from .files import (
+        METRICS_NAME,
         PARTIAL,
         as_path,
         as_place,

@@ -22,6 +22,7 @@ from .names import no_file_is_called
 from .secrets import without_secrets
 
 
+METRICS_NAME = "cast_metrics.json"  # beside an adapter that is a result of this package
 PARTIAL = ".partial-"  # what is being written, or was when a run was killed
 # What the system says of places where nothing can be made, which it says of other files than those that are meant.
 _WHY = {errno.ENOENT: "no folder can be made there", errno.EEXIST: "it is a file", errno.ENOTDIR: "it is below a file"}
@@ -210,7 +211,7 @@ def check_place(folder: str | Path, *inputs: Any, kind: str | None = "CAST") -> 
         raise ValueError(
             f"'{folder}' holds an adapter of type {there}, which would be overwritten: write to another folder."
         )
-    if there == "LORA" and not (folder / "cast_metrics.json").exists():  # training made it, and nothing makes it again
+    if there == "LORA" and not (folder / METRICS_NAME).exists():  # training made it, and nothing makes it again
         raise ValueError(
             f"'{folder}' holds a LoRA that is no result of peft-cast, which would be overwritten: write to another "
             "folder."
